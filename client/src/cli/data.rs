@@ -1,0 +1,288 @@
+//! The commands on keys.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read},
+};
+
+use holdfast_proto::limits::VALUE_BYTES_MAX;
+
+use super::{
+    Outcome,
+    arguments::{GetArguments, InspectArguments, OutputFormat, ScanArguments, SetArguments},
+    failure::{Failure, say},
+    json::{self, AnswerJson, DoneJson, GetJson, InspectJson, ScannedJson, SetJson},
+    output::{self, Output, safe, shown},
+};
+use crate::{Answer, Client, Done, Inspection, LastError, Page, Replica, State};
+
+pub(super) async fn get(client: &Client, arguments: GetArguments, output: &mut Output) -> Result<Outcome, Failure> {
+    let key = arguments.key.into_encoded_bytes();
+    let mut get = client.get(&key).consistency(arguments.read.consistency());
+    if let Some(token) = arguments.read.token {
+        get = get.token(token);
+    }
+    let found = get.await?;
+    let answer = &found.answer;
+    match (output.format, &answer.value) {
+        (OutputFormat::Json | OutputFormat::Jsonl, _) => {
+            let object =
+                GetJson { answer: AnswerJson::with_value(answer), replica: (&found.replica).into(), token: json::token(&found.token) };
+            output.object(&object)?;
+        }
+        (OutputFormat::Raw, Some(value)) => output.raw(value)?,
+        (OutputFormat::Table, Some(value)) => {
+            let mut fields = vec![("value", Some(output::shown_value(value)))];
+            fields.extend(answer_fields(answer, &found.replica));
+            output.fields(&fields)?;
+        }
+        (_, None) => say(&format!("miss: {}", shown(&key))),
+    }
+    Ok(if answer.is_hit() { Outcome::Ok } else { Outcome::Miss })
+}
+
+pub(super) async fn set(client: &Client, arguments: SetArguments, output: &mut Output) -> Result<Outcome, Failure> {
+    let value = value(arguments.value, arguments.literal)?;
+    let mut set = client.set(arguments.key.into_encoded_bytes(), value);
+    if let Some(ttl) = arguments.ttl {
+        set = set.ttl(ttl);
+    }
+    if let Some(at) = arguments.expires_at {
+        set = set.expires_at(at);
+    }
+    if let Some(window) = arguments.stale_while_revalidate {
+        set = set.stale_while_revalidate(window);
+    }
+    if let Some(window) = arguments.stale_if_error {
+        set = set.stale_if_error(window);
+    }
+    if let Some(content_type) = arguments.content_type {
+        set = set.content_type(content_type);
+    }
+    if let Some(version) = arguments.if_version {
+        set = set.if_version(version);
+    }
+    if arguments.if_absent {
+        set = set.if_absent();
+    }
+    let stored = arguments.tags.into_iter().fold(set, crate::Set::tag).await?;
+    match output.format {
+        OutputFormat::Json | OutputFormat::Jsonl => {
+            let (replica, token) = ((&stored.replica).into(), json::token(&stored.token));
+            output.object(&SetJson { version: stored.version, replica, token })?;
+        }
+        OutputFormat::Raw => output.line(&stored.version.to_string())?,
+        OutputFormat::Table => output.fields(&[("version", Some(stored.version.to_string()))])?,
+    }
+    Ok(Outcome::Ok)
+}
+
+pub(super) async fn delete(client: &Client, key: OsString, output: &mut Output) -> Result<Outcome, Failure> {
+    done(&client.delete(key.into_encoded_bytes()).await?, output)
+}
+
+pub(super) async fn invalidate(client: &Client, key: OsString, output: &mut Output) -> Result<Outcome, Failure> {
+    done(&client.invalidate(key.into_encoded_bytes()).await?, output)
+}
+
+pub(super) async fn inspect(client: &Client, arguments: InspectArguments, output: &mut Output) -> Result<Outcome, Failure> {
+    let key = arguments.key.into_encoded_bytes();
+    let mut inspect = client.inspect(&key).consistency(arguments.read.consistency());
+    if let Some(token) = arguments.read.token {
+        inspect = inspect.token(token);
+    }
+    let inspection = inspect.await?;
+    let miss = inspection.answer.state == State::Miss;
+    let why = inspection.why.iter().map(|why| safe(why));
+    match output.format {
+        OutputFormat::Json | OutputFormat::Jsonl => output.object(&InspectJson::from(&inspection))?,
+        _ if miss => {
+            say(&format!("miss: {}", shown(&key)));
+            why.for_each(|why| say(&why));
+        }
+        OutputFormat::Raw => {
+            for why in why {
+                output.line(&why)?;
+            }
+        }
+        OutputFormat::Table => {
+            let mut fields = answer_fields(&inspection.answer, &inspection.replica);
+            fields.extend(inspection_fields(&inspection));
+            fields.extend(why.map(|why| ("why", Some(why))));
+            output.fields(&fields)?;
+        }
+    }
+    Ok(if miss { Outcome::Miss } else { Outcome::Ok })
+}
+
+pub(super) async fn scan(client: &Client, arguments: ScanArguments, output: &mut Output) -> Result<Outcome, Failure> {
+    let ScanArguments { prefix, limit, cursor, keys_only, all, read } = arguments;
+    let mut scan = client.scan().prefix(prefix.into_encoded_bytes()).consistency(read.consistency());
+    scan = limit.into_iter().fold(scan, crate::Scan::limit);
+    scan = cursor.into_iter().fold(scan, crate::Scan::cursor);
+    scan = read.token.into_iter().fold(scan, crate::Scan::token);
+    if keys_only {
+        scan = scan.keys_only();
+    }
+    let mut page = scan.clone().await?;
+    if output.format == OutputFormat::Json {
+        output.bytes(b"{\"entries\":[\n")?;
+    }
+    let mut printed = 0;
+    loop {
+        print_page(&page, printed, keys_only, output)?;
+        printed += page.entries.len();
+        let Some(cursor) = page.next_cursor.take_if(|_| all) else { break };
+        // What is read is shown, and a reader that has gone is noticed, before more is asked for.
+        output.flush()?;
+        page = scan.clone().cursor(cursor).await?;
+    }
+    let cursor = page.next_cursor.as_deref().map(json::url_safe);
+    if output.format == OutputFormat::Json {
+        output.bytes(b"\n],\"next_cursor\":")?;
+        output.object_inline(&cursor)?;
+        output.bytes(b"}\n")?;
+    } else if let Some(cursor) = cursor {
+        output.flush()?;
+        say(&format!("more: --cursor {cursor}"));
+    }
+    Ok(Outcome::Ok)
+}
+
+/// `printed`: how many entries the pages before had.
+fn print_page(page: &Page, printed: usize, keys_only: bool, output: &mut Output) -> io::Result<()> {
+    match output.format {
+        OutputFormat::Table => print_table(page, keys_only, output),
+        OutputFormat::Json => {
+            for (index, entry) in page.entries.iter().enumerate() {
+                if printed + index > 0 {
+                    output.bytes(b",\n")?;
+                }
+                output.object_inline(&ScannedJson::new(entry, keys_only))?;
+            }
+            Ok(())
+        }
+        OutputFormat::Jsonl => page.entries.iter().try_for_each(|entry| output.object(&ScannedJson::new(entry, keys_only))),
+        // One key a line, as it is.
+        OutputFormat::Raw => page.entries.iter().try_for_each(|entry| {
+            output.bytes(&entry.key)?;
+            output.bytes(b"\n")
+        }),
+    }
+}
+
+fn print_table(page: &Page, keys_only: bool, output: &mut Output) -> io::Result<()> {
+    let row = |entry: &crate::Scanned| {
+        let answer = &entry.answer;
+        let mut row = vec![shown(&entry.key), answer.state.as_str().to_owned(), answer.version.to_string(), output::time(answer.age)];
+        if !keys_only {
+            let value = answer.value.as_deref();
+            row.extend([value.map_or_else(String::new, |value| value.len().to_string()), value.map_or_else(String::new, output::cell)]);
+        }
+        row
+    };
+    let header = ["KEY", "STATE", "VERSION", "AGE", "SIZE", "VALUE"];
+    let columns = if keys_only { 4 } else { header.len() };
+    output.table(&header[..columns], page.entries.iter().map(row))
+}
+
+fn done(done: &Done, output: &mut Output) -> Result<Outcome, Failure> {
+    match output.format {
+        OutputFormat::Json | OutputFormat::Jsonl => {
+            let (replica, token) = ((&done.replica).into(), json::token(&done.token));
+            output.object(&DoneJson { existed: done.existed, replica, token })?;
+        }
+        OutputFormat::Raw => output.line(&done.existed.to_string())?,
+        OutputFormat::Table => output.fields(&[("existed", Some(done.existed.to_string()))])?,
+    }
+    Ok(Outcome::Ok)
+}
+
+fn answer_fields(answer: &Answer, replica: &Replica) -> Vec<(&'static str, Option<String>)> {
+    vec![
+        ("state", Some(answer.state.as_str().to_owned())),
+        ("age", Some(output::time(answer.age))),
+        ("ttl", Some(output::ttl(answer.ttl))),
+        ("version", Some(answer.version.to_string())),
+        ("by", Some(served_by(replica))),
+        ("type", answer.content_type.as_deref().map(safe)),
+        ("upstream", answer.upstream.as_deref().map(safe)),
+        ("failing", answer.last_error.as_ref().map(failing)),
+        ("stored", (!answer.stored).then(|| "no: it could not be written down".to_owned())),
+    ]
+}
+
+fn inspection_fields(inspection: &Inspection) -> Vec<(&'static str, Option<String>)> {
+    let entry = inspection.entry.as_ref();
+    let tags = entry.filter(|entry| !entry.tags.is_empty()).map(|entry| safe(&entry.tags.join(", ")));
+    vec![
+        ("shard", Some(format!("{} (slot {})", inspection.shard, inspection.slot))),
+        ("now", inspection.now.map(json::instant)),
+        ("origin", entry.map(|entry| entry.origin.clone())),
+        ("size", entry.map(|entry| format!("{} bytes, {}", entry.size_bytes, if entry.in_memory { "in memory" } else { "on disk" }))),
+        ("changed", entry.map(|entry| entry.changed.to_string())),
+        ("hash", entry.map(|entry| format!("{:016x}", entry.content_hash))),
+        ("tags", tags),
+        ("fetched", entry.and_then(|entry| entry.fetched_at).map(json::instant)),
+        ("refresh", entry.and_then(|entry| entry.refresh_at).map(json::instant)),
+        ("fresh until", entry.and_then(|entry| entry.fresh_until).map(json::instant)),
+        ("stale until", entry.and_then(|entry| entry.stale_until).map(json::instant)),
+        ("expires", entry.and_then(|entry| entry.expires_at).map(json::instant)),
+        ("tombstone", inspection.tombstone_revision.map(|revision| revision.to_string())),
+        ("policy", inspection.policy.as_ref().map(|policy| safe(&policy.pattern))),
+    ]
+}
+
+fn served_by(replica: &Replica) -> String {
+    let region = if replica.region.is_empty() { String::new() } else { format!(", {}", safe(&replica.region)) };
+    let lag = replica.lag.map_or_else(|| "unknown".to_owned(), output::time);
+    format!("node {} ({}{region}), revision {}, lag {lag}", replica.node_id, replica.role.as_str(), replica.revision)
+}
+
+fn failing(error: &LastError) -> String {
+    let status = error.status.map_or_else(String::new, |status| format!(" {status}"));
+    let next = error.next_attempt.map_or_else(String::new, |at| format!(", next attempt {}", json::instant(at)));
+    format!("{}{status}, {} in a row{next}", error.class, error.count)
+}
+
+/// The value as written, from stdin (`-`) or from a file (`@FILE`).
+fn value(written: OsString, literal: bool) -> Result<Vec<u8>, Failure> {
+    let written = written.into_encoded_bytes();
+    match written.as_slice() {
+        _ if literal => Ok(written),
+        b"-" => bounded(io::stdin().lock()).map_err(|why| Failure::Input { what: "stdin".to_owned(), why }),
+        [b'@', ..] => {
+            let path = String::from_utf8(written[1..].to_vec()).map_err(|_| Failure::Usage("the file's name is not UTF-8".to_owned()))?;
+            File::open(&path).and_then(bounded).map_err(|why| Failure::Input { what: path, why })
+        }
+        _ => Ok(written),
+    }
+}
+
+/// One byte more than the largest value is enough for the client to refuse it.
+fn bounded(source: impl Read) -> io::Result<Vec<u8>> {
+    let mut value = Vec::new();
+    source.take(VALUE_BYTES_MAX as u64 + 1).read_to_end(&mut value)?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_comes_from_a_file_or_is_what_is_written() {
+        let here = concat!("@", env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert!(value(here.into(), false).unwrap().starts_with(b"[package]"));
+        assert_eq!(value(here.into(), true).unwrap(), here.as_bytes());
+        assert_eq!(value("-".into(), true).unwrap(), b"-");
+        assert_eq!(value("plain".into(), false).unwrap(), b"plain");
+        assert!(matches!(value("@/no/such/file".into(), false), Err(Failure::Input { .. })));
+    }
+
+    #[test]
+    fn reading_a_value_is_bounded() {
+        assert_eq!(bounded(io::repeat(7)).unwrap().len(), VALUE_BYTES_MAX + 1);
+    }
+}

@@ -1,0 +1,133 @@
+//! Where a read is answered: on this replica once it has seen enough, else on the leader, over one hop and never further.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::{Key, peer::ReadRequest, reason, v1};
+use holdfast_raft::{Events as _, Leader, ReadError, Replica, Seen};
+use tonic::Request;
+
+use super::{Cache, Deadline, controls::Controls};
+use crate::error::Error;
+
+/// How long a read that only the leader can answer waits for there to be one: an election and some.
+const LEADER_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks at who leads.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Whether a read may go on to the leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hop {
+    Allowed,
+    /// It came from a peer that took this node for the leader.
+    Taken,
+}
+
+/// Who answers.
+pub(super) enum Reached {
+    /// This replica, now: it has seen what the read asks for.
+    Here,
+    /// The leader has answered.
+    Leader(v1::BatchGetResponse),
+}
+
+impl Cache {
+    /// Waits until this replica may answer, or lets the leader answer `keys`. Does nothing for a read that takes what is there.
+    pub(super) async fn reach(
+        &self,
+        replica: &Arc<Replica>,
+        keys: &[Key],
+        controls: &Controls,
+        hop: Hop,
+        deadline: Deadline,
+    ) -> Result<Reached, Error> {
+        if !replica.must_catch_up() {
+            match self.wait_here(replica, controls, deadline).await {
+                Ok(()) => return Ok(Reached::Here),
+                Err(ReadError::Behind { .. }) if hop == Hop::Allowed => {}
+                Err(error) => return Err(self.sent_to_leader(replica, error.into())),
+            }
+        } else if hop == Hop::Taken {
+            return Err(Error::new(reason::NOT_READY, "this replica has not caught up since it joined"));
+        }
+        Box::pin(self.reach_leader(replica, keys, controls, deadline)).await
+    }
+
+    async fn wait_here(&self, replica: &Replica, controls: &Controls, deadline: Deadline) -> Result<(), ReadError> {
+        match &controls.seen {
+            Seen::Anything => return Ok(()),
+            Seen::Token(token) if token.revision(replica.shard()) > replica.applied().revision => self.metrics.read_waited("token"),
+            Seen::Token(_) => {}
+            Seen::Everything => self.metrics.read_waited("read_index"),
+        }
+        replica.wait_until_seen(&controls.seen, self.settings.session_wait, self.left(deadline)).await
+    }
+
+    /// This replica cannot answer: whoever leads does, unless this replica comes level before there is a leader.
+    async fn reach_leader(&self, replica: &Arc<Replica>, keys: &[Key], controls: &Controls, deadline: Deadline) -> Result<Reached, Error> {
+        let give_up = self.within(deadline, LEADER_PATIENCE);
+        loop {
+            let failed = match replica.leader().filter(|leader| !leader.is_self) {
+                Some(leader) => tokio::select! {
+                    asked = self.ask(replica, leader, keys, controls, deadline) => match asked {
+                        Ok(response) => return Ok(Reached::Leader(response)),
+                        // It does not answer: perhaps it is gone and another one comes.
+                        Err(error) if error.reason() == reason::NO_LEADER => error,
+                        Err(error) => return Err(error),
+                    },
+                    // A leader that hangs must not keep a replica from answering that has come level by itself.
+                    () = self.level(replica, controls, deadline) => return Ok(Reached::Here),
+                },
+                None => Error::no_leader(),
+            };
+            let pause = self.left(give_up).min(PAUSE);
+            if pause.is_zero() {
+                return Err(self.sent_to_leader(replica, failed));
+            }
+            if tokio::time::timeout(pause, self.level(replica, controls, deadline)).await.is_ok() {
+                return Ok(Reached::Here);
+            }
+        }
+    }
+
+    /// Resolves when this replica has seen enough; never, if it does not in time or has not caught up since it joined.
+    async fn level(&self, replica: &Replica, controls: &Controls, deadline: Deadline) {
+        let left = self.left(deadline);
+        if replica.must_catch_up() || replica.wait_until_seen(&controls.seen, left, left).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// The leader's answer to a read.
+    pub(super) async fn ask(
+        &self,
+        replica: &Replica,
+        leader: Leader,
+        keys: &[Key],
+        controls: &Controls,
+        deadline: Deadline,
+    ) -> Result<v1::BatchGetResponse, Error> {
+        let peers = self.peers()?;
+        let member = peers.member(leader.id).ok_or_else(Error::no_leader)?;
+        let left = self.left(deadline);
+        let mut request = Request::new(ReadRequest {
+            header: Some(peers.header(leader.id, replica.shard(), Some(replica.state()))),
+            keys: keys.iter().map(|key| key.as_bytes().clone()).collect(),
+            consistency: controls.consistency.into(),
+            token: controls.token.clone(),
+        });
+        request.set_timeout(left);
+        self.metrics.outgoing(request.metadata_mut());
+        self.metrics.read_waited("forwarded");
+        let mut client = peers.refresh_client(&member.peer_address);
+        let response = match tokio::time::timeout(left, client.read(request)).await {
+            Err(_) => return Err(Error::deadline()),
+            Ok(Err(status)) => return Err(Error::from_status(&status).unwrap_or_else(Error::no_leader)),
+            Ok(Ok(response)) => response.into_inner(),
+        };
+        peers.heard(replica.shard(), leader.id, response.header.as_ref());
+        match response.response {
+            Some(read) if read.results.len() == keys.len() => Ok(read),
+            _ => Err(Error::internal("the leader answered a read with nothing", "answers are missing")),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Inspect: everything known of a key and why, without side effects: no use counted, no hint given, no fetch begun.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::{
+    Key, Slot,
+    peer::{EntryRecord, TombstoneRecord},
+    timeline::{FOREVER, Millis, Phase, Timeline},
+    v1::{self, FailureClass, Origin},
+};
+use holdfast_raft::{
+    Replica,
+    state::memory::{Entry, Lookup},
+    task,
+};
+
+use super::{
+    Cache,
+    answer::{self, timestamp},
+    controls::Controls,
+};
+use crate::{error::Error, policy::Policy, refresh::is_due};
+
+/// What there is of a key, wherever it lies.
+struct Found {
+    entry: Option<Arc<Entry>>,
+    in_memory: bool,
+    tombstone: Option<TombstoneRecord>,
+}
+
+/// What `why` tells from.
+struct Known<'a> {
+    record: Option<&'a EntryRecord>,
+    tombstone: Option<&'a TombstoneRecord>,
+    policy: Option<&'a Policy>,
+    refreshing: bool,
+    now: Millis,
+}
+
+impl Cache {
+    pub async fn inspect(&self, request: v1::InspectRequest, timeout: Duration) -> Result<v1::InspectResponse, Error> {
+        let deadline = self.deadline(timeout);
+        let key = Key::new(request.key).map_err(|invalid| Error::key("key", invalid))?;
+        let controls = Controls::parse(request.consistency, request.token)?;
+        let replica = self.replica_of(&key)?;
+        self.seen_here(replica, &controls, deadline).await?;
+
+        let Found { entry, in_memory, tombstone } = find(replica, &key).await?;
+        let now = controls.now(replica);
+        let matched = self.policies.find(&key);
+        let policy = matched.as_ref().map(|matched| matched.policy);
+        let behind = self.behind(&key, true, policy);
+        let live = entry.as_deref().filter(|entry| Timeline::from(&entry.record).phase(now) != Phase::Expired);
+        let answer = live.map_or_else(|| answer::miss(behind), |entry| v1::Answer { value: None, ..answer::stored(entry, now, behind) });
+        let record = entry.as_deref().map(|entry| &entry.record);
+        let known = Known { record, tombstone: tombstone.as_ref(), policy, refreshing: behind.refreshing, now };
+        let (position, token) = self.position(&*self.peers()?, &[replica]);
+        Ok(v1::InspectResponse {
+            answer: Some(answer),
+            replica: Some(position),
+            token: token.encode(),
+            why: why(&known),
+            shard: replica.shard(),
+            slot: Slot::of(&key).0.into(),
+            now: timestamp(now),
+            entry: record.map(|record| stored_entry(record, in_memory)),
+            tombstone_revision: tombstone.map(|tombstone| tombstone.revision),
+            policy: matched.as_ref().map(|matched| v1::MatchedPolicy {
+                r#match: matched.policy.pattern.as_str().to_owned(),
+                captures: matched.captures.as_slice().iter().map(|capture| String::from_utf8_lossy(capture).into_owned()).collect(),
+                upstream: matched.policy.upstream.to_string(),
+            }),
+        })
+    }
+}
+
+/// Looks without touching: what is read from disk stays there.
+async fn find(replica: &Replica, key: &Key) -> Result<Found, Error> {
+    let peeked = replica.state().peek(key);
+    let (state, key) = (replica.state().clone(), key.clone());
+    let read = task::blocking(move || {
+        let tombstone = state.tombstone(&key)?;
+        let (entry, in_memory) = match peeked {
+            Lookup::Found(entry) => (Some(entry), true),
+            Lookup::Absent => (None, false),
+            // A scan of this one key: it brings nothing into memory.
+            Lookup::Unknown(_) => {
+                let first = state.scan(&key, &key, 1)?.pop();
+                (first.filter(|(found, _)| *found == key).map(|(_, entry)| Arc::new(entry)), false)
+            }
+        };
+        std::io::Result::Ok(Found { entry, in_memory, tombstone })
+    });
+    read.await.map_err(|ended| Error::internal("a disk read was cut off", ended))?.map_err(|error| Error::disk(&error))
+}
+
+fn stored_entry(record: &EntryRecord, in_memory: bool) -> v1::StoredEntry {
+    let timeline = Timeline::from(record);
+    v1::StoredEntry {
+        version: record.version,
+        changed: record.changed,
+        origin: record.origin,
+        size_bytes: record.size_bytes,
+        tags: record.tags.clone(),
+        fetched_at: timestamp(timeline.fetched_at),
+        refresh_at: timestamp(timeline.refresh_at),
+        fresh_until: timestamp(timeline.fresh_until),
+        stale_until: timestamp(timeline.stale_until()),
+        expires_at: timestamp(timeline.expires_at()),
+        content_hash: record.content_hash,
+        in_memory,
+    }
+}
+
+/// In words for people, the most telling first.
+fn why(known: &Known<'_>) -> Vec<String> {
+    let mut why = Vec::new();
+    match known.record {
+        Some(record) => {
+            let timeline = Timeline::from(record);
+            why.push(phase(&timeline, known.now));
+            why.push(origin(record, known.policy.is_some()).to_owned());
+            if known.policy.is_some() && timeline.phase(known.now) != Phase::Expired {
+                why.push(refresh(record, known.now));
+            }
+            why.extend(record.failure.as_ref().map(|failure| {
+                let class = class_name(failure.class());
+                let status = if failure.status == 0 { String::new() } else { format!(" {}", failure.status) };
+                let next = until(known.now, failure.next_attempt_ms);
+                format!("the last {} fetches failed, most lately with {class}{status}; the next attempt is due {next}", failure.count)
+            }));
+        }
+        None => why.push("nothing is stored".into()),
+    }
+    if let Some(tombstone) = known.tombstone {
+        let kept = until(known.now, tombstone.expires_at_ms);
+        why.push(format!(
+            "it was deleted or invalidated at revision {}; no fetch from before may bring it back (kept until {kept})",
+            tombstone.revision
+        ));
+    }
+    why.push(match (known.policy, known.refreshing) {
+        (Some(policy), false) => format!("policy `{}` takes it from upstream `{}`", policy.pattern.as_str(), policy.upstream),
+        (Some(policy), true) => format!("policy `{}`: a fetch from upstream `{}` is under way", policy.pattern.as_str(), policy.upstream),
+        (None, _) => "no policy matches: it changes only by clients".into(),
+    });
+    why
+}
+
+fn phase(timeline: &Timeline, now: Millis) -> String {
+    match timeline.phase(now) {
+        Phase::Fresh if timeline.fresh_until == FOREVER => "fresh for ever".into(),
+        Phase::Fresh => format!("fresh, until {}", until(now, timeline.fresh_until)),
+        Phase::Stale => format!("stale, served until {}", until(now, timeline.stale_until())),
+        Phase::StaleOnError => {
+            format!("past stale_while_revalidate, served if the upstream fails, until {}", until(now, timeline.expires_at()))
+        }
+        Phase::Expired => "expired: served no more, and removed at the next sweep".into(),
+    }
+}
+
+fn refresh(record: &EntryRecord, now: Millis) -> String {
+    match is_due(record, now) {
+        true => "past its refresh point: the next read lets the leader refresh it".into(),
+        false if record.origin() == Origin::Plain => "never refreshed by itself".into(),
+        false if record.refresh_at_ms == FOREVER => {
+            format!("not refreshed ahead: due once it is stale, {}", until(now, record.fresh_until_ms))
+        }
+        false => format!("a refresh is due {}", until(now, record.refresh_at_ms)),
+    }
+}
+
+fn origin(record: &EntryRecord, has_upstream: bool) -> &'static str {
+    match (record.origin(), has_upstream) {
+        (Origin::Fetched, _) => "the value is from the upstream",
+        (Origin::Set, _) => "a client set the value; its upstream refreshes it in time",
+        (Origin::Plain, true) => "a client set the value before the key had an upstream",
+        (Origin::Plain | Origin::Unspecified, _) => "a client set the value",
+    }
+}
+
+fn class_name(class: FailureClass) -> &'static str {
+    let name = class.as_str_name();
+    name.strip_prefix("FAILURE_CLASS_").unwrap_or(name)
+}
+
+fn until(now: Millis, instant: Millis) -> String {
+    match instant {
+        FOREVER => "for ever".into(),
+        instant if instant <= now => "now".into(),
+        instant => format!("in {}", humantime::format_duration(Duration::from_millis(instant - now))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use holdfast_proto::peer::FailureRecord;
+
+    use super::*;
+
+    fn told(record: Option<&EntryRecord>, now: Millis) -> Vec<String> {
+        why(&Known { record, tombstone: None, policy: None, refreshing: false, now })
+    }
+
+    #[test]
+    fn what_is_stored_is_explained_by_its_phase() {
+        let record = EntryRecord {
+            fetched_at_ms: 1_000,
+            refresh_at_ms: 1_800,
+            fresh_until_ms: 2_000,
+            stale_while_revalidate_ms: 1_000,
+            stale_if_error_ms: 3_000,
+            origin: Origin::Fetched.into(),
+            ..Default::default()
+        };
+        assert_eq!(told(Some(&record), 1_500)[0], "fresh, until in 500ms");
+        assert_eq!(told(Some(&record), 2_500)[0], "stale, served until in 500ms");
+        assert!(told(Some(&record), 3_500)[0].starts_with("past stale_while_revalidate"));
+        assert!(told(Some(&record), 5_000)[0].starts_with("expired"));
+        let plain = EntryRecord { fresh_until_ms: FOREVER, refresh_at_ms: FOREVER, origin: Origin::Plain.into(), ..Default::default() };
+        assert_eq!(told(Some(&plain), 1), ["fresh for ever", "a client set the value", "no policy matches: it changes only by clients"]);
+    }
+
+    #[test]
+    fn a_failure_and_a_tombstone_are_told() {
+        let failure = FailureRecord { class: FailureClass::Status.into(), status: 503, count: 4, at_ms: 1, next_attempt_ms: 3_000 };
+        let record = EntryRecord { fresh_until_ms: 2_000, failure: Some(failure), ..Default::default() };
+        let lines = told(Some(&record), 1_000);
+        assert!(
+            lines.contains(&"the last 4 fetches failed, most lately with STATUS 503; the next attempt is due in 2s".to_owned()),
+            "{lines:?}"
+        );
+
+        let tombstone = TombstoneRecord { revision: 12, expires_at_ms: 601_000 };
+        let lines = why(&Known { record: None, tombstone: Some(&tombstone), policy: None, refreshing: false, now: 1_000 });
+        assert_eq!(lines[0], "nothing is stored");
+        assert!(lines[1].contains("at revision 12") && lines[1].contains("in 10m"), "{lines:?}");
+    }
+
+    #[test]
+    fn an_entry_is_told_with_all_its_instants() {
+        let record = EntryRecord {
+            version: 3,
+            changed: 5,
+            fetched_at_ms: 1_000,
+            refresh_at_ms: FOREVER,
+            fresh_until_ms: 2_000,
+            stale_if_error_ms: 1_000,
+            ..Default::default()
+        };
+        let entry = stored_entry(&record, true);
+        assert_eq!((entry.version, entry.changed, entry.in_memory), (3, 5, true));
+        assert_eq!(entry.refresh_at, None);
+        assert_eq!((entry.stale_until, entry.expires_at), (timestamp(2_000), timestamp(3_000)));
+    }
+}

@@ -1,0 +1,126 @@
+//! The rules of reading and writing that all doors share, one file per verb.
+//!
+//! ```text
+//! door ─► cache ─► raft (state, proposals)          every request
+//!               └► refresh ─► upstream              a miss, or a stale value past its window
+//! ```
+//! Promises DESIGN §4 "Read" and §5: a request is checked once, here, before anything happens; a read of a value inside its
+//! stale window waits for memory only, or for one disk read; every answer says what it is and who gave it; every failed
+//! mutation says whether it was applied. Must never know HTTP, gRPC transports, log entries, or how a value is fetched.
+
+mod answer;
+mod batch;
+mod controls;
+mod delete;
+mod forward;
+mod get;
+mod inspect;
+mod invalidate;
+mod read;
+mod scan;
+mod set;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::{Key, Token, v1};
+use holdfast_raft::{Clock, Peers, Replica, Replicas};
+
+use crate::{error::Error, metrics::Metrics, policy::Policies, refresh::Refresher};
+
+pub use self::{scan::ScanStream, write::Acknowledged};
+
+/// Kept back from a caller's time, so that an answer arrives before the caller gives up: an eighth, and at most this.
+const ANSWER_TIME_MAX: Duration = Duration::from_millis(50);
+
+/// How long a request may take whose caller waits so long.
+pub fn answered_within(given: Duration) -> Duration {
+    given.saturating_sub((given / 8).min(ANSWER_TIME_MAX))
+}
+
+/// What an operator may choose about reading and writing.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// How long a replica waits for what a session has seen before it asks the leader.
+    pub session_wait: Duration,
+}
+
+/// The cache as its doors see it. One per node.
+pub struct Cache {
+    replicas: Arc<Replicas>,
+    policies: Arc<Policies>,
+    refresher: Arc<Refresher>,
+    settings: Settings,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+}
+
+/// When the caller stops waiting, by this node's monotonic clock.
+#[derive(Debug, Clone, Copy)]
+struct Deadline(Duration);
+
+impl Cache {
+    pub fn new(
+        replicas: Arc<Replicas>,
+        policies: Arc<Policies>,
+        refresher: Arc<Refresher>,
+        settings: Settings,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+    ) -> Arc<Self> {
+        Arc::new(Self { replicas, policies, refresher, settings, metrics, clock })
+    }
+
+    fn deadline(&self, timeout: Duration) -> Deadline {
+        Deadline(self.clock.monotonic().saturating_add(timeout))
+    }
+
+    fn left(&self, deadline: Deadline) -> Duration {
+        deadline.0.saturating_sub(self.clock.monotonic())
+    }
+
+    /// The sooner of a deadline and so much from now.
+    fn within(&self, deadline: Deadline, patience: Duration) -> Deadline {
+        Deadline(deadline.0.min(self.deadline(patience).0))
+    }
+
+    fn peers(&self) -> Result<Arc<Peers>, Error> {
+        self.replicas.peers().ok_or_else(Error::not_ready)
+    }
+
+    fn replica_of(&self, key: &Key) -> Result<&Arc<Replica>, Error> {
+        self.replicas.of_key(key).ok_or_else(Error::not_ready)
+    }
+
+    /// The client address of the node that leads, if it is another one.
+    fn leader_elsewhere(&self, replica: &Replica) -> Option<String> {
+        let leader = replica.leader().filter(|leader| !leader.is_self)?;
+        self.replicas.peers()?.member(leader.id).map(|member| member.client_address)
+    }
+
+    /// Where an error of one shard sends its caller.
+    fn sent_to_leader(&self, replica: &Replica, error: Error) -> Error {
+        match error.code() {
+            tonic::Code::Unavailable => error.with_leader(self.leader_elsewhere(replica)),
+            _ => error,
+        }
+    }
+
+    /// Who answers, and what the answer reflects. Call after the look-ups: then it claims no less than they showed.
+    fn position(&self, peers: &Peers, replicas: &[&Replica]) -> (v1::Replica, Token) {
+        let identity = peers.identity();
+        let mut token = Token::new(identity.epoch);
+        for replica in replicas {
+            token.see(replica.shard(), replica.state().visible());
+        }
+        let lag = replicas.iter().map(|replica| replica.lag()).try_fold(Duration::ZERO, |most, lag| Some(most.max(lag?)));
+        let replica = v1::Replica {
+            node_id: identity.node_id,
+            region: self.replicas.options().region.clone(),
+            role: replicas.first().map_or(v1::Role::Unspecified, |replica| replica.role()).into(),
+            revision: replicas.iter().map(|replica| token.revision(replica.shard())).min().unwrap_or(0),
+            replica_lag_ms: lag.map(|lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),
+        };
+        (replica, token)
+    }
+}

@@ -1,0 +1,280 @@
+//! From what is stored to what is answered: the steps of DESIGN §4, "Read".
+//!
+//! ```text
+//! nothing, or expired   no upstream: MISS
+//!                       upstream:    wait for the cluster's fetch, hard_timeout at most
+//! FRESH, STALE          answer; past the refresh point say so to the refresher
+//! past that             upstream known to fail, no leader: answer; else wait for the fetch, soft_timeout at most, then answer
+//! ```
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::{
+    Key, Revision,
+    peer::EntryRecord,
+    reason,
+    timeline::{Millis, Phase, Timeline},
+    v1::{self, FailureClass},
+};
+use holdfast_raft::{
+    ReadError, Replica,
+    state::memory::{Entry, Lookup},
+    task,
+};
+
+use super::{Cache, Deadline, answer, answer::Behind, controls::Controls, forward::Hop};
+use crate::{
+    error::{Error, UpstreamFailure},
+    policy::Policy,
+    refresh::{Landed, NoValue, is_due},
+};
+
+/// Fetches one read waits for, if what they bring is deleted or expired again before it can be looked up.
+const FETCHES_MAX: usize = 3;
+
+/// One key asked for, at a replica that has seen enough.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub(super) key: &'a Key,
+    pub(super) replica: &'a Arc<Replica>,
+    pub(super) controls: &'a Controls,
+    pub(super) hop: Hop,
+    pub(super) deadline: Deadline,
+}
+
+/// One key's answer, and whose it is.
+pub(super) enum Settled {
+    Here(v1::Answer),
+    /// This replica lagged behind a value that the cluster has: the leader answered.
+    Leader(v1::BatchGetResponse),
+}
+
+impl Cache {
+    /// What this replica has of a key: from memory, or by one disk read if memory cannot know.
+    pub(super) async fn look_up(&self, replica: &Replica, key: &Key) -> Result<Option<Arc<Entry>>, Error> {
+        match replica.state().lookup(key) {
+            Lookup::Found(entry) => Ok(Some(entry)),
+            Lookup::Absent => Ok(None),
+            Lookup::Unknown(_) => {
+                let (state, key) = (replica.state().clone(), key.clone());
+                let read = task::blocking(move || state.get(&key)).await;
+                read.map_err(|ended| Error::internal("a disk read was cut off", ended))?.map_err(|error| Error::disk(&error))
+            }
+        }
+    }
+
+    /// Turns what was looked up into an answer, waiting only where DESIGN says so.
+    pub(super) async fn settle(&self, asked: Asked<'_>, entry: Option<Arc<Entry>>) -> Result<Settled, Error> {
+        let now = asked.controls.now(asked.replica);
+        let policy = self.policy_of(asked.key);
+        match (&entry, policy) {
+            (Some(entry), policy) => match (Timeline::from(&entry.record).phase(now), policy) {
+                (Phase::Fresh | Phase::Stale, policy) => Ok(Settled::Here(self.serve(asked.key, entry, now, policy))),
+                (Phase::StaleOnError, Some(policy)) if !self.should_not_wait(asked.key, &entry.record, policy) => {
+                    Box::pin(self.wait_softly(asked, entry.clone(), policy)).await
+                }
+                (Phase::StaleOnError, policy) => Ok(Settled::Here(self.serve(asked.key, entry, now, policy))),
+                (Phase::Expired, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
+                (Phase::Expired, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
+            },
+            (None, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
+            (None, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
+        }
+    }
+
+    pub(super) fn policy_of(&self, key: &Key) -> Option<&Policy> {
+        self.policies.of(key)
+    }
+
+    /// What the refresher knows of a key whose refresh point has passed or not.
+    pub(super) fn behind<'p>(&self, key: &Key, due: bool, policy: Option<&'p Policy>) -> Behind<'p> {
+        match policy {
+            Some(policy) => Behind { upstream: &policy.upstream, refreshing: due && self.refresher.is_refreshing(key) },
+            None => Behind::default(),
+        }
+    }
+
+    /// Answers with what is stored, and lets the refresher know of the read.
+    fn serve(&self, key: &Key, entry: &Entry, now: Millis, policy: Option<&Policy>) -> v1::Answer {
+        let due = is_due(&entry.record, now);
+        if policy.is_some() {
+            self.refresher.note_read(key, due);
+        }
+        answer::stored(entry, now, self.behind(key, due, policy))
+    }
+
+    fn should_not_wait(&self, key: &Key, record: &EntryRecord, policy: &Policy) -> bool {
+        policy.soft_timeout.is_zero() || self.refresher.should_not_wait(key, record, policy.soft_timeout)
+    }
+
+    /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in time, else the one there is.
+    async fn wait_softly(&self, asked: Asked<'_>, old: Arc<Entry>, policy: &Policy) -> Result<Settled, Error> {
+        self.metrics.read_waited("soft_timeout");
+        let patience = self.within(asked.deadline, policy.soft_timeout);
+        match self.refresher.fetch(asked.key, self.left(patience)).await {
+            Ok(Landed::Unstored { value, content_type }) => {
+                self.refresher.note_read(asked.key, true);
+                return Ok(Settled::Here(answer::unstored(value, content_type, &policy.upstream)));
+            }
+            Ok(Landed::Committed { revision }) => {
+                // Late here: the old value is still within its window.
+                let _ = asked.replica.wait_for_revision(revision, self.left(patience)).await;
+            }
+            Err(_) => {}
+        }
+        match self.look_up(asked.replica, asked.key).await {
+            Ok(Some(entry)) => {
+                let now = asked.controls.now(asked.replica);
+                match Timeline::from(&entry.record).phase(now) {
+                    // It ran out in these milliseconds; it was being served when the reader came.
+                    Phase::Expired if entry.record.changed == old.record.changed => {
+                        Ok(Settled::Here(self.serve(asked.key, &old, now, Some(policy))))
+                    }
+                    Phase::Expired => self.fetch(asked, policy).await,
+                    _ => Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy)))),
+                }
+            }
+            Ok(None) => self.fetch(asked, policy).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A miss: waits for the flight that the whole cluster shares. The fetch goes on and lands whether somebody waits or not.
+    async fn fetch(&self, asked: Asked<'_>, policy: &Policy) -> Result<Settled, Error> {
+        self.metrics.read_waited("miss");
+        let patience = self.within(asked.deadline, policy.hard_timeout);
+        for _ in 0..FETCHES_MAX {
+            let revision = match self.refresher.fetch(asked.key, self.left(patience)).await {
+                Ok(Landed::Committed { revision }) => revision,
+                Ok(Landed::Unstored { value, content_type }) => {
+                    self.refresher.note_read(asked.key, false);
+                    return Ok(Settled::Here(answer::unstored(value, content_type, &policy.upstream)));
+                }
+                Err(why) => {
+                    // Whose time it was that ran out, if one did.
+                    let hurried = patience.0 == asked.deadline.0;
+                    return self.without_fetch(asked, policy, why, hurried).await;
+                }
+            };
+            if let Some(settled) = self.catch_up_with(asked, revision, patience).await? {
+                return Ok(settled);
+            }
+            let entry = self.look_up(asked.replica, asked.key).await?;
+            let now = asked.controls.now(asked.replica);
+            if let Some(entry) = entry.filter(|entry| landed(&entry.record, revision, now)) {
+                return Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy))));
+            }
+        }
+        Ok(Settled::Here(answer::miss(self.behind(asked.key, true, Some(policy)))))
+    }
+
+    /// The fetch is committed; this replica may not have it yet. One that lags lets the leader answer.
+    async fn catch_up_with(&self, asked: Asked<'_>, revision: Revision, patience: Deadline) -> Result<Option<Settled>, Error> {
+        let briefly = self.left(self.within(patience, self.settings.session_wait));
+        if asked.replica.wait_for_revision(revision, briefly).await.is_ok() {
+            return Ok(None);
+        }
+        let rest = asked.replica.wait_for_revision(revision, self.left(asked.deadline));
+        let leader = asked.replica.leader().filter(|leader| !leader.is_self && asked.hop == Hop::Allowed);
+        let reached = match leader {
+            None => rest.await,
+            Some(leader) => {
+                let (key, deadline) = (std::slice::from_ref(asked.key), asked.deadline);
+                tokio::pin!(rest);
+                tokio::select! {
+                    Ok(response) = self.ask(asked.replica, leader, key, asked.controls, deadline) => {
+                        return Ok(Some(Settled::Leader(response)));
+                    }
+                    reached = &mut rest => reached,
+                    else => Err(ReadError::NoLeader),
+                }
+            }
+        };
+        match reached {
+            Ok(()) => Ok(None),
+            Err(error) => Err(self.sent_to_leader(asked.replica, error.into())),
+        }
+    }
+
+    /// No fetch landed. A client's Set may have come meanwhile; else the reader learns why there is nothing.
+    async fn without_fetch(&self, asked: Asked<'_>, policy: &Policy, why: NoValue, hurried: bool) -> Result<Settled, Error> {
+        if let Some(entry) = self.look_up(asked.replica, asked.key).await? {
+            let now = asked.controls.now(asked.replica);
+            if Timeline::from(&entry.record).phase(now) != Phase::Expired {
+                return Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy))));
+            }
+        }
+        let error = no_value(why, &policy.upstream, asked.replica.now(), hurried);
+        Err(self.sent_to_leader(asked.replica, error))
+    }
+}
+
+/// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched since, however short its life.
+fn landed(record: &EntryRecord, revision: Revision, now: Millis) -> bool {
+    let servable = Timeline::from(record).phase(now) != Phase::Expired;
+    servable || (record.version >= revision && record.changed == record.version)
+}
+
+/// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may take.
+fn no_value(why: NoValue, upstream: &str, now: Millis, hurried: bool) -> Error {
+    let failed = |class, status, next_attempt| Error::upstream_failed(UpstreamFailure { upstream, class, status, next_attempt });
+    let overloaded = || {
+        let message = format!("too many fetches from upstream `{upstream}` are in flight or waiting");
+        Error::new(reason::OVERLOADED, message).with(reason::UPSTREAM, upstream)
+    };
+    match why {
+        NoValue::Failed(failure) if failure.class == FailureClass::Overloaded => overloaded(),
+        NoValue::Failed(failure) => {
+            let next_attempt = Duration::from_millis(failure.next_attempt_ms.saturating_sub(now));
+            failed(failure.class, failure.status, Some(next_attempt))
+        }
+        NoValue::Overloaded => overloaded(),
+        NoValue::NoLeader => Error::no_leader().with(reason::UPSTREAM, upstream),
+        NoValue::Deadline if hurried => Error::deadline().with(reason::UPSTREAM, upstream),
+        NoValue::Deadline => failed(FailureClass::Timeout, 0, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+    use crate::refresh::Failure;
+
+    fn record(version: u64, changed: u64, fresh_until_ms: Millis) -> EntryRecord {
+        EntryRecord { version, changed, fresh_until_ms, ..Default::default() }
+    }
+
+    #[test]
+    fn a_waiter_gets_what_its_fetch_brought_even_if_that_expired_at_once() {
+        assert!(landed(&record(5, 5, 2_000), 5, 1_000));
+        assert!(landed(&record(5, 5, 2_000), 5, 2_000), "expired, but its own");
+        assert!(landed(&record(6, 6, 2_000), 5, 2_000), "a newer one");
+        assert!(!landed(&record(4, 4, 2_000), 5, 2_000), "from before");
+        assert!(!landed(&record(5, 6, 2_000), 5, 2_000), "invalidated since");
+    }
+
+    fn told(why: NoValue) -> Error {
+        no_value(why, "profiles", 10_000, false)
+    }
+
+    #[test]
+    fn without_a_value_the_reader_learns_why() {
+        let failure = |class| Failure { class, status: 0, count: 1, at_ms: 9_000, next_attempt_ms: 12_500 };
+        let failed = told(NoValue::Failed(failure(FailureClass::Connect)));
+        assert_eq!((failed.code(), failed.reason()), (Code::Unavailable, reason::UPSTREAM_FAILED));
+        assert_eq!((failed.metadata(reason::UPSTREAM), failed.metadata(reason::CLASS)), (Some("profiles"), Some("CONNECT")));
+
+        assert_eq!(told(NoValue::Failed(failure(FailureClass::Overloaded))).code(), Code::ResourceExhausted);
+        assert_eq!(told(NoValue::Overloaded).code(), Code::ResourceExhausted);
+        assert_eq!(told(NoValue::NoLeader).reason(), reason::NO_LEADER);
+    }
+
+    #[test]
+    fn who_ran_out_of_time_decides_what_is_said() {
+        let hard_timeout = told(NoValue::Deadline);
+        assert_eq!((hard_timeout.code(), hard_timeout.metadata(reason::CLASS)), (Code::Unavailable, Some("TIMEOUT")));
+        assert_eq!(no_value(NoValue::Deadline, "profiles", 10_000, true).code(), Code::DeadlineExceeded);
+    }
+}

@@ -1,0 +1,30 @@
+//! The server: listeners, rules, refresh, upstreams, telemetry.
+//!
+//! ```text
+//! main ─► cli ─► node (composition root) ─► serve, layers ─► grpc ─► cache ─► refresh ─► upstream
+//!          └► dev (many nodes)               └► ready, admin          └──────────┴─► raft
+//! ```
+
+pub mod cache;
+pub mod config;
+pub mod dev;
+pub mod error;
+pub mod glob;
+pub mod grpc;
+pub mod layers;
+pub mod metrics;
+pub mod node;
+pub mod policy;
+pub mod ready;
+pub mod refresh;
+pub mod secret;
+pub mod serve;
+pub mod telemetry;
+pub mod upstream;
+
+mod admin;
+mod cli;
+mod resources;
+
+pub use cli::main;
+pub use node::{Node, StartError};

@@ -1,0 +1,374 @@
+//! What a node counts, for `/metrics`: a method per event, named after what happened.
+//!
+//! Promises that every label has a bounded set of values, whatever clients send, and that counting never blocks for longer
+//! than another thread counts. One per node, with its own registry: many nodes share a test process. Must never know a key,
+//! a value or a credential (P8).
+
+mod scrape;
+
+use std::{cell::Cell, time::Duration};
+
+use holdfast_proto::ShardId;
+use holdfast_raft::Events;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::Counter,
+        family::{Family, MetricConstructor},
+        histogram::Histogram,
+    },
+    registry::{Registry, Unit},
+};
+use tonic::{Code, metadata::MetadataMap};
+
+pub use self::scrape::Seen;
+
+/// What a scrape answers with.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The methods that have a label of their own; all others are `other`. Held against the descriptors by a test.
+const METHODS: [&str; 14] = [
+    "AddMember",
+    "BatchGet",
+    "Delete",
+    "Get",
+    "Inspect",
+    "Invalidate",
+    "Promote",
+    "Remove",
+    "Scan",
+    "Set",
+    "Status",
+    "TransferLeader",
+    "health",
+    "reflection",
+];
+const STATES: [&str; 7] = ["FRESH", "STALE", "STALE_ON_ERROR", "NEGATIVE", "PLACEHOLDER", "MISS", "ERROR"];
+
+/// From a look-up in memory to the longest deadline.
+const REQUEST_SECONDS: [f64; 16] =
+    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+/// From a write cache that lies to a disk that makes the node leave its peers.
+const SYNC_SECONDS: [f64; 13] = [0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.512, 2.0];
+/// From a neighbour to the longest fetch timeout.
+const UPSTREAM_SECONDS: [f64; 13] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 300.0];
+
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    request_duration: Family<MethodLabel, Histogram, Buckets>,
+    reads_waited: Family<WhyLabel, Counter>,
+    flights_started: Family<UpstreamLabel, Counter>,
+    flights_joined: Family<UpstreamLabel, Counter>,
+    flights_refused: Family<UpstreamLabel, Counter>,
+    upstream_calls: Family<CallLabels, Counter>,
+    upstream_call_duration: Family<UpstreamLabel, Histogram, Buckets>,
+    commits: Family<OutcomeLabel, Counter>,
+    log_sync_duration: Histogram,
+    leader_changes: Family<ShardLabel, Counter>,
+    snapshots_sent: Family<ShardLabel, Counter>,
+    snapshot_bytes_sent: Family<ShardLabel, Counter>,
+    snapshots_installed: Family<ShardLabel, Counter>,
+    snapshot_bytes_installed: Family<ShardLabel, Counter>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    method: &'static str,
+    state: &'static str,
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MethodLabel {
+    method: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WhyLabel {
+    why: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UpstreamLabel {
+    upstream: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CallLabels {
+    upstream: String,
+    code: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShardLabel {
+    shard: ShardId,
+}
+
+/// Makes the histograms of a family.
+#[derive(Debug, Clone)]
+struct Buckets(&'static [f64]);
+
+tokio::task_local! {
+    /// Whether the request of this task has been counted, so that what ends early is counted too, and nothing twice.
+    static COUNTED: Cell<bool>;
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("holdfast"),
+            requests: Family::default(),
+            request_duration: Family::new_with_constructor(Buckets(&REQUEST_SECONDS)),
+            reads_waited: Family::default(),
+            flights_started: Family::default(),
+            flights_joined: Family::default(),
+            flights_refused: Family::default(),
+            upstream_calls: Family::default(),
+            upstream_call_duration: Family::new_with_constructor(Buckets(&UPSTREAM_SECONDS)),
+            commits: Family::default(),
+            log_sync_duration: Buckets(&SYNC_SECONDS).new_metric(),
+            leader_changes: Family::default(),
+            snapshots_sent: Family::default(),
+            snapshot_bytes_sent: Family::default(),
+            snapshots_installed: Family::default(),
+            snapshot_bytes_installed: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+
+    /// Once per request, when it has ended. `method` is its last segment or its whole path; `state` is `""` where an answer
+    /// has none, and `ERROR` where a handler had no answer.
+    pub fn request(&self, method: &str, state: &str, code: Code, took: Duration) {
+        let _ = COUNTED.try_with(|counted| counted.set(true));
+        let method = known_method(method);
+        let state = STATES.into_iter().find(|known| *known == state).unwrap_or("");
+        self.requests.get_or_create(&RequestLabels { method, state, code: code_name(code) }).inc();
+        self.request_duration.get_or_create(&MethodLabel { method }).observe(took.as_secs_f64());
+    }
+
+    /// `why` is `token`, `read_index`, `miss`, `soft_timeout` or `forwarded`.
+    pub fn read_waited(&self, why: &'static str) {
+        self.reads_waited.get_or_create(&WhyLabel { why }).inc();
+    }
+
+    pub fn flight_started(&self, upstream: &str) {
+        self.flights_started.get_or_create(&UpstreamLabel::of(upstream)).inc();
+    }
+
+    pub fn flight_joined(&self, upstream: &str) {
+        self.flights_joined.get_or_create(&UpstreamLabel::of(upstream)).inc();
+    }
+
+    pub fn flight_refused(&self, upstream: &str) {
+        self.flights_refused.get_or_create(&UpstreamLabel::of(upstream)).inc();
+    }
+
+    /// `code` is the HTTP status, or a failure class in lower case; any other text is `other`.
+    pub fn upstream_called(&self, upstream: &str, code: &str, took: Duration) {
+        let code = if is_bounded_code(code) { code } else { "other" };
+        self.upstream_calls.get_or_create(&CallLabels { upstream: upstream.into(), code: code.into() }).inc();
+        self.upstream_call_duration.get_or_create(&UpstreamLabel::of(upstream)).observe(took.as_secs_f64());
+    }
+
+    /// What a flight's commit came to: `stored`, `fenced`, `failed` or `unstored`.
+    pub fn commit(&self, outcome: &'static str) {
+        self.commits.get_or_create(&OutcomeLabel { outcome }).inc();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn requests_counted(&self, method: &'static str, state: &'static str, code: Code) -> u64 {
+        self.requests.get_or_create(&RequestLabels { method, state, code: code_name(code) }).get()
+    }
+
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register("requests", "Requests by method, state of the answer and gRPC code", self.requests.clone());
+        registry.register_with_unit("request_duration", "Time of a request", Unit::Seconds, self.request_duration.clone());
+        registry.register("reads_waited", "Reads that waited for more than memory, by why", self.reads_waited.clone());
+        registry.register("flights_started", "Fetches started", self.flights_started.clone());
+        registry.register("flights_joined", "Readers that joined a fetch under way", self.flights_joined.clone());
+        registry.register("flights_refused", "Fetches refused because too many wait", self.flights_refused.clone());
+        registry.register("upstream_calls", "Calls to upstreams by status or failure class", self.upstream_calls.clone());
+        let calls = self.upstream_call_duration.clone();
+        registry.register_with_unit("upstream_call_duration", "Time of a call to an upstream", Unit::Seconds, calls);
+        registry.register("commits", "Fetched values by what their commit came to", self.commits.clone());
+        let syncs = self.log_sync_duration.clone();
+        registry.register_with_unit("log_sync_duration", "Time of one sync of the log, of however many writes", Unit::Seconds, syncs);
+        registry.register("leader_changes", "Leaders that this node did not follow before", self.leader_changes.clone());
+        registry.register("snapshots_sent", "Snapshots sent to followers", self.snapshots_sent.clone());
+        registry.register("snapshots_installed", "Snapshots installed from a leader", self.snapshots_installed.clone());
+        let (sent, installed) = (self.snapshot_bytes_sent.clone(), self.snapshot_bytes_installed.clone());
+        registry.register_with_unit("snapshot_sent", "Bytes of snapshots sent to followers", Unit::Bytes, sent);
+        registry.register_with_unit("snapshot_installed", "Bytes of snapshots installed from a leader", Unit::Bytes, installed);
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Events for Metrics {
+    fn log_synced(&self, took: Duration) {
+        self.log_sync_duration.observe(took.as_secs_f64());
+    }
+
+    fn leader_changed(&self, shard: ShardId) {
+        self.leader_changes.get_or_create(&ShardLabel { shard }).inc();
+    }
+
+    fn snapshot_sent(&self, shard: ShardId, bytes: u64) {
+        self.snapshots_sent.get_or_create(&ShardLabel { shard }).inc();
+        self.snapshot_bytes_sent.get_or_create(&ShardLabel { shard }).inc_by(bytes);
+    }
+
+    fn snapshot_installed(&self, shard: ShardId, bytes: u64) {
+        self.snapshots_installed.get_or_create(&ShardLabel { shard }).inc();
+        self.snapshot_bytes_installed.get_or_create(&ShardLabel { shard }).inc_by(bytes);
+    }
+
+    fn outgoing(&self, metadata: &mut MetadataMap) {
+        crate::telemetry::outgoing(metadata);
+    }
+}
+
+impl UpstreamLabel {
+    fn of(upstream: &str) -> Self {
+        Self { upstream: upstream.into() }
+    }
+}
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+/// Runs the work of one request, which may call `Metrics::request`, and says whether it did.
+pub(crate) async fn counting<T>(work: impl Future<Output = T>) -> (T, bool) {
+    let counted = COUNTED.scope(Cell::new(false), async {
+        let output = work.await;
+        (output, COUNTED.with(Cell::get))
+    });
+    counted.await
+}
+
+fn known_method(method: &str) -> &'static str {
+    let service = method.trim_start_matches('/').split('/').next().unwrap_or_default();
+    let name = match service {
+        "grpc.health.v1.Health" => "health",
+        "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => "reflection",
+        _ => method.rsplit('/').next().unwrap_or_default(),
+    };
+    METHODS.into_iter().find(|known| *known == name).unwrap_or("other")
+}
+
+/// A status or a lower-case word: what no upstream can make many of.
+fn is_bounded_code(code: &str) -> bool {
+    let is_status = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_digit());
+    let class = format!("FAILURE_CLASS_{}", code.to_ascii_uppercase());
+    is_status || code == "ok" || holdfast_proto::v1::FailureClass::from_str_name(&class).is_some()
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::Message as _;
+
+    use super::*;
+
+    fn text(metrics: &Metrics) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &metrics.registry).unwrap();
+        text
+    }
+
+    #[test]
+    fn every_public_method_has_its_own_label() {
+        let files = prost_types::FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS).unwrap().file;
+        let public = files.iter().filter(|file| file.package() == "holdfast.v1").flat_map(|file| &file.service);
+        let methods: BTreeSet<&str> = public.flat_map(|service| &service.method).map(|method| method.name()).collect();
+        let known: BTreeSet<&str> = METHODS.into_iter().filter(|method| !["health", "reflection"].contains(method)).collect();
+        assert_eq!(methods, known);
+    }
+
+    #[test]
+    fn requests_are_counted_by_method_state_and_code() {
+        let metrics = Metrics::new();
+        metrics.request("Get", "FRESH", Code::Ok, Duration::from_micros(80));
+        metrics.request("/holdfast.v1.CacheService/Get", "FRESH", Code::Ok, Duration::from_micros(80));
+        metrics.request("/grpc.health.v1.Health/Watch", "", Code::Ok, Duration::ZERO);
+        metrics.request("Get", "ERROR", Code::Unavailable, Duration::ZERO);
+        let text = text(&metrics);
+        assert!(text.contains(r#"holdfast_requests_total{method="Get",state="FRESH",code="OK"} 2"#), "{text}");
+        assert!(text.contains(r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#), "{text}");
+        assert!(text.contains(r#"holdfast_request_duration_seconds_count{method="Get"} 3"#), "{text}");
+        assert!(text.contains(r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn no_client_and_no_upstream_can_make_new_labels() {
+        let metrics = Metrics::new();
+        for i in 0..100 {
+            metrics.request(&format!("/made.up/Method{i}"), &format!("state{i}"), Code::Unimplemented, Duration::ZERO);
+            metrics.upstream_called("profiles", &format!("code {i}"), Duration::ZERO);
+        }
+        let text = text(&metrics);
+        assert!(text.contains(r#"holdfast_requests_total{method="other",state="",code="UNIMPLEMENTED"} 100"#), "{text}");
+        assert!(text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="other"} 100"#), "{text}");
+    }
+
+    #[test]
+    fn names_carry_their_units() {
+        let metrics = Metrics::new();
+        metrics.log_synced(Duration::from_millis(3));
+        metrics.snapshot_sent(2, 4096);
+        metrics.upstream_called("profiles", "200", Duration::from_millis(20));
+        metrics.upstream_called("profiles", "connect", Duration::from_millis(20));
+        let text = text(&metrics);
+        assert!(text.contains("holdfast_log_sync_duration_seconds_count 1"), "{text}");
+        assert!(text.contains(r#"holdfast_snapshot_sent_bytes_total{shard="2"} 4096"#), "{text}");
+        assert!(text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="200"} 1"#), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_request_knows_whether_it_was_counted() {
+        let metrics = Metrics::new();
+        let ((), counted) = counting(async { metrics.request("Get", "", Code::Ok, Duration::ZERO) }).await;
+        assert!(counted);
+        let ((), counted) = counting(async {}).await;
+        assert!(!counted);
+    }
+}

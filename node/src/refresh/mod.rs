@@ -1,0 +1,287 @@
+//! Fetching values from upstreams: one flight per key in the cluster, on the leader of the key's shard, for readers that
+//! wait and ahead of readers that need not.
+//!
+//! ```text
+//! reader ─ fetch ────────────► join ─► (leader's RefreshService) ─► lane: slots ─► flight ─► upstream, commit
+//! reader ─ note_read ─► marks ─► reports ─► (leader's) marks, asks ──┘      ▲
+//!                                          due index ─► due ─► marked? ─────┘
+//! ```
+//! Promises: at most one fetch of a key per term (P5); a fetch that fails, or that anything newer overtook, changes nothing
+//! (P3, P4); all of it bounded (P10). Must never know how reads are answered or who may read.
+
+mod asking;
+mod due;
+mod failures;
+mod flight;
+mod join;
+mod lane;
+mod marks;
+mod reports;
+mod service;
+mod slots;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock, Weak},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use holdfast_proto::{Key, Revision, ShardId, peer::EntryRecord, v1};
+use holdfast_raft::{Clock, Membership, Replica, Replicas};
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::Status;
+use tracing::Instrument;
+
+pub(crate) use self::flight::is_due;
+use self::{
+    asking::Asking,
+    failures::Failures,
+    lane::Lane,
+    marks::{Hashed, Marks, own_key},
+};
+pub use self::{failures::Failure, service::RefreshServer};
+use crate::{metrics::Metrics, policy::Policies, upstream::Upstreams};
+
+/// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for again by the next reader.
+const HINTS: usize = 16_384;
+/// Readers of this node that wait for a fetch at another one; each holds a stream of the connection that all of them share.
+const ASKS_MAX: usize = 1_024;
+
+/// The refresh engine of one node.
+pub struct Refresher {
+    replicas: Arc<Replicas>,
+    policies: Arc<Policies>,
+    lanes: HashMap<String, Arc<Lane>>,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+    failures: Failures,
+    marks: Marks,
+    asking: Asking,
+    /// One permit for each reader that waits at the leader.
+    asks: Semaphore,
+    hints: mpsc::Sender<Key>,
+    hinted: Mutex<mpsc::Receiver<Key>>,
+    reader: OnceLock<Weak<dyn Reader>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What a fetch came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Landed {
+    /// Wait for this revision of the key's shard, then read.
+    Committed { revision: Revision },
+    /// Fetched, and not stored or not stored in time.
+    Unstored { value: Bytes, content_type: String },
+}
+
+/// Why a fetch came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoValue {
+    #[error("the upstream failed")]
+    Failed(Failure),
+    #[error("nobody leads the key's shard")]
+    NoLeader,
+    /// Too many fetches in flight or waiting, or the key changes faster than it can be fetched.
+    #[error("too many fetches wait already")]
+    Overloaded,
+    #[error("the deadline passed; the fetch goes on")]
+    Deadline,
+}
+
+/// Answers what a peer forwards to this node as leader. It is never forwarded again.
+#[tonic::async_trait]
+pub trait Reader: Send + Sync + 'static {
+    /// `token` as the client sent it.
+    async fn read(
+        &self,
+        keys: Vec<Key>,
+        consistency: v1::Consistency,
+        token: Bytes,
+        timeout: Duration,
+    ) -> Result<v1::BatchGetResponse, Status>;
+}
+
+impl Refresher {
+    pub fn new(
+        replicas: Arc<Replicas>,
+        policies: Arc<Policies>,
+        upstreams: Arc<Upstreams>,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+    ) -> Arc<Self> {
+        let lanes = upstreams.iter().map(|upstream| (upstream.name().to_owned(), Arc::new(Lane::new(upstream.clone())))).collect();
+        let (hints, hinted) = mpsc::channel(HINTS);
+        Arc::new(Self {
+            replicas,
+            policies,
+            lanes,
+            metrics,
+            clock,
+            failures: Failures::default(),
+            marks: Marks::default(),
+            asking: Asking::default(),
+            asks: Semaphore::new(ASKS_MAX),
+            hints,
+            hinted: Mutex::new(hinted),
+            reader: OnceLock::new(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Who answers the reads that peers forward; the first one counts. Weak, because a reader holds this refresher.
+    pub fn set_reader(&self, reader: Weak<dyn Reader>) {
+        let _ = self.reader.set(reader);
+    }
+
+    /// Refreshes what is due and tells the leader what is read, as soon as this node belongs to a cluster.
+    pub fn start(self: &Arc<Self>) {
+        self.duty("refresh.hints", Self::follow_hints);
+        self.duty("refresh.report", Self::report_reads);
+        let this = self.clone();
+        self.duty("refresh.start", move |_| async move {
+            let mut membership = this.replicas.membership();
+            if membership.wait_for(|membership| *membership == Membership::Member).await.is_err() {
+                return;
+            }
+            for replica in this.replicas.replicas() {
+                let (scanned, watched) = (replica.clone(), replica.clone());
+                this.duty("refresh.due", move |this| this.refresh_due(scanned));
+                this.duty("refresh.claims", move |this| this.end_lost_claims(watched));
+            }
+        });
+    }
+
+    /// Ends every flight; whoever waits is told that nobody leads here.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        for replica in self.replicas.replicas() {
+            self.end_flights(replica.shard(), None);
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Joins the cluster's flight of a key, here if this node leads the key's shard, else through the leader. Waits at most
+    /// `timeout`; the fetch goes on and lands later.
+    pub async fn fetch(self: &Arc<Self>, key: &Key, timeout: Duration) -> Result<Landed, NoValue> {
+        let asked = self.asking.asks(key, self.version(key), self.clock.monotonic());
+        let fetched = tokio::select! {
+            fetched = tokio::time::timeout(timeout, Box::pin(self.fetch_from_leader(key, timeout))) => fetched.unwrap_or(Err(NoValue::Deadline)),
+            () = self.stop.cancelled() => Err(NoValue::NoLeader),
+        };
+        if fetched != Err(NoValue::Deadline) && asked {
+            self.asking.answered(key);
+        }
+        fetched
+    }
+
+    /// A reader used this key; `due`: it is past its refresh point. Never blocks, bounded, deduplicated.
+    pub fn note_read(&self, key: &Key, due: bool) {
+        let hashed = Hashed::of(key);
+        if self.marks.is_repeated(hashed, due) || self.lane_of(key).is_none() {
+            return;
+        }
+        let Some(replica) = self.replicas.of_key(key) else { return };
+        if replica.leads().is_none() {
+            self.marks.try_report(hashed, key, due);
+            return;
+        }
+        self.marks.try_mark(hashed);
+        if due && let Some(key) = own_key(key) {
+            let _ = self.hints.try_send(key);
+        }
+    }
+
+    /// As far as this node knows: flights are on the leader.
+    pub fn is_refreshing(&self, key: &Key) -> bool {
+        self.flying_since(key).is_some()
+    }
+
+    /// Whether a reader whose value is past stale-while-revalidate must not wait: nobody leads, the key is known to fail, or
+    /// its fetch is older than a reader waits.
+    pub fn should_not_wait(&self, key: &Key, record: &EntryRecord, soft_timeout: Duration) -> bool {
+        let Some(replica) = self.replicas.of_key(key) else { return true };
+        let now = self.clock.monotonic();
+        let is_slow = |since: Duration| now.saturating_sub(since) >= soft_timeout;
+        soft_timeout.is_zero()
+            || replica.leader().is_none()
+            || self.failures.backoff(key, Some(record), replica.now()).is_some()
+            || self.flying_since(key).is_some_and(is_slow)
+            || self.asking.since(key, record.version, now).is_some_and(is_slow)
+    }
+
+    fn flying_since(&self, key: &Key) -> Option<Duration> {
+        // Most nodes fly nothing most of the time: no policy is looked for then.
+        if self.lanes.values().all(|lane| lane.is_idle()) {
+            return None;
+        }
+        self.lane_of(key)?.flying_since(key)
+    }
+
+    /// `None` for a key without upstream.
+    fn lane_of(&self, key: &[u8]) -> Option<&Arc<Lane>> {
+        self.lanes.get(&*self.policies.of(key)?.upstream)
+    }
+
+    /// Of the value in memory, 0 if there is none.
+    fn version(&self, key: &Key) -> Revision {
+        use holdfast_raft::state::memory::Lookup;
+        match self.replicas.of_key(key).map(|replica| replica.state().peek(key)) {
+            Some(Lookup::Found(entry)) => entry.record.version,
+            _ => 0,
+        }
+    }
+
+    fn end_flights(&self, shard: ShardId, but: Option<u64>) {
+        for lane in self.lanes.values() {
+            lane.end_all_but(shard, but);
+        }
+    }
+
+    /// Runs until the refresher stops, which awaits it.
+    fn duty<F>(self: &Arc<Self>, name: &'static str, run: impl FnOnce(Arc<Self>) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (stop, work) = (self.stop.clone(), run(self.clone()));
+        let until_stopped = async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = work => {}
+            }
+        };
+        self.tasks.spawn(until_stopped.instrument(tracing::info_span!(parent: None, "duty", name)));
+    }
+
+    async fn follow_hints(self: Arc<Self>) {
+        let mut hinted = self.hinted.lock().await;
+        while let Some(key) = hinted.recv().await {
+            self.ask(&key, slots::Priority::Asked);
+        }
+    }
+
+    /// A flight keeps its claim for as long as this node may lead in its term, not a moment longer: in another term, or under
+    /// another leader, somebody else may fetch.
+    async fn end_lost_claims(self: Arc<Self>, replica: Arc<Replica>) {
+        let mut leader = replica.watch_leader();
+        loop {
+            let known = *leader.borrow_and_update();
+            match known {
+                Some(leader) if leader.is_self => self.end_flights(replica.shard(), Some(leader.term)),
+                Some(_) => self.end_flights(replica.shard(), None),
+                None => {}
+            }
+            if leader.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What a follower tells the leader of what is read here: once a second, and sooner what is past its refresh point. Outside
+//! the log: a report that is lost with its leader's node costs a refresh that the next reader asks for.
+//!
+//! Promises bounded messages and one on its way per shard. Must never know what the leader does with it.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use holdfast_proto::{Key, ShardId, peer::ReportReadsRequest};
+use holdfast_raft::{Events, Leader, Replica};
+use tokio::time::MissedTickBehavior;
+use tonic::Request;
+
+use super::{
+    Refresher,
+    marks::{Hashed, Report},
+    slots::Priority,
+};
+
+/// How long a due key waits for others to go with it.
+const DUE_EVERY: Duration = Duration::from_millis(40);
+/// What was read goes with every so many of these: about once a second.
+const READ_EVERY: u32 = 25;
+const TIMEOUT: Duration = Duration::from_millis(500);
+/// Keys of one message: even of the longest a few MiB.
+pub(super) const KEYS_MAX: usize = 4_000;
+
+impl Refresher {
+    pub(super) async fn report_reads(self: Arc<Self>) {
+        let mut every = tokio::time::interval(DUE_EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut round = 0u32;
+        loop {
+            every.tick().await;
+            self.marks.tick();
+            round = round.wrapping_add(1);
+            let report = self.marks.take_report(round.is_multiple_of(READ_EVERY));
+            let by_shard = self.by_shard(report);
+            futures::future::join_all(by_shard.into_iter().map(|(shard, report)| self.report(shard, report))).await;
+        }
+    }
+
+    /// Takes in what readers of another node used.
+    pub(super) fn hear_report(self: &Arc<Self>, report: Report) {
+        for key in report.read.iter().chain(&report.due).filter(|key| self.lane_of(key).is_some()) {
+            self.marks.mark(Hashed::of(key));
+        }
+        for key in report.due.iter().filter(|key| self.lane_of(key).is_some()) {
+            self.ask(key, Priority::Asked);
+        }
+    }
+
+    fn by_shard(&self, report: Report) -> BTreeMap<ShardId, Report> {
+        let mut by_shard: BTreeMap<ShardId, Report> = BTreeMap::new();
+        let shard_of = |key: &Key| self.replicas.of_key(key).map(|replica| replica.shard());
+        for key in report.read {
+            by_shard.entry(shard_of(&key).unwrap_or_default()).or_default().read.push(key);
+        }
+        for key in report.due {
+            by_shard.entry(shard_of(&key).unwrap_or_default()).or_default().due.push(key);
+        }
+        by_shard
+    }
+
+    pub(super) async fn report(self: &Arc<Self>, shard: ShardId, report: Report) {
+        let Some(replica) = self.replicas.replica(shard) else { return };
+        match replica.leader() {
+            Some(leader) if leader.is_self && replica.leads().is_some() => self.hear_report(report),
+            Some(leader) if !leader.is_self => {
+                let mut is_heard = true;
+                for message in messages(report) {
+                    // Who did not hear one would hold up the others: they wait for the next round, or for the next leader.
+                    is_heard = is_heard && self.tell(&replica, leader, &message).await;
+                    if !is_heard {
+                        self.marks.put_back(message);
+                    }
+                }
+            }
+            // For the next leader.
+            _ => self.marks.put_back(report),
+        }
+    }
+
+    async fn tell(&self, replica: &Replica, leader: Leader, report: &Report) -> bool {
+        let Some(peers) = self.replicas.peers() else { return false };
+        let Some(member) = peers.member(leader.id) else { return false };
+        let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
+        let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
+        let mut request = Request::new(ReportReadsRequest { header, read: bytes(&report.read), due: bytes(&report.due) });
+        request.set_timeout(TIMEOUT);
+        self.metrics.outgoing(request.metadata_mut());
+        let mut client = peers.refresh_client(&member.peer_address);
+        match tokio::time::timeout(TIMEOUT, client.report_reads(request)).await {
+            Ok(Ok(response)) => {
+                peers.heard(replica.shard(), leader.id, response.into_inner().header.as_ref());
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Cut so that each is bounded; what is due first.
+fn messages(report: Report) -> impl Iterator<Item = Report> {
+    let cut = |keys: Vec<Key>| keys.chunks(KEYS_MAX).map(<[Key]>::to_vec).collect::<Vec<_>>();
+    let due = cut(report.due).into_iter().map(|due| Report { read: Vec::new(), due });
+    due.chain(cut(report.read).into_iter().map(|read| Report { read, due: Vec::new() }))
+}

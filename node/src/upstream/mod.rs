@@ -1,0 +1,116 @@
+//! Upstreams: the named places where values come from, and what one fetch from them gives.
+//!
+//! Promises a whole value or a failure, nothing between, within the upstream's own timeout; and that a failure says its
+//! class and never any text of the upstream, the URL or a credential. Must never know who waits for a fetch, when to
+//! fetch again, or where values are kept: that is the refresh.
+
+pub mod http;
+pub mod template;
+
+mod body;
+mod tls;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::http::HeaderMap;
+use bytes::Bytes;
+use holdfast_proto::Key;
+use holdfast_proto::v1::FailureClass;
+
+use self::http::Http;
+
+/// One place where values come from.
+#[derive(Debug)]
+pub enum Upstream {
+    Http(Http),
+}
+
+/// Every upstream of this node, by name.
+#[derive(Debug, Default)]
+pub struct Upstreams(BTreeMap<String, Arc<Upstream>>);
+
+/// What a fetch brought, whole and checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetched {
+    pub body: Bytes,
+    /// At most `CONTENT_TYPE_BYTES_MAX` bytes; empty if the upstream did not say.
+    pub content_type: String,
+}
+
+/// Why a fetch brought nothing. All of it may be stored, logged and shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FetchFailed {
+    pub class: FailureClass,
+    /// The upstream's status, for class STATUS; else 0.
+    pub status: u32,
+    /// How long the upstream asks to be left alone, with status 429 or 503.
+    pub retry_after: Option<Duration>,
+}
+
+impl Upstream {
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Http(http) => http.name(),
+        }
+    }
+
+    /// `captures` are what the policy's pattern captured of `key`; `extra_headers` the caller's own, such as the trace
+    /// context. Dropping the future ends the call.
+    pub async fn fetch(&self, key: &Key, captures: &[&[u8]], extra_headers: &HeaderMap) -> Result<Fetched, FetchFailed> {
+        match self {
+            Self::Http(http) => http.fetch(key, captures, extra_headers).await,
+        }
+    }
+}
+
+impl Upstreams {
+    pub fn get(&self, name: &str) -> Option<&Arc<Upstream>> {
+        self.0.get(name)
+    }
+
+    /// In the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.0.values()
+    }
+}
+
+/// Of two with one name the later counts.
+impl FromIterator<Upstream> for Upstreams {
+    fn from_iter<I: IntoIterator<Item = Upstream>>(upstreams: I) -> Self {
+        Self(upstreams.into_iter().map(|upstream| (upstream.name().to_owned(), Arc::new(upstream))).collect())
+    }
+}
+
+impl From<FailureClass> for FetchFailed {
+    fn from(class: FailureClass) -> Self {
+        Self { class, status: 0, retry_after: None }
+    }
+}
+
+impl fmt::Display for FetchFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let class = self.class.as_str_name();
+        f.write_str(&class.strip_prefix("FAILURE_CLASS_").unwrap_or(class).to_ascii_lowercase())?;
+        if self.status != 0 {
+            write!(f, " {}", self.status)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for FetchFailed {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_shows_its_class_and_status() {
+        assert_eq!(FetchFailed::from(FailureClass::MissingField).to_string(), "missing_field");
+        let failed = FetchFailed { class: FailureClass::Status, status: 503, retry_after: None };
+        assert_eq!(failed.to_string(), "status 503");
+    }
+}

@@ -1,0 +1,160 @@
+//! Commands on their way into the log: one task per shard drains a queue, without lingering, into log entries of many
+//! commands, stamps them with the leader's clock, and hands each caller its own outcome.
+//!
+//! A caller whose time runs out takes its command back if it still waits in the queue: then it is certain that it was not
+//! applied. Once it left the queue, only openraft's answer `ForwardToLeader` is as certain.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use holdfast_proto::{
+    limits::{ENTRY_BYTES_MAX, ENTRY_COMMANDS_MAX},
+    peer::{Command, LogEntry, Outcome},
+    timeline::Millis,
+};
+use openraft::{
+    errors::{ClientWriteError, ForwardToLeader},
+    impls::OneshotResponder,
+};
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::Instrument;
+
+use super::{
+    RaftHandle,
+    types::{Commands, Types},
+};
+use crate::{replica::WriteError, state::record::FORMAT};
+
+/// Commands that wait for the proposer; more are refused.
+const QUEUE: usize = 16_384;
+/// Entries proposed and not yet applied. Few: while they are on their way, the next one fills.
+const IN_FLIGHT: usize = 4;
+
+/// Emptied by the proposer, which takes the command, or by its caller, who withdraws it: one of the two.
+type Place = Arc<Mutex<Option<Command>>>;
+
+struct Pending {
+    place: Place,
+    done: oneshot::Sender<Result<Outcome, WriteError>>,
+}
+
+/// Gives each log entry its time.
+pub(crate) trait Stamp: Send + Sync + 'static {
+    fn stamp(&self) -> Millis;
+}
+
+#[derive(Clone)]
+pub(crate) struct Proposer {
+    queue: mpsc::Sender<Pending>,
+}
+
+impl Proposer {
+    pub(crate) fn start(raft: RaftHandle, stamp: Arc<dyn Stamp>) -> Self {
+        let (queue, commands) = mpsc::channel(QUEUE);
+        crate::task::spawn(propose_all(raft, stamp, commands));
+        Self { queue }
+    }
+
+    /// Proposes here and waits for the outcome. Only a leader gets one.
+    pub(crate) async fn propose(&self, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
+        let place = Arc::new(Mutex::new(Some(command)));
+        let (done, outcome) = oneshot::channel();
+        let pending = Pending { place: place.clone(), done };
+        self.queue.try_send(pending).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => WriteError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => WriteError::Stopped,
+        })?;
+        match tokio::time::timeout(timeout, outcome).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(WriteError::Unknown("this node is stopping".into())),
+            Err(_) if place.lock().take().is_some() => Err(WriteError::DeadlineBefore),
+            Err(_) => Err(WriteError::DeadlineAfter),
+        }
+    }
+}
+
+/// Ends when every handle to the queue is gone.
+async fn propose_all(raft: RaftHandle, stamp: Arc<dyn Stamp>, mut commands: mpsc::Receiver<Pending>) {
+    let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+    let mut held_back = None;
+    loop {
+        let first = match held_back.take() {
+            Some(pending) => pending,
+            None => match commands.recv().await {
+                Some(pending) => pending,
+                None => return,
+            },
+        };
+        // A place in flight first: while we wait for it, more commands come and share the entry.
+        let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+        let (entry, next) = fill(first, &mut commands);
+        held_back = next;
+        if !entry.is_empty() {
+            propose(&raft, stamp.as_ref(), entry, place).await;
+        }
+    }
+}
+
+/// A command that left the queue, and who waits for it.
+type Taken = (Command, oneshot::Sender<Result<Outcome, WriteError>>);
+
+/// One entry's commands: what is queued, up to the bounds. The first one that does not fit is held back for the next.
+fn fill(first: Pending, commands: &mut mpsc::Receiver<Pending>) -> (Vec<Taken>, Option<Pending>) {
+    let mut entry: Vec<Taken> = Vec::new();
+    let mut bytes = 0;
+    let mut next = Some(first);
+    while let Some(pending) = next.take() {
+        let size = pending.place.lock().as_ref().map_or(0, Command::encoded_len);
+        if !entry.is_empty() && (bytes + size > ENTRY_BYTES_MAX || entry.len() == ENTRY_COMMANDS_MAX) {
+            return (entry, Some(pending));
+        }
+        let taken = pending.place.lock().take();
+        if let Some(command) = taken {
+            bytes += size;
+            entry.push((command, pending.done));
+        }
+        next = commands.try_recv().ok();
+    }
+    (entry, None)
+}
+
+async fn propose(raft: &RaftHandle, stamp: &dyn Stamp, entry: Vec<Taken>, in_flight: OwnedSemaphorePermit) {
+    let (commands, callers): (Vec<_>, Vec<_>) = entry.into_iter().unzip();
+    let encoded = LogEntry { format: u32::from(FORMAT), stamp_ms: stamp.stamp(), commands }.encode_to_vec();
+    let (responder, applied) = OneshotResponder::<Types, _>::new_pair();
+    let proposed = raft.client_write_ff(Commands(Bytes::from(encoded)), Some(responder)).await;
+    // The core never took it.
+    if proposed.is_err() {
+        answer_all(callers, &WriteError::Stopped);
+        return;
+    }
+    let answer = async move {
+        let result = applied.await;
+        drop(in_flight);
+        match result {
+            Ok(Ok(response)) => {
+                for (caller, outcome) in callers.into_iter().zip(response.data.0) {
+                    let _ = caller.send(Ok(outcome));
+                }
+            }
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                answer_all(callers, &WriteError::NotLeader { leader: leader_of(&forward) })
+            }
+            Ok(Err(other)) => answer_all(callers, &WriteError::Unknown(other.to_string())),
+            Err(_) => answer_all(callers, &WriteError::Unknown("this replica has stopped".into())),
+        }
+    };
+    tokio::spawn(answer.in_current_span());
+}
+
+fn leader_of(forward: &ForwardToLeader<Types>) -> Option<u64> {
+    forward.leader_id
+}
+
+fn answer_all(callers: Vec<oneshot::Sender<Result<Outcome, WriteError>>>, error: &WriteError) {
+    for caller in callers {
+        let _ = caller.send(Err(error.clone()));
+    }
+}

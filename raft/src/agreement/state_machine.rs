@@ -1,0 +1,160 @@
+//! openraft's state machine on our [`State`]: a run of committed entries becomes one batch, then the callers are answered.
+//!
+//! A snapshot is at first only a promise: for purging, a flush and its metadata are enough. Files are made when a follower
+//! needs them (`snapshot.rs`).
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use futures::{Stream, StreamExt};
+use holdfast_proto::peer::AppliedRecord;
+use openraft::{
+    entry::RaftEntry,
+    storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot},
+};
+use parking_lot::Mutex;
+
+use super::types::{
+    Entry, LogId, Outcomes, Payload, SnapshotMeta, StoredMembership, Types, log_id_from, log_id_to, membership_from, membership_to,
+};
+use crate::{
+    events::Events,
+    peer::snapshot,
+    state::{Committed, CommittedPayload, State},
+    task,
+};
+
+/// Entries of one run: enough to amortise the batch, few enough that readers see progress.
+const RUN_ENTRIES: usize = 512;
+
+/// What a snapshot is made of.
+pub(crate) enum SnapshotData {
+    /// The state itself: files are made when they are sent.
+    Promise(Arc<State>),
+    /// Received files, complete, checked and synced.
+    Received { dir: PathBuf, bytes: u64 },
+}
+
+pub(crate) struct StateMachine {
+    state: Arc<State>,
+    snapshots: Arc<snapshot::Sender>,
+    events: Arc<dyn Events>,
+    /// The newest flush that openraft knows of as a snapshot.
+    current: Arc<Mutex<Option<SnapshotMeta>>>,
+}
+
+impl StateMachine {
+    pub(crate) fn new(state: Arc<State>, snapshots: Arc<snapshot::Sender>, events: Arc<dyn Events>) -> io::Result<Self> {
+        // Everything that was there at the start is on disk: that is a snapshot.
+        let current = snapshot_meta(&state.applied_record())?;
+        Ok(Self { state, snapshots, events, current: Arc::new(Mutex::new(current)) })
+    }
+}
+
+impl RaftStateMachine<Types> for StateMachine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        let record = self.state.applied_record();
+        Ok((record.last_applied.map(log_id_from), stored_membership(&record)?))
+    }
+
+    async fn apply<Strm>(&mut self, entries: Strm) -> io::Result<()>
+    where
+        Strm: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + Send,
+    {
+        let mut runs = entries.ready_chunks(RUN_ENTRIES);
+        while let Some(run) = runs.next().await {
+            let mut committed = Vec::with_capacity(run.len());
+            let mut responders: Vec<Option<ApplyResponder<Types>>> = Vec::with_capacity(run.len());
+            for item in run {
+                let (entry, responder) = item?;
+                committed.push(committed_entry(entry));
+                responders.push(responder);
+            }
+            let outcomes = self.state.apply(&committed).map_err(io::Error::other)?;
+            for (responder, outcomes) in responders.into_iter().zip(outcomes) {
+                if let Some(responder) = responder {
+                    responder.send(Outcomes(outcomes));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<SnapshotBuilder> {
+        Some(self.get_snapshot_builder().await)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder { state: self.state.clone(), current: self.current.clone() }
+    }
+
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
+        let (dir, bytes) = match snapshot {
+            SnapshotData::Received { dir, bytes } => (dir, bytes),
+            // Its own: already there.
+            SnapshotData::Promise(source) if Arc::ptr_eq(&source, &self.state) => return Ok(()),
+            SnapshotData::Promise(source) => (self.snapshots.copy(source).await?, 0),
+        };
+        let state = self.state.clone();
+        let record = task::blocking(move || state.install(&dir)).await.map_err(io::Error::other)??;
+        *self.current.lock() = snapshot_meta(&record)?;
+        self.events.snapshot_installed(self.state.shard(), bytes);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>>> {
+        Ok(self.current.lock().clone().map(|meta| Snapshot { meta, snapshot: SnapshotData::Promise(self.state.clone()) }))
+    }
+}
+
+/// Flushes the state, so that the log before it may be purged.
+pub(crate) struct SnapshotBuilder {
+    state: Arc<State>,
+    current: Arc<Mutex<Option<SnapshotMeta>>>,
+}
+
+impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> io::Result<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>> {
+        let state = self.state.clone();
+        let record = task::blocking(move || {
+            // The record first: what is flushed is at least that far.
+            let record = state.applied_record();
+            state.flush().map(|_| record)
+        })
+        .await
+        .map_err(io::Error::other)??;
+        let meta = snapshot_meta(&record)?.unwrap_or_default();
+        *self.current.lock() = Some(meta.clone());
+        Ok(Snapshot { meta, snapshot: SnapshotData::Promise(self.state.clone()) })
+    }
+}
+
+fn committed_entry(entry: Entry) -> Committed {
+    let log_id = log_id_to(&entry.log_id());
+    let payload = match entry.payload {
+        Payload::Blank => CommittedPayload::Blank,
+        Payload::Normal(commands) => CommittedPayload::Commands(commands.0),
+        Payload::Membership(membership) => CommittedPayload::Membership(membership_to(&membership)),
+    };
+    Committed { log_id, payload }
+}
+
+fn stored_membership(record: &AppliedRecord) -> io::Result<StoredMembership> {
+    match &record.membership {
+        Some(membership) => {
+            let membership = membership_from(membership.clone()).map_err(io::Error::other)?;
+            Ok(StoredMembership::new(record.membership_log_id.map(log_id_from), membership))
+        }
+        None => Ok(StoredMembership::default()),
+    }
+}
+
+/// What a state that is as far as `record` is as a snapshot; nothing if it is empty.
+pub(crate) fn snapshot_meta(record: &AppliedRecord) -> io::Result<Option<SnapshotMeta>> {
+    let Some(last) = record.last_applied else { return Ok(None) };
+    Ok(Some(SnapshotMeta { last_log_id: Some(log_id_from(last)), last_membership: stored_membership(record)? }))
+}

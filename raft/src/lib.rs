@@ -1,0 +1,44 @@
+//! Replicas of shards: the log, the state, and agreement with peers.
+//!
+//! ```text
+//! Replicas ── one per node: identity, forming and joining, the shared log, membership
+//!   └─ Replica ── one per shard: write, wait, read
+//!        ├─ agreement/   openraft around it: proposer, log, state machine, read rounds, the leader's clock
+//!        ├─ state/       what the log came to: apply, memory tier, due index
+//!        ├─ store/       what is on disk: two traits, two engines
+//!        └─ peer/        both ends of the protocol between nodes
+//! ```
+//!
+//! Positions in a shard's log, on any replica:
+//! ```text
+//! purged ≤ flushed ≤ applied ≤ committed ≤ last       synced ≤ last
+//! ```
+//!
+//! Must never know: HTTP, upstreams, policies, configuration files, a metrics registry. Nothing of openraft's types is on
+//! disk or in the public API.
+
+mod agreement;
+mod clock;
+pub mod deadline;
+mod events;
+mod forming;
+mod identity;
+mod membership;
+mod peer;
+mod replica;
+mod replicas;
+pub mod state;
+pub mod store;
+pub mod task;
+#[cfg(test)]
+mod tests;
+
+pub use agreement::leadership::Leader;
+pub use clock::Clock;
+pub use events::Events;
+pub use forming::MembershipServer;
+pub use identity::IdentityError;
+pub use membership::ChangeError;
+pub use peer::{Identity, PeerView, Peers, server::ReplicaServer};
+pub use replica::{LogKept, ReadError, Replica, Seen, WriteError};
+pub use replicas::{Membership, OpenError, Options, Replicas};

@@ -1,0 +1,300 @@
+//! Talking to peers: who this node is to them, what it knows of them, and the channels to them. Both ends of the protocol
+//! are in this folder, side by side.
+//!
+//! Every request carries who sends it, to whom, in which cluster, and what time it is there; every answer carries the time
+//! and how the answering replica is. What does not fit is refused on arrival and said on both sides.
+
+pub(crate) mod client;
+pub(crate) mod server;
+pub(crate) mod snapshot;
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    time::Duration,
+};
+
+use holdfast_proto::{
+    ShardId,
+    limits::PEER_MESSAGE_BYTES_MAX,
+    peer::{
+        Header, Member, ReplyHeader, membership_service_client::MembershipServiceClient, refresh_service_client::RefreshServiceClient,
+        replica_service_client::ReplicaServiceClient,
+    },
+    timeline::Millis,
+};
+use parking_lot::Mutex;
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    clock::Clock,
+    state::{State, apply::FEATURE_LEVEL},
+};
+
+/// The version of the peer protocol.
+pub(crate) const PROTOCOL: u32 = 1;
+/// A dial that takes longer is given up; the next request dials again, resolving the name again.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// HTTP/2 windows: the product of a fast link and a far region's round trip.
+const WINDOW_BYTES: u32 = 16 << 20;
+/// The same refusal is said again no sooner: whoever is refused tries on for ever.
+const SAY_EVERY: Duration = Duration::from_secs(10);
+/// Refusals remembered as said.
+const SAID_MAX: usize = 64;
+/// How a refusal on arrival begins, so that the other side knows it.
+const REFUSED: &str = "peer refused: ";
+
+/// Who this node is, once it belongs to a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    pub cluster_id: String,
+    pub epoch: u64,
+    pub node_id: u64,
+    pub incarnation: u64,
+}
+
+/// What a node last heard of a peer, from its answers.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PeerView {
+    /// Monotonic.
+    pub heard_at: Duration,
+    /// The peer's wall clock minus ours, to about a round trip.
+    pub clock_offset_ms: i64,
+    pub disk_used_permille: u32,
+    pub feature_level: u32,
+    pub applied_index: u64,
+    pub revision: u64,
+}
+
+/// What a channel is for: heartbeats and votes never queue behind appends, nor either behind a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Purpose {
+    Append,
+    Control,
+    /// Reads and fetches that readers wait for: they may be many, slow and large.
+    Fetch,
+    Bulk,
+}
+
+/// One per node.
+pub struct Peers {
+    clock: Clock,
+    identity: Identity,
+    channels: Mutex<HashMap<(String, Purpose), Channel>>,
+    views: Mutex<HashMap<(ShardId, u64), PeerView>>,
+    /// Known incarnations: a peer that uses a member's id with another one is not that member.
+    members: Mutex<HashMap<u64, Member>>,
+    /// While set, this node neither sends to peers nor takes anything from them.
+    closed: AtomicBool,
+    disk_used_permille: AtomicU32,
+    /// When each refusal was last said, as monotonic time.
+    said: Mutex<HashMap<String, Duration>>,
+}
+
+impl Peers {
+    pub(crate) fn new(clock: Clock, identity: Identity) -> Self {
+        Self {
+            clock,
+            identity,
+            channels: Mutex::default(),
+            views: Mutex::default(),
+            members: Mutex::default(),
+            closed: AtomicBool::new(false),
+            disk_used_permille: AtomicU32::new(0),
+            said: Mutex::default(),
+        }
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    // ---- what is said ----
+
+    pub fn header(&self, to: u64, shard: ShardId, state: Option<&State>) -> Header {
+        let hash = state.map(State::chain_hash).unwrap_or_default();
+        Header {
+            cluster_id: self.identity.cluster_id.clone(),
+            epoch: self.identity.epoch,
+            from: self.identity.node_id,
+            from_incarnation: self.identity.incarnation,
+            to,
+            shard,
+            protocol: PROTOCOL,
+            now_ms: self.clock.wall_ms(),
+            hash_index: hash.index,
+            hash: hash.hash,
+        }
+    }
+
+    pub fn reply(&self, state: Option<&State>) -> ReplyHeader {
+        let applied = state.map(State::applied).unwrap_or_default();
+        ReplyHeader {
+            now_ms: self.clock.wall_ms(),
+            disk_used_permille: self.disk_used_permille.load(Ordering::Relaxed),
+            feature_level: FEATURE_LEVEL,
+            applied_index: applied.index,
+            revision: applied.revision,
+        }
+    }
+
+    /// Whether a request is meant for this node, and its sender is who it says.
+    pub fn check<'h>(&self, header: Option<&'h Header>) -> Result<&'h Header, Status> {
+        if self.is_closed() {
+            return Err(Status::unavailable("this node's disk is stalled: it talks to no peer"));
+        }
+        let header = header.ok_or_else(|| Status::invalid_argument("the peer header is missing"))?;
+        let mine = &self.identity;
+        let refusal = if header.protocol != PROTOCOL {
+            format!("it speaks peer protocol {}, this node {PROTOCOL}", header.protocol)
+        } else if header.cluster_id != mine.cluster_id {
+            format!("it belongs to cluster {}, this node to {}", header.cluster_id, mine.cluster_id)
+        } else if header.epoch != mine.epoch {
+            format!("it is in epoch {}, this node in {}", header.epoch, mine.epoch)
+        } else if header.to != mine.node_id {
+            format!("it looks for node {}, this is node {}", header.to, mine.node_id)
+        } else if !self.is_incarnation_of(header.from, header.from_incarnation) {
+            format!("it uses the id of member {} with another incarnation", header.from)
+        } else {
+            return Ok(header);
+        };
+        if self.is_news(&refusal) {
+            tracing::warn!(from = header.from, %refusal, "a peer was refused");
+        }
+        Err(Status::failed_precondition(format!("{REFUSED}{refusal}")))
+    }
+
+    /// Says that a peer refused this node: the other half of what `check` said there.
+    pub(crate) fn note_refusal(&self, by: u64, address: &str, status: &Status) {
+        if let Some(refusal) = status.message().strip_prefix(REFUSED)
+            && self.is_news(refusal)
+        {
+            tracing::warn!(by, address, %refusal, "a peer refused this node");
+        }
+    }
+
+    /// Whether a refusal was not said a moment ago.
+    pub(crate) fn is_news(&self, refusal: &str) -> bool {
+        let now = self.clock.monotonic();
+        let mut said = self.said.lock();
+        said.retain(|_, at| now.saturating_sub(*at) < SAY_EVERY);
+        let is_news = !said.contains_key(refusal) && said.len() < SAID_MAX;
+        if is_news {
+            said.insert(refusal.to_owned(), now);
+        }
+        is_news
+    }
+
+    fn is_incarnation_of(&self, id: u64, incarnation: u64) -> bool {
+        self.members.lock().get(&id).is_none_or(|member| member.incarnation == incarnation)
+    }
+
+    // ---- what is known ----
+
+    /// Takes in an answer from a peer's replica.
+    pub fn heard(&self, shard: ShardId, from: u64, reply: Option<&ReplyHeader>) {
+        let Some(reply) = reply else { return };
+        let view = PeerView {
+            heard_at: self.clock.monotonic(),
+            clock_offset_ms: offset_ms(reply.now_ms, self.clock.wall_ms()),
+            disk_used_permille: reply.disk_used_permille,
+            feature_level: reply.feature_level,
+            applied_index: reply.applied_index,
+            revision: reply.revision,
+        };
+        self.views.lock().insert((shard, from), view);
+    }
+
+    pub fn view(&self, shard: ShardId, peer: u64) -> Option<PeerView> {
+        self.views.lock().get(&(shard, peer)).copied()
+    }
+
+    /// The members that count, as shard 0 has them.
+    pub(crate) fn set_members(&self, members: impl IntoIterator<Item = Member>) {
+        *self.members.lock() = members.into_iter().map(|member| (member.id, member)).collect();
+    }
+
+    pub fn members(&self) -> Vec<Member> {
+        let mut members: Vec<Member> = self.members.lock().values().cloned().collect();
+        members.sort_by_key(|member| member.id);
+        members
+    }
+
+    pub fn member(&self, id: u64) -> Option<Member> {
+        self.members.lock().get(&id).cloned()
+    }
+
+    pub fn member_named(&self, name: &str) -> Option<Member> {
+        self.members.lock().values().find(|member| member.name == name).cloned()
+    }
+
+    // ---- the disk guard ----
+
+    pub(crate) fn set_closed(&self, closed: bool) {
+        self.closed.store(closed, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_disk_used_permille(&self, used: u32) {
+        self.disk_used_permille.store(used, Ordering::Relaxed);
+    }
+
+    pub fn disk_used_permille(&self) -> u32 {
+        self.disk_used_permille.load(Ordering::Relaxed)
+    }
+
+    // ---- channels ----
+
+    pub(crate) fn replica_client(&self, address: &str, purpose: Purpose) -> ReplicaServiceClient<Channel> {
+        ReplicaServiceClient::new(self.channel(address, purpose))
+            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+    }
+
+    /// To the refresh engine of the node with this address.
+    pub fn refresh_client(&self, address: &str) -> RefreshServiceClient<Channel> {
+        RefreshServiceClient::new(self.channel(address, Purpose::Fetch))
+            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+    }
+
+    pub(crate) fn membership_client(&self, address: &str) -> MembershipServiceClient<Channel> {
+        MembershipServiceClient::new(self.channel(address, Purpose::Control))
+    }
+
+    fn channel(&self, address: &str, purpose: Purpose) -> Channel {
+        let mut channels = self.channels.lock();
+        if let Some(channel) = channels.get(&(address.to_owned(), purpose)) {
+            return channel.clone();
+        }
+        let channel = connect_lazy(address);
+        channels.insert((address.to_owned(), purpose), channel.clone());
+        channel
+    }
+}
+
+/// A channel that dials when it is used, and resolves its host name at each dial.
+pub(crate) fn connect_lazy(address: &str) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap_or_else(|_| Endpoint::from_static("http://address.invalid"));
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .connect_lazy()
+}
+
+fn offset_ms(theirs: Millis, ours: Millis) -> i64 {
+    i64::try_from(i128::from(theirs) - i128::from(ours)).unwrap_or(if theirs > ours { i64::MAX } else { i64::MIN })
+}

@@ -1,0 +1,304 @@
+//! A state on its way to a follower that the log can no longer bring up: a header, then files in chunks.
+//!
+//! The sender makes a checkpoint only when it sends, off the async threads, and removes it afterwards. The receiver writes
+//! into a directory of its own, checks sizes and checksums, syncs, and hands the directory to `State::install`, which swaps.
+//! How far the snapshot is and who its members are is read from the checkpoint itself: it may be newer than what was
+//! announced when the transfer was decided.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use holdfast_proto::peer::{
+    AppliedRecord, Header, InstallSnapshotRequest, InstallSnapshotResponse, SnapshotChunk, SnapshotFile, SnapshotHeader,
+    install_snapshot_request::Part, replica_service_client::ReplicaServiceClient,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Status, Streaming, transport::Channel};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::{
+    agreement::types::{Vote, vote_to},
+    events::Events,
+    state::{State, record},
+    store::{Family, Stores},
+    task,
+};
+
+const FORMAT: u32 = 1;
+const CHUNK_BYTES: usize = 512 << 10;
+/// A transfer on which nothing moves for this long has failed.
+const STALLED: Duration = Duration::from_secs(30);
+/// Files of one snapshot; a RocksDB checkpoint has a few hundred at most.
+const FILES_MAX: usize = 100_000;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SnapshotError {
+    #[error("the snapshot's files: {0}")]
+    Io(#[from] io::Error),
+    #[error("the peer: {0}")]
+    Peer(Box<Status>),
+    #[error("the peer took nothing of the snapshot for {} s", STALLED.as_secs())]
+    Stalled,
+    #[error("the snapshot is not usable here: {0}")]
+    Unusable(String),
+}
+
+impl From<Status> for SnapshotError {
+    fn from(status: Status) -> Self {
+        Self::Peer(Box::new(status))
+    }
+}
+
+/// Makes checkpoints and sends them.
+pub(crate) struct Sender {
+    stores: Stores,
+    scratch: PathBuf,
+    events: Arc<dyn Events>,
+    serial: AtomicU64,
+}
+
+/// A directory that is removed with its owner.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, dir = %self.0.display(), "a snapshot's scratch directory stays behind");
+        }
+    }
+}
+
+impl Sender {
+    /// What an earlier process left in the scratch directory is removed.
+    pub(crate) fn new(stores: Stores, scratch: PathBuf, events: Arc<dyn Events>) -> io::Result<Self> {
+        if scratch.exists() {
+            std::fs::remove_dir_all(&scratch)?;
+        }
+        std::fs::create_dir_all(&scratch)?;
+        Ok(Self { stores, scratch, events, serial: AtomicU64::new(0) })
+    }
+
+    fn scratch_dir(&self, what: &str) -> PathBuf {
+        self.scratch.join(format!("{what}-{}", self.serial.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    pub(crate) async fn send(
+        &self,
+        state: &Arc<State>,
+        mut client: ReplicaServiceClient<Channel>,
+        header: Option<Header>,
+        vote: &Vote,
+    ) -> Result<InstallSnapshotResponse, SnapshotError> {
+        let scratch = Scratch(self.scratch_dir("send"));
+        let (dir, source, stores) = (scratch.0.clone(), state.clone(), self.stores.clone());
+        let (applied, files) = task::blocking(move || -> io::Result<_> {
+            source.checkpoint(&dir)?;
+            let files = list_files(&dir)?;
+            Ok((read_applied(&stores, &dir)?, files))
+        })
+        .await
+        .map_err(io::Error::other)??;
+
+        let bytes = files.iter().map(|file| file.size_bytes).sum();
+        tracing::info!(shard = state.shard(), bytes, files = files.len(), "sending a snapshot");
+        let announced = SnapshotHeader {
+            header,
+            vote: Some(vote_to(vote)),
+            format: FORMAT,
+            engine: self.stores.engine_version().into(),
+            last_log_id: applied.last_applied,
+            membership_log_id: applied.membership_log_id,
+            membership: applied.membership,
+            files: files.clone(),
+        };
+        let moved = Arc::new(AtomicU64::new(0));
+        let parts = futures::stream::once(futures::future::ready(InstallSnapshotRequest { part: Some(Part::Header(announced)) }))
+            .chain(chunks(scratch.0.clone(), files, moved.clone()));
+        let response = tokio::select! {
+            response = client.install_snapshot(parts) => response?.into_inner(),
+            () = stalled(moved) => return Err(SnapshotError::Stalled),
+        };
+        self.events.snapshot_sent(state.shard(), bytes);
+        Ok(response)
+    }
+
+    /// The state as files, for who is here.
+    pub(crate) async fn copy(&self, state: Arc<State>) -> io::Result<PathBuf> {
+        let dir = self.scratch_dir("copy");
+        let target = dir.clone();
+        task::blocking(move || state.checkpoint(&target)).await.map_err(io::Error::other)??;
+        Ok(dir)
+    }
+
+    /// Receives a snapshot into a directory. The header is what the caller has already taken from the stream and checked.
+    pub(crate) async fn receive(
+        &self,
+        header: &SnapshotHeader,
+        parts: &mut Streaming<InstallSnapshotRequest>,
+    ) -> Result<(PathBuf, AppliedRecord, u64), SnapshotError> {
+        if header.format != FORMAT {
+            return Err(SnapshotError::Unusable(format!("it has format {}, this version reads {FORMAT}", header.format)));
+        }
+        if engine_family(&header.engine) != engine_family(self.stores.engine_version()) {
+            let message = format!("it was written by {}, this node keeps {}", header.engine, self.stores.engine_version());
+            return Err(SnapshotError::Unusable(message));
+        }
+        let scratch = Scratch(self.scratch_dir("receive"));
+        tokio::fs::create_dir_all(&scratch.0).await?;
+        receive_files(&scratch.0, header, parts).await?;
+        let (dir, stores) = (scratch.0.clone(), self.stores.clone());
+        let applied = task::blocking(move || -> io::Result<_> {
+            sync_dir(&dir)?;
+            read_applied(&stores, &dir)
+        })
+        .await
+        .map_err(io::Error::other)??;
+        let bytes = header.files.iter().map(|file| file.size_bytes).sum();
+        let dir = scratch.0.clone();
+        // From here on it belongs to the installation.
+        std::mem::forget(scratch);
+        Ok((dir, applied, bytes))
+    }
+}
+
+/// Resolves once nothing has moved for too long.
+async fn stalled(moved: Arc<AtomicU64>) {
+    let mut before = moved.load(Ordering::Relaxed);
+    loop {
+        tokio::time::sleep(STALLED).await;
+        let now = moved.load(Ordering::Relaxed);
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// The files' bytes in order.
+fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, moved: Arc<AtomicU64>) -> impl Stream<Item = InstallSnapshotRequest> + Send {
+    let chunks = futures::stream::iter(files.into_iter().enumerate()).flat_map(move |(number, file)| {
+        let path = dir.join(&file.name);
+        let open = async move { tokio::fs::File::open(path).await };
+        futures::stream::once(open).flat_map(move |opened| match opened {
+            Ok(file) => read_chunks(file, number).left_stream(),
+            Err(error) => {
+                tracing::error!(%error, "a snapshot's file cannot be read");
+                futures::stream::empty().right_stream()
+            }
+        })
+    });
+    chunks.inspect(move |_| {
+        moved.fetch_add(1, Ordering::Relaxed);
+    })
+}
+
+fn read_chunks(file: tokio::fs::File, number: usize) -> impl Stream<Item = InstallSnapshotRequest> + Send {
+    futures::stream::unfold(file, move |mut file| async move {
+        let mut data = Vec::with_capacity(CHUNK_BYTES);
+        match (&mut file).take(CHUNK_BYTES as u64).read_to_end(&mut data).await {
+            Ok(0) => None,
+            Ok(_) => {
+                let chunk = SnapshotChunk { file: u32::try_from(number).unwrap_or(u32::MAX), data: Bytes::from(data) };
+                Some((InstallSnapshotRequest { part: Some(Part::Chunk(chunk)) }, file))
+            }
+            // The receiver misses bytes and says so.
+            Err(error) => {
+                tracing::error!(%error, "a snapshot's file cannot be read");
+                None
+            }
+        }
+    })
+}
+
+/// Writes each file as it comes and checks it before the next.
+async fn receive_files(dir: &Path, header: &SnapshotHeader, parts: &mut Streaming<InstallSnapshotRequest>) -> Result<(), SnapshotError> {
+    if header.files.len() > FILES_MAX {
+        return Err(SnapshotError::Unusable(format!("it has {} files", header.files.len())));
+    }
+    let mut pending: Option<SnapshotChunk> = None;
+    for (number, file) in header.files.iter().enumerate() {
+        let mut out = tokio::fs::File::create_new(dir.join(safe_name(&file.name)?)).await?;
+        let (mut hasher, mut size) = (Xxh3::new(), 0u64);
+        while size < file.size_bytes {
+            let chunk = match pending.take() {
+                Some(chunk) => chunk,
+                None => next_chunk(parts).await?,
+            };
+            if usize::try_from(chunk.file).ok() != Some(number) || size + chunk.data.len() as u64 > file.size_bytes {
+                return Err(SnapshotError::Unusable(format!("file `{}` is not as it was announced", file.name)));
+            }
+            size += chunk.data.len() as u64;
+            hasher.update(&chunk.data);
+            out.write_all(&chunk.data).await?;
+        }
+        if hasher.digest() != file.checksum {
+            return Err(SnapshotError::Unusable(format!("file `{}` was damaged on its way", file.name)));
+        }
+        out.sync_all().await?;
+    }
+    Ok(())
+}
+
+async fn next_chunk(parts: &mut Streaming<InstallSnapshotRequest>) -> Result<SnapshotChunk, SnapshotError> {
+    let message = tokio::time::timeout(STALLED, parts.message()).await.map_err(|_| SnapshotError::Stalled)??;
+    match message.and_then(|message| message.part) {
+        Some(Part::Chunk(chunk)) => Ok(chunk),
+        _ => Err(SnapshotError::Unusable("it ends early".into())),
+    }
+}
+
+/// A peer names files, not paths.
+fn safe_name(name: &str) -> Result<&str, SnapshotError> {
+    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    plain.then_some(name).ok_or_else(|| SnapshotError::Unusable("one of its files has no plain name".into()))
+}
+
+fn list_files(dir: &Path) -> io::Result<Vec<SnapshotFile>> {
+    let mut files = Vec::new();
+    for item in std::fs::read_dir(dir)? {
+        let item = item?;
+        if !item.file_type()?.is_file() {
+            continue;
+        }
+        let mut file = std::fs::File::open(item.path())?;
+        let (mut hasher, mut size_bytes, mut buffer) = (Xxh3::new(), 0u64, vec![0; CHUNK_BYTES]);
+        loop {
+            let read = io::Read::read(&mut file, &mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            hasher.update(&buffer[..read]);
+            size_bytes += read as u64;
+        }
+        let name = item.file_name().into_string().map_err(|_| io::Error::other("a checkpoint file has an odd name"))?;
+        files.push(SnapshotFile { name, size_bytes, checksum: hasher.digest() });
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+fn read_applied(stores: &Stores, dir: &Path) -> io::Result<AppliedRecord> {
+    let bytes = stores.read_checkpoint(dir, Family::System, record::APPLIED)?;
+    let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a checkpoint without its applied record"))?;
+    Ok(record::decode("applied", &bytes)?)
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// Files of one engine can be read by other versions of it, never by the other engine.
+fn engine_family(version: &str) -> &str {
+    version.split_whitespace().next().unwrap_or_default()
+}

@@ -1,0 +1,252 @@
+//! Groups of nodes in one process, on real listeners: form, write, read, fail over, restart, join.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use holdfast_proto::{
+    Key, Token,
+    peer::{Delete, Lifetime, Outcome, Set, command::Op, outcome},
+    timeline::FOREVER,
+    v1::Origin,
+};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Clock, LogKept, Membership, Options, Replica, Replicas, Seen,
+    store::{Budget, Engine, Stores},
+};
+
+pub(super) struct Node {
+    dir: TempDir,
+    pub(super) options: Options,
+    pub(super) stores: Stores,
+    address: SocketAddr,
+    running: Option<Running>,
+}
+
+struct Running {
+    replicas: Arc<Replicas>,
+    stop: CancellationToken,
+    server: tokio::task::JoinHandle<()>,
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+impl Node {
+    pub(super) async fn start(&mut self) {
+        let listener = bind(self.address).await;
+        let replicas = Replicas::open(self.options.clone(), self.stores.clone(), Clock::system(), Arc::new(())).await.expect("opens");
+        let stop = CancellationToken::new();
+        let served = tonic::transport::Server::builder()
+            .add_service(replicas.replica_service())
+            .add_service(replicas.membership_service())
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+        let server = tokio::spawn(async move { served.await.expect("serves") });
+        replicas.start();
+        self.running = Some(Running { replicas, stop, server });
+    }
+
+    pub(super) async fn stop(&mut self) {
+        let Some(running) = self.running.take() else { return };
+        running.replicas.close().await;
+        running.stop.cancel();
+        running.server.abort();
+        let _ = running.server.await;
+        drop(running.replicas);
+    }
+
+    fn replicas(&self) -> &Arc<Replicas> {
+        &self.running.as_ref().expect("running").replicas
+    }
+
+    pub(super) async fn member(&self) {
+        let mut membership = self.replicas().membership();
+        tokio::time::timeout(PATIENCE, membership.wait_for(|membership| *membership == Membership::Member))
+            .await
+            .expect("in time")
+            .expect("open");
+    }
+
+    fn replica(&self) -> Arc<Replica> {
+        self.replicas().replica(0).expect("shard 0")
+    }
+}
+
+async fn bind(address: SocketAddr) -> TcpListener {
+    for _ in 0..200 {
+        if let Ok(listener) = TcpListener::bind(address).await {
+            return listener;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    TcpListener::bind(address).await.expect("the port is free again")
+}
+
+/// `n` nodes that know of each other; `expect` of them form.
+pub(super) async fn nodes(n: usize, expect: u32, shards: u32) -> Vec<Node> {
+    let mut listeners = Vec::new();
+    for _ in 0..n {
+        listeners.push(TcpListener::bind("127.0.0.1:0").await.expect("a port"));
+    }
+    let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.local_addr().expect("bound")).collect();
+    let discover: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    let node = |(number, &address): (usize, &SocketAddr)| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let stores = Stores::open(Engine::DEFAULT, dir.path(), Budget::default()).expect("stores");
+        let options = Options {
+            name: format!("n{}", number + 1),
+            region: String::new(),
+            learner_only: false,
+            data_dir: dir.path().into(),
+            peer_address: address.to_string(),
+            client_address: String::new(),
+            expect,
+            discover: discover.clone(),
+            shards,
+            memory_bytes_max: 64 << 20,
+            disk_bytes_max: 1 << 40,
+            log_kept: LogKept { entries: 1000, bytes: 64 << 20 },
+        };
+        Node { dir, options, stores, address, running: None }
+    };
+    addresses.iter().enumerate().map(node).collect()
+}
+
+fn set(key: &str, value: &str) -> Op {
+    Op::Set(Set {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+        lifetime: Some(Lifetime { fresh_ms: FOREVER, refresh_after_ms: FOREVER, ..Lifetime::default() }),
+        origin: Origin::Plain.into(),
+        ..Set::default()
+    })
+}
+
+fn revision(outcome: Outcome) -> u64 {
+    match outcome.result {
+        Some(outcome::Result::Done(done)) => done.revision,
+        other => panic!("not done: {other:?}"),
+    }
+}
+
+fn value(replica: &Replica, key: &str) -> Option<Bytes> {
+    replica.state().get(&Key::new(key.to_owned()).expect("a key")).expect("reads").map(|entry| entry.value.clone())
+}
+
+/// Writes again while it is certain that the try before came to nothing, as a client does.
+async fn write_on(replica: &Replica, op: Op) -> Outcome {
+    loop {
+        match replica.write(op.clone(), None, PATIENCE).await {
+            Ok(outcome) => return outcome,
+            Err(error) if error.not_applied() => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+pub(super) async fn leader_of(nodes: &[Node]) -> usize {
+    let found = async {
+        loop {
+            for (number, node) in nodes.iter().enumerate() {
+                if node.running.is_some() && node.replicas().replica(0).is_some_and(|replica| replica.leads().is_some()) {
+                    return number;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("a leader in time")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_form_replicate_fail_over_and_restart() {
+    let mut nodes = nodes(3, 3, 1).await;
+    for node in &mut nodes {
+        node.start().await;
+    }
+    for node in &nodes {
+        node.member().await;
+    }
+    let leader = leader_of(&nodes).await;
+    let follower = (leader + 1) % 3;
+
+    // A write through a follower is forwarded, and every node has it.
+    let outcome = nodes[follower].replica().write(set("greeting", "hello"), None, PATIENCE).await.expect("written");
+    let revision_1 = revision(outcome);
+    let mut token = Token::new(1);
+    token.see(0, revision_1);
+    for node in &nodes {
+        node.replica().wait_until_seen(&Seen::Token(token.clone()), PATIENCE, PATIENCE).await.expect("seen");
+        assert_eq!(value(&node.replica(), "greeting").as_deref(), Some(b"hello".as_slice()));
+    }
+
+    // The leader goes: the others elect, write, and read linearizably.
+    nodes[leader].stop().await;
+    let outcome = write_on(&nodes[follower].replica(), set("greeting", "again")).await;
+    assert!(revision(outcome) > revision_1);
+    let other = (leader + 2) % 3;
+    nodes[other].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("linearizable on a follower");
+    assert_eq!(value(&nodes[other].replica(), "greeting").as_deref(), Some(b"again".as_slice()));
+
+    if Engine::DEFAULT == Engine::Memory {
+        return;
+    }
+    // It comes back and catches up.
+    nodes[leader].start().await;
+    nodes[leader].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("caught up");
+    assert_eq!(value(&nodes[leader].replica(), "greeting").as_deref(), Some(b"again".as_slice()));
+
+    // All of them go and come back: nothing acknowledged is lost.
+    let deleted = nodes[other].replica().write(Op::Delete(Delete { key: Bytes::from_static(b"greeting") }), None, PATIENCE).await;
+    revision(deleted.expect("deleted"));
+    for node in &mut nodes {
+        node.stop().await;
+    }
+    for node in &mut nodes {
+        node.start().await;
+    }
+    nodes[0].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("a quorum again");
+    assert_eq!(value(&nodes[0].replica(), "greeting"), None);
+    for node in &mut nodes {
+        node.stop().await;
+        assert!(node.dir.path().exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_node_is_a_cluster_of_three_shards() {
+    let mut nodes = nodes(1, 1, 3).await;
+    nodes[0].options.discover.clear();
+    nodes[0].start().await;
+    nodes[0].member().await;
+    for n in 0..50 {
+        let key = format!("key-{n}");
+        let replica = nodes[0].replicas().of_key(key.as_bytes()).expect("open").clone();
+        revision(replica.write(set(&key, "v"), None, PATIENCE).await.expect("written"));
+        assert_eq!(value(&replica, &key).as_deref(), Some(b"v".as_slice()));
+    }
+    nodes[0].stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_empty_nodes_that_expect_three_form_no_cluster_and_a_fourth_joins_one_that_is_there() {
+    let mut nodes = nodes(4, 3, 1).await;
+    for node in &mut nodes[..3] {
+        node.start().await;
+    }
+    for node in &nodes[..3] {
+        node.member().await;
+    }
+    leader_of(&nodes[..3]).await;
+    nodes[3].start().await;
+    nodes[3].member().await;
+    let joined = nodes[3].replica();
+    joined.wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("the new node is level");
+    assert_eq!(joined.peers_identity().node_id, 4);
+    for node in &mut nodes {
+        node.stop().await;
+    }
+}

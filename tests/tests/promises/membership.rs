@@ -1,0 +1,228 @@
+//! Who belongs to the cluster, who votes, and who leads: nodes join by themselves, and operators change the rest, by the
+//! command line, on any node.
+
+use std::collections::BTreeMap;
+
+use holdfast_client::Consistency;
+use holdfast_tests::cluster::Cluster;
+use serde_json::Value;
+use tracing::info;
+
+use crate::in_process;
+
+/// What the command line ends with, and the object it printed: the answer, or the error.
+fn holdfast(cluster: &Cluster, node: usize, arguments: &[&str]) -> anyhow::Result<(i32, Value)> {
+    let output = cluster.holdfast(node, &[&["-o", "json", "--timeout", "20s"], arguments].concat())?;
+    let code = output.status.code().unwrap_or(-1);
+    let text = if code == 0 || code == 8 { &output.stdout } else { &output.stderr };
+    Ok((code, serde_json::from_slice(text).unwrap_or(Value::Null)))
+}
+
+/// Role by name, as a node tells it.
+async fn roles(cluster: &Cluster, node: usize) -> BTreeMap<String, (u64, String)> {
+    let Ok((0, status)) = holdfast(cluster, node, &["cluster", "status"]) else { return BTreeMap::new() };
+    let nodes = status["nodes"].as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    nodes.iter().map(|node| (text(&node["name"]), (node["id"].as_u64().unwrap_or(0), text(&node["role"])))).collect()
+}
+
+async fn has_role(cluster: &Cluster, asked: usize, name: &str, roles_wanted: &[&str]) -> anyhow::Result<()> {
+    cluster
+        .until(&format!("{name} is one of {roles_wanted:?}"), async || {
+            roles(cluster, asked).await.get(name).is_some_and(|(_, role)| roles_wanted.contains(&role.as_str()))
+        })
+        .await
+}
+
+const VOTES: [&str; 2] = ["leader", "voter"];
+
+/// Three that formed, and further nodes that have a configuration and do not run.
+async fn three_of(nodes: usize, learners: &[usize]) -> anyhow::Result<Cluster> {
+    let mut cluster = in_process().nodes(nodes, 3).learners(learners).configure()?;
+    cluster.start_together(&[0, 1, 2]).await?;
+    for node in 0..3 {
+        cluster.ready(node).await?;
+    }
+    cluster.leader().await?;
+    Ok(cluster)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fourth_node_joins_as_a_learner_and_votes_once_a_voter_is_gone_for_good() -> anyhow::Result<()> {
+    let mut cluster = three_of(4, &[]).await?;
+    let client = cluster.client_of(&[0, 1, 2]);
+    client.set("before", "v").await?;
+    info!("--- it joins by itself, and answers what was there before it");
+    cluster.start_node(3).await?;
+    cluster.ready(3).await?;
+    has_role(&cluster, 0, "node-4", &["learner"]).await?;
+    let answer = cluster.client(3).get("before").consistency(Consistency::Linearizable).await?;
+    assert_eq!(answer.answer.value.as_deref(), Some(b"v".as_slice()));
+    cluster.client(3).set("through the learner", "v").await?;
+
+    info!("--- with three voters it stays one, however long it has kept up");
+    cluster.clock.advance(std::time::Duration::from_secs(60));
+    cluster.client(3).set("after a minute", "v").await?;
+    let lost = cluster.follower().await?;
+    let asked = (0..3).find(|&node| node != lost).unwrap();
+    cluster.stop_node(lost).await?;
+    cluster.leader().await?;
+    let name = cluster.name(lost).to_owned();
+    assert_eq!(roles(&cluster, asked).await["node-4"].1, "learner", "dead voters count");
+
+    info!("--- the dead one is removed: there is room");
+    let removed = holdfast(&cluster, asked, &["member", "remove", &name])?;
+    assert_eq!(removed.0, 0, "{removed:?}");
+    has_role(&cluster, asked, "node-4", &VOTES).await?;
+    let status = holdfast(&cluster, asked, &["cluster", "status"])?.1;
+    assert_eq!(status["per_shard"][0]["voters"].as_array().map(Vec::len), Some(3));
+    assert_eq!(status["per_shard"][0]["learners"], serde_json::json!([]));
+    assert!(!roles(&cluster, asked).await.contains_key(&name));
+    cluster.client(3).set("after", "v").await?;
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removal_that_would_cost_the_quorum_is_refused() -> anyhow::Result<()> {
+    let mut cluster = three_of(3, &[]).await?;
+    let (leader, down) = (cluster.leader().await?, cluster.follower().await?);
+    cluster.stop_node(down).await?;
+    let other = (0..3).find(|&node| node != leader && node != down).unwrap();
+    for name in [leader, other].map(|node| cluster.name(node).to_owned()) {
+        // At once: the dead one was heard from a moment ago.
+        let (code, error) = holdfast(&cluster, other, &["member", "remove", &name])?;
+        assert_eq!((code, &error["code"], &error["reason"]), (6, &"FAILED_PRECONDITION".into(), &"MEMBERSHIP".into()), "{error}");
+        assert!(error["message"].as_str().is_some_and(|message| message.contains("1 of 2 voters would be alive: no quorum")), "{error}");
+    }
+    let status = holdfast(&cluster, leader, &["cluster", "status"])?.1;
+    assert_eq!(status["per_shard"][0]["voters"].as_array().map(Vec::len), Some(3), "nothing changed");
+    cluster.client(other).set("k", "v").await?;
+    assert_eq!(holdfast(&cluster, leader, &["cluster", "health"])?.0, 8);
+
+    info!("--- a member that there is not");
+    let (code, error) = holdfast(&cluster, leader, &["member", "remove", "nobody"])?;
+    assert_eq!((code, &error["reason"]), (1, &"NO_MEMBER".into()), "{error}");
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leadership_goes_where_it_is_sent() -> anyhow::Result<()> {
+    let cluster = three_of(3, &[]).await?;
+    for _ in 0..2 {
+        let (leader, to) = (cluster.leader().await?, cluster.follower().await?);
+        let asked = (0..3).find(|&node| node != leader && node != to).unwrap();
+        let (code, answer) = holdfast(&cluster, asked, &["cluster", "transfer-leader", cluster.name(to)])?;
+        assert_eq!((code, answer["leader"].as_str()), (0, Some(cluster.name(to))), "{answer}");
+        cluster.until("it leads", async || cluster.leader().await.is_ok_and(|leader| leader == to)).await?;
+        cluster.client(asked).set("k", "v").await?;
+    }
+    info!("--- to whoever is furthest");
+    let before = cluster.leader().await?;
+    let (code, answer) = holdfast(&cluster, before, &["cluster", "transfer-leader"])?;
+    assert_eq!(code, 0, "{answer}");
+    assert_ne!(answer["leader"].as_str(), Some(cluster.name(before)));
+    info!("--- to nobody");
+    let (code, error) = holdfast(&cluster, before, &["cluster", "transfer-leader", "nobody"])?;
+    assert_eq!((code, &error["reason"]), (1, &"NO_MEMBER".into()));
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_promotes_a_learner_and_removes_it_again() -> anyhow::Result<()> {
+    let mut cluster = three_of(4, &[]).await?;
+    cluster.start_node(3).await?;
+    cluster.ready(3).await?;
+    for node in 0..4 {
+        let (code, list) = holdfast(&cluster, node, &["member", "list"])?;
+        let names: Vec<&str> = list["nodes"].as_array().unwrap().iter().filter_map(|node| node["name"].as_str()).collect();
+        assert_eq!((code, names.as_slice()), (0, ["node-1", "node-2", "node-3", "node-4"].as_slice()));
+    }
+    info!("--- a voter beyond what forms the cluster, by an operator's word; and again, which changes nothing");
+    for _ in 0..2 {
+        let promoted = holdfast(&cluster, 1, &["member", "promote", "node-4"])?;
+        assert_eq!(promoted.0, 0, "{promoted:?}");
+        assert!(VOTES.contains(&roles(&cluster, 1).await["node-4"].1.as_str()));
+    }
+    info!("--- it leads, and is removed by its own hand");
+    let (code, _) = holdfast(&cluster, 1, &["cluster", "transfer-leader", "node-4"])?;
+    assert_eq!(code, 0);
+    cluster.until("it leads", async || cluster.leader().await.is_ok_and(|leader| leader == 3)).await?;
+    cluster
+        .until("it is no member any more", async || {
+            let removed = holdfast(&cluster, 0, &["member", "remove", "node-4"]);
+            let told = removed.is_ok_and(|(code, error)| code == 0 || error["reason"] == "NO_MEMBER");
+            told && !roles(&cluster, 0).await.contains_key("node-4")
+        })
+        .await?;
+    cluster.stop_node(3).await?;
+    let leader = cluster.leader().await?;
+    assert_ne!(leader, 3);
+    cluster.client(0).set("k", "v").await?;
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_node_with_an_empty_directory_joins_with_an_id_never_used_before() -> anyhow::Result<()> {
+    let mut cluster = three_of(4, &[]).await?;
+    cluster.client(0).set("k", "v").await?;
+    cluster.start_node(3).await?;
+    let mut last = 3;
+    for _ in 0..2 {
+        cluster.ready(3).await?;
+        let (id, _) = roles(&cluster, 0).await["node-4"].clone();
+        assert!(id > last, "{id} after {last}");
+        last = id;
+        info!("--- {id} is removed while it is down");
+        cluster.stop_node(3).await?;
+        let removed = holdfast(&cluster, 0, &["member", "remove", "node-4"])?;
+        assert_eq!(removed.0, 0, "{removed:?}");
+        let _ = std::fs::remove_dir_all(cluster.data_dir(3));
+        cluster.start_node(3).await?;
+    }
+    cluster.ready(3).await?;
+    assert!(roles(&cluster, 0).await["node-4"].0 > last);
+    let answer = cluster.client(3).get("k").consistency(Consistency::Linearizable).await?;
+    assert_eq!(answer.answer.value.as_deref(), Some(b"v".as_slice()));
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_configured_to_learn_never_votes() -> anyhow::Result<()> {
+    let mut cluster = three_of(4, &[3]).await?;
+    cluster.start_node(3).await?;
+    cluster.ready(3).await?;
+    has_role(&cluster, 0, "node-4", &["learner"]).await?;
+    cluster.client(3).set("k", "v").await?;
+    let answer = cluster.client(3).get("k").await?;
+    assert_eq!((answer.answer.value.as_deref(), answer.replica.role.as_str()), (Some(b"v".as_slice()), "learner"));
+
+    info!("--- not where there is room");
+    let lost = cluster.follower().await?;
+    let asked = (0..3).find(|&node| node != lost).unwrap();
+    let name = cluster.name(lost).to_owned();
+    cluster.stop_node(lost).await?;
+    assert_eq!(holdfast(&cluster, asked, &["member", "remove", &name])?.0, 0);
+    cluster.clock.advance(std::time::Duration::from_secs(60));
+    cluster.client(3).set("a minute later", "v").await?;
+    info!("--- nor by an operator's word");
+    let (code, error) = holdfast(&cluster, asked, &["member", "promote", "node-4"])?;
+    assert_eq!((code, &error["reason"]), (6, &"MEMBERSHIP".into()), "{error}");
+    assert!(error["message"].as_str().is_some_and(|message| message.contains("`node.role: learner`")), "{error}");
+    assert_eq!(roles(&cluster, asked).await["node-4"].1, "learner");
+    cluster.stop().await
+}
+
+/// With nobody but learners there is no cluster: they wait for one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn learners_alone_form_nothing() -> anyhow::Result<()> {
+    let mut cluster = in_process().learners(&[0, 1, 2]).extra("storage: {engine: memory}").configure()?;
+    cluster.start_together(&[0, 1, 2]).await?;
+    for node in 0..3 {
+        cluster
+            .until("it says what it waits for", async || {
+                cluster.admin(node, "/readyz").await.is_ok_and(|(_, body)| body.contains("a learner waits for a cluster to join"))
+            })
+            .await?;
+    }
+    cluster.stop().await
+}

@@ -1,0 +1,160 @@
+//! One fetch for the whole cluster: however many ask at once, ahead of readers who never wait, and over a leader's death.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use bytes::Bytes;
+use holdfast_proto::v1::{Consistency, State};
+use holdfast_raft::Clock;
+use holdfast_tests::{
+    cluster::Cluster,
+    origin::{Answer, Behaviour, Gate, Origin},
+    wire::{Wire, state, text},
+};
+use tokio::task::JoinSet;
+use tracing::info;
+
+use crate::{in_process, processes};
+
+/// Upstream `users` behind the keys `user/*`. `policy` is further parameters of its policy.
+fn users(origin: &Origin, policy: &str) -> String {
+    let url = origin.url("/users/{1}");
+    format!(
+        "upstreams: {{users: {{http: {{url: \"{url}\"}}, fetch_timeout: 60s}}}}\npolicies: [{{match: \"user/*\", upstream: users, hard_timeout: 60s, {policy}}}]"
+    )
+}
+
+/// Reads that waited for more than memory, on all running nodes.
+async fn waited(cluster: &Cluster) -> anyhow::Result<f64> {
+    let mut waited = 0.0;
+    for node in (0..cluster.len()).filter(|&node| cluster.is_running(node)) {
+        waited += cluster.metric(node, "holdfast_reads_waited_total", &[]).await?;
+    }
+    Ok(waited)
+}
+
+/// Reads a key without a token, as a client that has seen nothing does.
+async fn read(wire: &Wire, key: &str) -> anyhow::Result<(State, String)> {
+    let read = wire.get(key, Consistency::Session, &Bytes::new()).await?;
+    Ok((state(&read), text(&read)))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    let gate = Gate::closed();
+    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
+    let cluster = in_process().extra(users(&origin, "ttl: 60s")).start().await?;
+    let (before, terms) = (waited(&cluster).await?, cluster.terms().await?);
+    let mut readers = JoinSet::new();
+    for wire in cluster.wires()?.into_iter().map(|wire| wire.within(Duration::from_secs(60))).cycle().take(1_000) {
+        readers.spawn(async move { read(&wire, "user/7").await });
+    }
+    cluster.until("a thousand readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited - before >= 1_000.0)).await?;
+    gate.open();
+    let calls = origin.calls();
+    ensure!((1..=1 + cluster.terms().await? - terms).contains(&calls), "{calls} calls for a thousand readers");
+    while let Some(reader) = readers.join_next().await {
+        assert_eq!(reader??, (State::Fresh, format!("call {calls}")));
+    }
+    assert_eq!(origin.calls(), calls);
+    cluster.stop().await
+}
+
+/// What the readers of one node saw.
+#[derive(Debug, Default)]
+struct Watched {
+    reads: usize,
+    not_fresh: Vec<State>,
+}
+
+/// Reads every 50 ms until told to stop.
+async fn watch(wire: Wire, stop: Arc<AtomicBool>) -> anyhow::Result<Watched> {
+    let mut watched = Watched::default();
+    let mut every = tokio::time::interval(Duration::from_millis(50));
+    while !stop.load(Ordering::Relaxed) {
+        every.tick().await;
+        let (state, _) = read(&wire, "user/7").await?;
+        watched.reads += 1;
+        if state != State::Fresh {
+            watched.not_fresh.push(state);
+        }
+    }
+    Ok(watched)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_waits() -> anyhow::Result<()> {
+    // Of 2 s; the first one after a miss comes sooner, at a moment of its own.
+    const INTERVAL: Duration = Duration::from_millis(1_600);
+    let origin = Origin::start().await?;
+    let clock = Clock::system();
+    let cluster = in_process().extra(users(&origin, "ttl: 2s, ttl_jitter: 0")).start().await?;
+    for wire in cluster.wires()? {
+        assert_eq!(read(&wire, "user/7").await?.0, State::Fresh);
+    }
+    assert_eq!(origin.calls(), 1);
+    let before = waited(&cluster).await?;
+
+    info!("--- readers on every node, and time");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut readers = JoinSet::new();
+    for wire in cluster.wires()? {
+        readers.spawn(watch(wire, stop.clone()));
+    }
+    tokio::time::timeout(Duration::from_secs(10), origin.reached(2)).await.context("the first refresh after the miss")?;
+    let from = clock.monotonic();
+    // Ten intervals, and until the next call.
+    tokio::time::timeout(Duration::from_secs(60), origin.reached(2 + 9)).await.context("nine more refreshes")?;
+    let elapsed = clock.monotonic() - from;
+    stop.store(true, Ordering::Relaxed);
+
+    let expected = elapsed.as_secs_f64() / INTERVAL.as_secs_f64();
+    println!("9 calls in {elapsed:?}: {expected:.2} intervals");
+    ensure!((9.0 / 1.2..9.0 / 0.8).contains(&expected), "9 calls in {elapsed:?}, {expected:.2} intervals of {INTERVAL:?}");
+    let mut reads = 0;
+    while let Some(watched) = readers.join_next().await {
+        let watched = watched??;
+        ensure!(watched.not_fresh.is_empty(), "reads that were not FRESH: {watched:?}");
+        reads += watched.reads;
+    }
+    ensure!(reads > 100, "only {reads} reads");
+    assert_eq!(waited(&cluster).await? - before, 0.0, "of {reads} reads some waited");
+    cluster.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    let gate = Gate::closed();
+    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
+    let mut cluster = processes().extra(users(&origin, "ttl: 60s")).start().await?;
+    let leader = cluster.leader_of(&[0, 1, 2]).await?;
+    let followers: Vec<usize> = (0..3).filter(|&node| node != leader).collect();
+
+    info!("--- readers on the followers wait for the leader's fetch");
+    let mut readers = JoinSet::new();
+    for n in 0..20 {
+        let wire = cluster.wire(followers[n % 2])?.within(Duration::from_secs(60));
+        readers.spawn(async move { read(&wire, "user/7").await });
+    }
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(1)).await.context("the leader fetches")?;
+    cluster.until("all readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited >= 20.0)).await?;
+    assert_eq!(origin.calls(), 1);
+
+    info!("--- the leader is killed");
+    cluster.kill(leader)?;
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(2)).await.context("the next leader fetches")?;
+    gate.open();
+    while let Some(reader) = readers.join_next().await {
+        assert_eq!(reader??, (State::Fresh, "call 2".to_owned()));
+    }
+    assert_eq!(origin.calls(), 2);
+    Ok(())
+}
