@@ -24,6 +24,10 @@ impl Cache {
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
         let op = Op::Invalidate(Invalidate { key: key.as_bytes().clone() });
         let written = self.write(&key, op, request_id, deadline).await?;
+        // As a reader would who finds it due: there may be none for a while, and the first one shall find the new value.
+        if written.existed {
+            self.refresher.note_read(&key, true);
+        }
         let response = v1::InvalidateResponse { existed: written.existed, replica: Some(written.replica), token: written.token.encode() };
         Ok(Acknowledged { response, leader: written.leader })
     }

@@ -5,7 +5,8 @@
 //! read:    once, the read ones over 10 s        │ as their instant comes, each once; the read ones at once
 //! ```
 //! Promises that a key that was read is refreshed at its refresh point, and one that was not costs one look. Rows that are
-//! written behind the cursor (an Invalidate's) are found by the key's next reader. Must never know how a key is fetched.
+//! written behind the cursor are an Invalidate's: the node that took it asks for the refresh. Must never know how a key is
+//! fetched.
 
 use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 

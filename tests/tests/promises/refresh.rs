@@ -158,3 +158,22 @@ async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> any
     assert_eq!(origin.calls(), 2);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invalidated_key_is_refreshed_though_nobody_reads_it() -> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))));
+    let cluster = in_process().extra(users(&origin, "ttl: 1h")).start().await?;
+    for (node, wire) in cluster.wires()?.into_iter().enumerate() {
+        let (key, path) = (format!("user/{node}"), format!("/users/{node}"));
+        ensure!(read(&wire, &key).await?.0 == State::Fresh, "{key}");
+
+        info!("--- {key} is invalidated, at any node; its only reader went away before");
+        wire.invalidate(&key, None).await?;
+        cluster.until("the upstream is asked again", async || origin.calls_of(&path) == 2).await?;
+        let fresh = async || wire.inspect(&key).await.is_ok_and(|seen| seen.answer.is_some_and(|answer| answer.state() == State::Fresh));
+        cluster.until("it is fresh again", fresh).await?;
+    }
+    ensure!(origin.calls() == 6, "{} calls", origin.calls());
+    cluster.stop().await
+}

@@ -2,7 +2,9 @@
 //! one change at a time. So an operator's command is one write to shard 0 and a wait, can be repeated, and is resumed by
 //! whoever leads next.
 
-use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
+mod reconcile;
+
+use std::{collections::BTreeSet, time::Duration};
 
 use futures::future::join_all;
 use holdfast_proto::{
@@ -13,10 +15,9 @@ use holdfast_proto::{
     },
     reason, v1,
 };
-use openraft::ChangeMembers;
-use parking_lot::Mutex;
 use tonic::Request;
 
+pub(crate) use self::reconcile::{CatchingUp, maintain};
 use crate::{
     forming::report,
     peer::{Peers, connect_lazy},
@@ -26,12 +27,9 @@ use crate::{
 
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 const REPORT_TIMEOUT: Duration = Duration::from_millis(400);
-const RECONCILE_TIMEOUT: Duration = Duration::from_secs(2);
 const POLL_EVERY: Duration = Duration::from_millis(50);
-/// A learner that is at most so many entries behind …
+/// A learner that is at most so many entries behind is level with the leader.
 const CAUGHT_UP_ENTRIES: u64 = 1000;
-/// … for so long is promoted.
-const CAUGHT_UP_FOR: Duration = Duration::from_secs(5);
 /// A member that was heard of within this is alive.
 const ALIVE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -133,36 +131,51 @@ impl Replicas {
         if answer.state() == holdfast_proto::peer::NodeState::Formed && answer.cluster_id != self.cluster_id() {
             return Err(ChangeError::Refused(format!("the node at {peer_address} belongs to another cluster")));
         }
-        Ok(self.change(Change::Add(found)).await?.id)
+        Ok(self.change(0, Change::Add(found)).await?.id)
     }
 
     pub async fn promote(&self, name: &str) -> Result<(), ChangeError> {
-        self.change(Change::Promote(name.into())).await.map(|_| ())
+        self.change(0, Change::Promote(name.into())).await.map(|_| ())
     }
 
     pub async fn remove(&self, name: &str) -> Result<(), ChangeError> {
-        self.change(Change::Remove(name.into())).await.map(|_| ())
+        self.change(0, Change::Remove(name.into())).await.map(|_| ())
     }
 
     /// Of every shard; the name of shard 0's new leader.
     pub async fn transfer_leader(&self, to: &str) -> Result<String, ChangeError> {
-        self.change(Change::TransferLeader(to.into())).await.map(|changed| changed.leader)
+        let deadline = self.clock.monotonic() + CHANGE_TIMEOUT;
+        let mut leader = String::new();
+        // Shard 0 last: it is the one whose leader is told.
+        for replica in self.replicas().iter().rev() {
+            leader = loop {
+                let leader = self.change(replica.shard(), Change::TransferLeader(to.into())).await?.leader;
+                if to.is_empty() || leader == to {
+                    break leader;
+                }
+                // The election that a transfer begins was won by a third voter: now that one is asked.
+                if self.clock.monotonic() >= deadline {
+                    return Err(ChangeError::Refused(format!("`{leader}` was elected in the place of `{to}`")));
+                }
+            };
+        }
+        Ok(leader)
     }
 
     fn cluster_id(&self) -> String {
         self.peers().map(|peers| peers.identity().cluster_id.clone()).unwrap_or_default()
     }
 
-    /// Carries a change out where shard 0 is led.
-    async fn change(&self, change: Change) -> Result<Changed, ChangeError> {
+    /// Carries a change out where the shard is led. The roster's changes are shard 0's.
+    async fn change(&self, shard: ShardId, change: Change) -> Result<Changed, ChangeError> {
         let deadline = self.clock.monotonic() + CHANGE_TIMEOUT;
         loop {
-            let (Some(peers), Some(first)) = (self.peers(), self.replica(0)) else {
+            let (Some(peers), Some(group)) = (self.peers(), self.replica(shard)) else {
                 return Err(ChangeError::Write(WriteError::NoLeader));
             };
-            match first.leader() {
-                Some(leader) if leader.is_self => return change_here(self, 0, change).await,
-                Some(leader) => return self.change_there(&peers, 0, leader.id, change).await,
+            match group.leader() {
+                Some(leader) if leader.is_self => return change_here(self, shard, change).await,
+                Some(leader) => return self.change_there(&peers, shard, leader.id, change).await,
                 None if self.clock.monotonic() >= deadline => return Err(ChangeError::Write(WriteError::NoLeader)),
                 None => tokio::time::sleep(POLL_EVERY).await,
             }
@@ -279,11 +292,13 @@ async fn admit_here(first: &Replica, member: Member) -> Result<u64, ChangeError>
 }
 
 pub(crate) async fn change_here(replicas: &Replicas, shard: ShardId, change: Change) -> Result<Changed, ChangeError> {
-    let first = replicas.replica(shard).ok_or(WriteError::NoLeader)?;
+    let group = replicas.replica(shard).ok_or(WriteError::NoLeader)?;
+    let first = replicas.replica(0).ok_or(WriteError::NoLeader)?;
     let peers = replicas.peers().ok_or(WriteError::NoLeader)?;
+    let members = replicas.members_of(&first);
     let find = |name: &str| {
-        let known = replicas.members_of(&first).into_iter().find(|member| member.name == name);
-        known.ok_or_else(|| ChangeError::NoMember(name.into()))
+        let known = members.iter().find(|member| member.name == name);
+        known.cloned().ok_or_else(|| ChangeError::NoMember(name.into()))
     };
     match change {
         Change::Add(member) => Ok(Changed { id: admit_here(&first, member).await?, ..Changed::default() }),
@@ -307,33 +322,25 @@ pub(crate) async fn change_here(replicas: &Replicas, shard: ShardId, change: Cha
             wait_until(replicas, |group| !group.voters().contains(&member.id) && !group.learners().contains(&member.id)).await?;
             Ok(Changed { id: member.id, ..Changed::default() })
         }
-        Change::TransferLeader(name) => transfer_here(replicas, &first, &name, &find).await,
+        Change::TransferLeader(name) => {
+            let to = if name.is_empty() { None } else { Some(find(&name)?.id) };
+            let leader = transfer_here(&group, &name, to).await?;
+            let name = members.iter().find(|member| member.id == leader).map(|member| member.name.clone());
+            Ok(Changed { id: leader, leader: name.unwrap_or_default() })
+        }
     }
 }
 
-async fn transfer_here(
-    replicas: &Replicas,
-    first: &Replica,
-    name: &str,
-    find: &impl Fn(&str) -> Result<Member, ChangeError>,
-) -> Result<Changed, ChangeError> {
-    let to = if name.is_empty() { None } else { Some(find(name)?.id) };
-    if let Some(to) = to
-        && !first.voters().contains(&to)
-    {
+/// Who leads then: another voter than the one named, if it won the election.
+async fn transfer_here(group: &Replica, name: &str, to: Option<u64>) -> Result<u64, ChangeError> {
+    let leader = group.leader().filter(|leader| leader.is_self).ok_or(WriteError::NoLeader)?;
+    if to == Some(leader.id) {
+        return Ok(leader.id);
+    }
+    if to.is_some_and(|to| !group.voters().contains(&to)) {
         return Err(ChangeError::Refused(format!("`{name}` is not a voter")));
     }
-    let mut leader = None;
-    for replica in replicas.replicas().iter().filter(|replica| replica.leader().is_some_and(|leader| leader.is_self)) {
-        let me = replicas.peers().map_or(0, |peers| peers.identity().node_id);
-        let taken = if to == Some(me) { Some(me) } else { replica.hand_over(to).await };
-        if replica.shard() == 0 {
-            leader = taken;
-        }
-    }
-    let leader = leader.ok_or_else(|| ChangeError::Refused("no other voter could take over".into()))?;
-    let name = replicas.members_of(first).into_iter().find(|member| member.id == leader).map(|member| member.name);
-    Ok(Changed { id: leader, leader: name.unwrap_or_default() })
+    group.hand_over(to).await.ok_or_else(|| ChangeError::Refused("no other voter could take over".into()))
 }
 
 /// A removal must leave a majority of the remaining voters alive: each is asked now, because one that died a moment ago was
@@ -389,85 +396,4 @@ async fn wait_until(replicas: &Replicas, done: impl Fn(&Replica) -> bool) -> Res
         }
     };
     tokio::time::timeout(CHANGE_TIMEOUT, all_done).await.map_err(|_| ChangeError::Unfinished)
-}
-
-// ---- every shard's leader: bring the group to the roster ----
-
-/// Since when each learner has been level with the leader of shard 0.
-#[derive(Default)]
-pub(crate) struct CatchingUp(Mutex<std::collections::HashMap<u64, Duration>>);
-
-pub(crate) async fn maintain(replicas: &Replicas, peers: &Peers, groups: &[Arc<Replica>]) {
-    let Some(first) = groups.first() else { return };
-    let roster = match first.state().roster() {
-        Ok(roster) if !roster.members.is_empty() => roster,
-        _ => return,
-    };
-    for group in groups.iter().filter(|group| group.leads().is_some()) {
-        // Without a quorum a change waits for ever; this task has other duties.
-        match tokio::time::timeout(RECONCILE_TIMEOUT, reconcile(group, &roster)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, shard = group.shard(), "a membership change did not go through"),
-            Err(_) => tracing::warn!(shard = group.shard(), "a membership change is still on its way"),
-        }
-    }
-    if first.leads().is_some() {
-        promote_caught_up(replicas, peers, first, &roster).await;
-    }
-}
-
-/// One change towards the roster; none while another is under way.
-async fn reconcile(group: &Replica, roster: &RosterRecord) -> io::Result<()> {
-    let present: BTreeSet<u64> = group.voters().into_iter().chain(group.learners()).collect();
-    let voters: BTreeSet<u64> = group.voters().into_iter().collect();
-    let wanted: BTreeSet<u64> = roster.members.iter().map(|member| member.id).collect();
-    if group.changes_voters() {
-        return Ok(());
-    }
-    if let Some(new) = roster.members.iter().find(|member| !present.contains(&member.id)) {
-        tracing::info!(shard = group.shard(), name = new.name, id = new.id, "admitting a learner");
-        return group.raft().add_learner(new.id, new.clone(), false).await.map(|_| ()).map_err(io::Error::other);
-    }
-    let promoted: BTreeSet<u64> = roster.voters.iter().copied().filter(|id| wanted.contains(id) && !voters.contains(id)).collect();
-    if !promoted.is_empty() {
-        tracing::info!(shard = group.shard(), ?promoted, "making voters");
-        return group.raft().change_membership(ChangeMembers::AddVoterIds(promoted), true).await.map(|_| ()).map_err(io::Error::other);
-    }
-    let gone: BTreeSet<u64> = present.difference(&wanted).copied().collect();
-    if gone.is_empty() {
-        return Ok(());
-    }
-    tracing::info!(shard = group.shard(), ?gone, "removing members");
-    let gone_voters: BTreeSet<u64> = gone.intersection(&voters).copied().collect();
-    let change = match gone_voters.is_empty() {
-        true => ChangeMembers::RemoveNodes(gone),
-        false => ChangeMembers::RemoveVoters(gone_voters),
-    };
-    group.raft().change_membership(change, false).await.map(|_| ()).map_err(io::Error::other)
-}
-
-/// A learner that keeps up becomes a voter while there are fewer than expected, dead ones included.
-async fn promote_caught_up(replicas: &Replicas, peers: &Peers, first: &Replica, roster: &RosterRecord) {
-    let now = replicas.clock.monotonic();
-    if roster.voters.len() >= replicas.options.expect as usize {
-        return;
-    }
-    for learner in roster.members.iter().filter(|member| !member.learner_only && !roster.voters.contains(&member.id)) {
-        let level = entries_behind(first, peers, learner.id).is_some_and(|behind| behind <= CAUGHT_UP_ENTRIES);
-        let since = {
-            let mut catching_up = replicas.catching_up.0.lock();
-            if !level {
-                catching_up.remove(&learner.id);
-                continue;
-            }
-            *catching_up.entry(learner.id).or_insert(now)
-        };
-        if now.saturating_sub(since) >= CAUGHT_UP_FOR {
-            tracing::info!(name = learner.name, "a learner has caught up: it becomes a voter");
-            if let Err(error) = propose(first, Op::PromoteMember(PromoteMember { id: learner.id })).await {
-                tracing::warn!(%error, "promoting a learner failed");
-            }
-            return;
-        }
-    }
 }

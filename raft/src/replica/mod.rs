@@ -1,0 +1,388 @@
+//! One replica of one shard: the face of this crate. Writes go through the leader, here or forwarded once (`write.rs`); reads
+//! come from memory, after whatever wait their consistency asks for (`read.rs`); the rest is what a replica does by itself for
+//! as long as it is open.
+
+mod duties;
+mod purge;
+mod read;
+mod sweep;
+mod write;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use holdfast_proto::{
+    Key, ShardId,
+    peer::{self, Header, ReplyHeader},
+    timeline::Millis,
+    v1::Role,
+};
+use openraft::{Instant as _, ServerState, type_config::async_runtime::watch::WatchReceiver};
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::read::LeaderRound;
+pub use self::{
+    read::{ReadError, Seen},
+    write::WriteError,
+};
+use crate::{
+    agreement::{
+        self, LEASE, RaftHandle,
+        leadership::{Leader, LeaderClock},
+        log::{ShardLog, SharedLog},
+        pins::LogPins,
+        proposer::Proposer,
+        read_rounds::ReadRounds,
+        state_machine::StateMachine,
+    },
+    clock::Clock,
+    events::Events,
+    peer::{Peers, client::Network, snapshot},
+    state::{Applied, State, record::DueKind},
+    store::Stores,
+};
+
+/// A round that proves leadership may take this long.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
+/// Between two tries of a wait for a leader.
+const RETRY_PAUSE: Duration = Duration::from_millis(15);
+
+/// How much log a replica keeps for followers that come back.
+#[derive(Debug, Clone, Copy)]
+pub struct LogKept {
+    pub entries: u64,
+    pub bytes: u64,
+}
+
+/// What a replica is opened with.
+pub(crate) struct Parts {
+    pub(crate) shard: ShardId,
+    pub(crate) clock: Clock,
+    pub(crate) stores: Stores,
+    pub(crate) log: SharedLog,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) snapshots: Arc<snapshot::Sender>,
+    pub(crate) events: Arc<dyn Events>,
+    pub(crate) memory_bytes_max: u64,
+    pub(crate) log_kept: LogKept,
+    pub(crate) must_catch_up: bool,
+}
+
+pub struct Replica {
+    shard: ShardId,
+    clock: Clock,
+    peers: Arc<Peers>,
+    state: Arc<State>,
+    raft: RaftHandle,
+    log: ShardLog,
+    leader_clock: Arc<LeaderClock>,
+    proposer: Proposer,
+    read_rounds: ReadRounds,
+    snapshots: Arc<snapshot::Sender>,
+    keep_from: Arc<AtomicU64>,
+    pins: LogPins,
+    log_kept: LogKept,
+    events: Arc<dyn Events>,
+    /// Until then a replica that had a vote before it started grants none and stands for none.
+    quiet_until: Duration,
+    /// It joined and has not been level with its leader since.
+    must_catch_up: AtomicBool,
+    /// Snapshots that are being received or installed.
+    installing: AtomicUsize,
+    leader: watch::Sender<Option<Leader>>,
+    /// The term in which this node leads and has applied all that came before.
+    leads: watch::Sender<Option<u64>>,
+    diverged: watch::Sender<Option<String>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// A snapshot that is being received or installed.
+pub(crate) struct Installing<'r>(&'r AtomicUsize);
+
+impl Drop for Installing<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Replica {
+    pub(crate) async fn open(parts: Parts) -> io::Result<Arc<Self>> {
+        let Parts { shard, clock, stores, log, peers, snapshots, events, memory_bytes_max, log_kept, must_catch_up } = parts;
+        let state = State::open(&stores, shard, memory_bytes_max)?;
+        let log = log.shard(shard)?;
+        let keep_from = Arc::new(AtomicU64::new(0));
+        let leader_clock = Arc::new(LeaderClock::new(shard, clock.clone(), state.clone(), peers.clone()));
+        let pins = LogPins::new(clock.clone());
+        let network = Network {
+            peers: peers.clone(),
+            state: state.clone(),
+            shard,
+            keep_from: keep_from.clone(),
+            snapshots: snapshots.clone(),
+            leader_clock: leader_clock.clone(),
+            pins: pins.clone(),
+        };
+        let machine = StateMachine::new(state.clone(), snapshots.clone(), events.clone())?;
+        let had_vote = log.has_vote();
+        if log.first_index() > state.applied().index + 1 {
+            let message = format!(
+                "the state of shard {shard} is at log index {}, the log begins at {}: what is between is gone; remove the data and let the node join again",
+                state.applied().index,
+                log.first_index()
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        let raft =
+            RaftHandle::new(peers.identity().node_id, agreement::config(shard).map_err(io::Error::other)?, network, log.clone(), machine)
+                .await
+                .map_err(io::Error::other)?;
+
+        let round =
+            LeaderRound { shard, raft: raft.clone(), peers: peers.clone(), state: state.clone(), leader_clock: leader_clock.clone() };
+        let replica = Arc::new(Self {
+            shard,
+            quiet_until: if had_vote { clock.monotonic() + LEASE } else { Duration::ZERO },
+            proposer: Proposer::start(raft.clone(), leader_clock.clone()),
+            read_rounds: ReadRounds::start(Arc::new(round)),
+            clock,
+            peers,
+            state,
+            raft,
+            log,
+            leader_clock,
+            snapshots,
+            keep_from,
+            pins,
+            log_kept,
+            events,
+            must_catch_up: AtomicBool::new(must_catch_up),
+            installing: AtomicUsize::new(0),
+            leader: watch::Sender::new(None),
+            leads: watch::Sender::new(None),
+            diverged: watch::Sender::new(None),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        replica.start_duties();
+        Ok(replica)
+    }
+
+    pub fn shard(&self) -> ShardId {
+        self.shard
+    }
+
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    /// Keys and instants of one kind of the due index, oldest first.
+    pub fn due_for_refresh(&self, from: Millis, until: Millis, limit: usize) -> io::Result<Vec<(Millis, Key)>> {
+        self.state.due(DueKind::Refresh, from, until, limit)
+    }
+
+    pub fn applied(&self) -> Applied {
+        self.state.applied()
+    }
+
+    /// What a read on this replica judges by.
+    pub fn now(&self) -> Millis {
+        self.leader_clock.now()
+    }
+
+    /// Joined and not yet level with its leader: it must not answer reads by itself.
+    pub fn must_catch_up(&self) -> bool {
+        self.must_catch_up.load(Ordering::Relaxed)
+    }
+
+    /// A snapshot is on its way in: what this replica has is about to be replaced.
+    pub fn is_installing(&self) -> bool {
+        self.installing.load(Ordering::Relaxed) > 0
+    }
+
+    /// For as long as the guard lives.
+    pub(crate) fn install_begins(&self) -> Installing<'_> {
+        self.installing.fetch_add(1, Ordering::Relaxed);
+        Installing(&self.installing)
+    }
+
+    /// How long ago this replica last knew itself to be current; `None` if it never did.
+    pub fn lag(&self) -> Option<Duration> {
+        match self.leader() {
+            Some(leader) if leader.is_self => Some(Duration::ZERO),
+            _ => self.leader_clock.current_ago(),
+        }
+    }
+
+    // ---- who leads ----
+
+    pub fn leader(&self) -> Option<Leader> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let id = self.peers.identity().node_id;
+        if metrics.state == ServerState::Leader {
+            let heard = metrics.last_quorum_acked.as_ref().is_some_and(|at| at.elapsed() < LEASE);
+            // A lone voter is its own quorum, and nobody else acknowledges anything.
+            let acknowledged = heard || metrics.membership_config.voter_ids().eq([id]);
+            return acknowledged.then_some(Leader { id, term: metrics.current_term, is_self: true });
+        }
+        let heard = self.leader_clock.heard()?;
+        (heard.leader != id && heard.term >= metrics.current_term).then_some(Leader { id: heard.leader, term: heard.term, is_self: false })
+    }
+
+    pub fn watch_leader(&self) -> watch::Receiver<Option<Leader>> {
+        self.leader.subscribe()
+    }
+
+    /// The term this node leads, once everything before it is applied: what refreshing, sweeping and ticking go by.
+    pub fn watch_leads(&self) -> watch::Receiver<Option<u64>> {
+        self.leads.subscribe()
+    }
+
+    pub fn leads(&self) -> Option<u64> {
+        *self.leads.borrow()
+    }
+
+    pub fn term(&self) -> u64 {
+        self.raft.metrics().borrow_watched().current_term
+    }
+
+    pub fn role(&self) -> Role {
+        match self.raft.metrics().borrow_watched().state {
+            ServerState::Leader => Role::Leader,
+            ServerState::Learner => Role::Learner,
+            _ => Role::Voter,
+        }
+    }
+
+    pub fn voters(&self) -> Vec<u64> {
+        self.raft.voter_ids().collect()
+    }
+
+    pub fn learners(&self) -> Vec<u64> {
+        self.raft.learner_ids().collect()
+    }
+
+    /// Whether this leader's clock is off and it stamps with the voters' median.
+    pub fn clock_is_skewed(&self) -> bool {
+        self.leader_clock.is_skewed()
+    }
+
+    /// Last log index minus applied: what this replica has and has not applied, plus what it knows to be committed.
+    pub fn log_last_index(&self) -> u64 {
+        self.log.last_index()
+    }
+
+    pub(crate) fn changes_voters(&self) -> bool {
+        self.raft.metrics().borrow_watched().membership_config.get_joint_config().len() > 1
+    }
+
+    #[cfg(test)]
+    pub(crate) fn peers_identity(&self) -> &crate::peer::Identity {
+        self.peers.identity()
+    }
+
+    pub(crate) fn monotonic(&self) -> Duration {
+        self.clock.monotonic()
+    }
+
+    // ---- what peers say ----
+
+    pub(crate) fn raft(&self) -> &RaftHandle {
+        &self.raft
+    }
+
+    pub(crate) fn snapshots(&self) -> &snapshot::Sender {
+        &self.snapshots
+    }
+
+    pub(crate) fn reply(&self) -> ReplyHeader {
+        self.peers.reply(Some(&self.state))
+    }
+
+    pub(crate) fn votes_quietly(&self) -> bool {
+        self.clock.monotonic() < self.quiet_until
+    }
+
+    pub(crate) fn heard_append(&self, vote: Option<&peer::Vote>, header: Option<&Header>, committed: Option<&peer::LogId>) {
+        self.leader_clock.hear(vote, header, committed);
+    }
+
+    /// Compares the running hash of applied state with a peer's. Replicas that differ have applied different things: this one
+    /// stops rather than answer wrongly.
+    pub(crate) fn check_hash(&self, header: Option<&Header>) -> Result<(), tonic::Status> {
+        let Some(header) = header.filter(|header| header.hash_index != 0) else { return Ok(()) };
+        match self.state.chain_hash_at(header.hash_index) {
+            Some(mine) if mine != header.hash => {
+                let message = format!(
+                    "the state of this replica of shard {} differs from node {}'s at log index {}: stop it, remove its data, let it join again",
+                    self.shard, header.from, header.hash_index
+                );
+                tracing::error!("{message}");
+                self.diverged.send_replace(Some(message.clone()));
+                Err(tonic::Status::data_loss(message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn watch_diverged(&self) -> watch::Receiver<Option<String>> {
+        self.diverged.subscribe()
+    }
+
+    /// Resolves when this replica can go on no more, and says why.
+    pub(crate) async fn died(&self) -> String {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Err(fatal) = &metrics.borrow_watched().running_state {
+                return fatal.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "its task ended".into();
+            }
+        }
+    }
+
+    // ---- stopping ----
+
+    /// Hands leadership to the voter that is furthest, and waits a moment for it to take over.
+    pub async fn hand_over(&self, to: Option<u64>) -> Option<u64> {
+        let me = self.peers.identity().node_id;
+        let furthest = || {
+            self.voters()
+                .into_iter()
+                .filter(|&voter| voter != me)
+                .filter_map(|voter| self.peers.view(self.shard, voter).map(|view| (view.heard_at, view.applied_index, voter)))
+                .max_by_key(|&(heard_at, index, _)| (index, heard_at))
+                .map(|(_, _, voter)| voter)
+        };
+        let to = to.or_else(furthest)?;
+        self.raft.trigger().transfer_leader(to).await.ok()?;
+        let mut leader = self.watch_leader();
+        let taken = leader.wait_for(|leader| leader.is_some_and(|leader| !leader.is_self));
+        tokio::time::timeout(Duration::from_secs(2), taken).await.ok()?.ok().and_then(|leader| leader.map(|leader| leader.id))
+    }
+
+    pub(crate) async fn close(&self) -> io::Result<()> {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::warn!(%error, "the replica did not stop cleanly");
+        }
+        let state = self.state.clone();
+        let flushed = crate::task::blocking(move || {
+            let flushed = state.flush();
+            state.close();
+            flushed
+        });
+        flushed.await.map_err(io::Error::other)?.map(|_| ())
+    }
+}

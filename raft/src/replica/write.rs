@@ -1,0 +1,168 @@
+//! Writes: proposed here if this node leads, else forwarded once. What became of a write is said exactly: `applied: no` only
+//! where it is certain.
+
+use std::time::Duration;
+
+use holdfast_proto::{
+    peer::{Command, Outcome, ProposeRequest, command::Op, propose_response},
+    reason,
+    v1::RequestId,
+};
+use tonic::Request;
+
+use super::{RETRY_PAUSE, Replica};
+use crate::{agreement::leadership::Leader, peer::Purpose};
+
+/// Sets are refused from here on; deletes and sweeps go on.
+const DISK_FULL_PERMILLE: u32 = 1000;
+
+/// Why a write has no outcome.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    #[error("nobody leads the shard")]
+    NoLeader,
+    #[error("the leader cannot reach a quorum")]
+    NoQuorum,
+    #[error("this node does not lead the shard")]
+    NotLeader { leader: Option<u64> },
+    #[error("too many writes wait already")]
+    Overloaded,
+    #[error("the disk of a voter is at its limit: values are refused until space is free again")]
+    DiskFull,
+    #[error("the deadline passed before the write left this node")]
+    DeadlineBefore,
+    #[error("the deadline passed while the write was under way")]
+    DeadlineAfter,
+    #[error("this node is stopping")]
+    Stopped,
+    #[error("what became of the write is unknown: {0}")]
+    Unknown(String),
+    #[error("{message}")]
+    Remote { reason: String, message: String, not_applied: bool, leader: Option<u64> },
+}
+
+impl WriteError {
+    /// It is certain that the write was not and will not be applied.
+    pub fn not_applied(&self) -> bool {
+        match self {
+            Self::DeadlineAfter | Self::Unknown(_) => false,
+            Self::Remote { not_applied, .. } => *not_applied,
+            Self::NoLeader
+            | Self::NoQuorum
+            | Self::NotLeader { .. }
+            | Self::Overloaded
+            | Self::DiskFull
+            | Self::DeadlineBefore
+            | Self::Stopped => true,
+        }
+    }
+
+    pub fn reason(&self) -> &str {
+        match self {
+            Self::NoLeader | Self::NotLeader { .. } => reason::NO_LEADER,
+            Self::NoQuorum | Self::Unknown(_) => reason::NO_QUORUM,
+            Self::Overloaded => reason::OVERLOADED,
+            Self::DiskFull => reason::DISK_FULL,
+            Self::DeadlineBefore | Self::DeadlineAfter => reason::DEADLINE,
+            Self::Stopped => reason::NOT_READY,
+            Self::Remote { reason, .. } => reason,
+        }
+    }
+
+    pub fn leader(&self) -> Option<u64> {
+        match self {
+            Self::NotLeader { leader } | Self::Remote { leader, .. } => *leader,
+            _ => None,
+        }
+    }
+}
+
+impl Replica {
+    /// Proposes a command, here or through the leader, and says what it came to. A forwarded command is forwarded once.
+    pub async fn write(&self, op: Op, request_id: Option<RequestId>, timeout: Duration) -> Result<Outcome, WriteError> {
+        let deadline = self.clock.monotonic() + timeout;
+        let command = Command { request_id, caller: String::new(), op: Some(op) };
+        loop {
+            let left = deadline.saturating_sub(self.clock.monotonic());
+            if left.is_zero() {
+                return Err(WriteError::NoLeader);
+            }
+            match self.leader() {
+                None => self.leader_change(left).await,
+                Some(leader) if leader.is_self => match self.propose_here(command.clone(), left).await {
+                    // Certain not to be in the log: whoever leads now may have it.
+                    Err(WriteError::NotLeader { .. } | WriteError::NoQuorum) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
+                    outcome => return outcome,
+                },
+                Some(leader) => match self.forward(leader, command.clone(), left).await {
+                    // There was no connection to forward it on: not forwarded, and whoever leads next may have it.
+                    Err(WriteError::NoLeader) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
+                    outcome => return outcome,
+                },
+            }
+        }
+    }
+
+    /// Proposes here, whether this node leads or not: only a leader gets an outcome.
+    pub(crate) async fn propose_here(&self, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
+        if matches!(command.op, Some(Op::Set(_) | Op::CommitFetch(_))) && self.disk_full() {
+            return Err(WriteError::DiskFull);
+        }
+        self.proposer.propose(command, timeout).await
+    }
+
+    async fn forward(&self, leader: Leader, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
+        let Some(member) = self.peers.member(leader.id) else { return Err(WriteError::NoLeader) };
+        let header = Some(self.peers.header(leader.id, self.shard, None));
+        let mut request = Request::new(ProposeRequest { header, command: Some(command) });
+        request.set_timeout(timeout);
+        self.events.outgoing(request.metadata_mut());
+        let mut client = self.peers.replica_client(&member.peer_address, Purpose::Control);
+        let response = match tokio::time::timeout(timeout, client.propose(request)).await {
+            Err(_) => return Err(WriteError::DeadlineAfter),
+            Ok(Err(status)) if never_connected(&status) => return Err(WriteError::NoLeader),
+            Ok(Err(status)) => return Err(WriteError::Unknown(format!("the leader did not answer: {}", status.message()))),
+            Ok(Ok(response)) => response.into_inner(),
+        };
+        self.peers.heard(self.shard, leader.id, response.header.as_ref());
+        match response.result {
+            Some(propose_response::Result::Outcome(outcome)) => Ok(outcome),
+            Some(propose_response::Result::Failed(failed)) => Err(WriteError::Remote {
+                reason: failed.reason,
+                message: failed.message,
+                not_applied: failed.not_applied,
+                leader: (failed.leader != 0).then_some(failed.leader),
+            }),
+            None => Err(WriteError::Unknown("the leader answered nothing".into())),
+        }
+    }
+
+    /// The fullest voter decides: what it cannot keep is not durable.
+    pub fn disk_full(&self) -> bool {
+        let fullest = self
+            .voters()
+            .into_iter()
+            .filter_map(|voter| self.peers.view(self.shard, voter))
+            .map(|view| view.disk_used_permille)
+            .chain([self.peers.disk_used_permille()])
+            .max();
+        fullest.is_some_and(|used| used >= DISK_FULL_PERMILLE)
+    }
+
+    async fn leader_change(&self, within: Duration) {
+        let mut leader = self.watch_leader();
+        let _ = tokio::time::timeout(within.min(RETRY_PAUSE * 4), leader.wait_for(Option::is_some)).await;
+    }
+}
+
+/// The request did not leave this node: there was no connection to send it on.
+fn never_connected(status: &tonic::Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
