@@ -10,9 +10,13 @@ pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
     File::open(directory).and_then(|opened| opened.sync_all()).map_err(|error| named(error, "sync", directory))
 }
 
-/// Makes the directory that names `path` durable.
+/// Makes the directory that names `path` durable. A lone name is named by the working directory.
 pub(super) fn sync_parent(path: &Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), sync_directory)
+    match path.parent() {
+        None => Ok(()),
+        Some(parent) if parent.as_os_str().is_empty() => sync_directory(Path::new(".")),
+        Some(parent) => sync_directory(parent),
+    }
 }
 
 /// Makes a directory of plain files durable, and its name.
@@ -25,10 +29,14 @@ pub(super) fn sync_files(directory: &Path) -> io::Result<()> {
     sync_parent(directory)
 }
 
-/// Creates a directory with its missing parents, each durable in its parent.
+/// Creates a directory with its missing parents, each durable in its parent. One that is there may have been made a moment ago by
+/// who did not sync its name: that is made good, unless its parent is somebody else's and cannot be opened.
 pub(super) fn create_directory(directory: &Path) -> io::Result<()> {
     if directory.is_dir() {
-        return Ok(());
+        return match sync_parent(directory) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            synced => synced,
+        };
     }
     if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         create_directory(parent)?;
@@ -75,4 +83,23 @@ pub(super) fn size_bytes(directory: &Path) -> io::Result<u64> {
 /// The standard library's errors do not say which file.
 pub(super) fn named(error: io::Error, verb: &str, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("cannot {verb} {}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lone_name_is_made_durable_where_it_is() {
+        sync_parent(Path::new("holdfast-data")).unwrap();
+    }
+
+    #[test]
+    fn a_directory_is_created_with_its_parents_and_again() {
+        let home = tempfile::tempdir().unwrap();
+        let directory = home.path().join("a").join("b");
+        create_directory(&directory).unwrap();
+        create_directory(&directory).unwrap();
+        assert!(directory.is_dir());
+    }
 }
