@@ -118,6 +118,7 @@ impl Replica {
         let Parts { shard, clock, stores, log, peers, snapshots, events, memory_bytes_max, log_kept, must_catch_up } = parts;
         let state = State::open(&stores, shard, memory_bytes_max)?;
         let log = log.shard(shard)?;
+        log.heal(state.applied_record().last_applied).await?;
         let keep_from = Arc::new(AtomicU64::new(0));
         let leader_clock = Arc::new(LeaderClock::new(shard, clock.clone(), state.clone(), peers.clone()));
         let pins = LogPins::new(clock.clone());

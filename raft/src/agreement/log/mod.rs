@@ -1,0 +1,373 @@
+//! The log of all shards of a node: openraft's log storage on one [`LogStore`], one queue and one sync thread.
+//!
+//! ```text
+//! append ─► tail (readable at once) ─► queue ─► sync thread: take all ─► one write ─► ONE sync ─► callbacks ─► again
+//! vote   ────────────────────────────► queue ─┘ (the same queue: a vote is durable only after all that came before it)
+//! ```
+//!
+//! Promises: a callback comes only after its entries are synced; `append` never waits for the disk; a failed sync is the end
+//! of this node's log, for ever. The committed index rides along with the next sync, or reaches the file within 100 ms, so
+//! that a node that restarts alone shows what was committed. The thread groups whatever came while it was syncing: no timers.
+
+mod tail;
+#[cfg(test)]
+mod tests;
+mod thread;
+
+use std::{
+    fmt::Debug,
+    io,
+    ops::{Bound, RangeBounds},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use holdfast_proto::{ShardId, limits::APPEND_BATCH_BYTES, peer};
+use openraft::{
+    RaftLogReader,
+    entry::RaftEntry,
+    storage::{IOFlushed, LogState, RaftLogStorage},
+};
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use self::{
+    tail::{Tail, TailState, Weight},
+    thread::{Syncer, Write},
+};
+use super::types::{Entry, LogId, Types, Vote, entry_bytes, entry_from, log_id_from, vote_from};
+use crate::{
+    clock::Clock,
+    events::Events,
+    replica::LogKept,
+    state::record,
+    store::{LogMark, LogStore},
+};
+
+/// Operations that wait for the sync thread; beyond it openraft's core waits, and with it the proposers.
+const QUEUE: usize = 8192;
+/// A purge costs a flush: it is worth it for an eighth of what is kept.
+const PURGE_SHARE: u64 = 8;
+
+/// One per node. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct SharedLog {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// Gone once the log is closed.
+    store: RwLock<Option<Arc<dyn LogStore>>>,
+    queue: mpsc::Sender<Write>,
+    clock: Clock,
+    /// When the write that is under way began; 0 if none is. A watchdog looks at it.
+    writing_since_ms: AtomicU64,
+    failed: watch::Sender<Option<String>>,
+    thread: parking_lot::Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Inner {
+    fn store(&self) -> io::Result<Arc<dyn LogStore>> {
+        self.store.read().clone().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the log is closed"))
+    }
+}
+
+impl SharedLog {
+    pub(crate) fn open(store: Arc<dyn LogStore>, clock: Clock, events: Arc<dyn Events>) -> Self {
+        let (queue, writes) = mpsc::channel(QUEUE);
+        let inner = Arc::new(Inner {
+            store: RwLock::new(Some(store)),
+            queue,
+            clock,
+            writing_since_ms: AtomicU64::new(0),
+            failed: watch::Sender::new(None),
+            thread: parking_lot::Mutex::new(None),
+        });
+        let syncer = Syncer::new(inner.clone(), events);
+        let runtime = tokio::runtime::Handle::current();
+        let thread = std::thread::Builder::new().name("log-sync".into()).spawn(move || syncer.run(writes, &runtime));
+        *inner.thread.lock() = Some(thread.expect("the system can start one thread"));
+        Self { inner }
+    }
+
+    pub(crate) fn shard(&self, shard: ShardId) -> io::Result<ShardLog> {
+        let store = self.inner.store()?;
+        let purged = mark::<peer::LogId>(store.as_ref(), shard, LogMark::Purged)?.map(log_id_from);
+        let last = store.last(shard)?.map(|(_, bytes)| stored_entry(&bytes)).transpose()?.map(|entry| entry.log_id());
+        let vote = mark::<peer::Vote>(store.as_ref(), shard, LogMark::Vote)?
+            .map(|vote| vote_from(Some(vote)).map_err(io::Error::other))
+            .transpose()?;
+        let state = TailState::new(last, purged, vote, stored_weight(store.as_ref(), shard)?);
+        let tail = Arc::new(Tail { state: RwLock::new(state) });
+        Ok(ShardLog { shard, log: self.clone(), tail, purging: Arc::default() })
+    }
+
+    /// How long the write that is under way has taken so far.
+    pub(crate) fn stalled_for(&self) -> Duration {
+        match self.inner.writing_since_ms.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => Duration::from_millis(self.inner.clock.monotonic_ms().saturating_sub(since)),
+        }
+    }
+
+    /// Why the log can be written no more; `None` while it can.
+    pub(crate) fn failed(&self) -> watch::Receiver<Option<String>> {
+        self.inner.failed.subscribe()
+    }
+
+    pub(crate) fn disk_bytes(&self) -> io::Result<u64> {
+        self.inner.store()?.disk_bytes()
+    }
+
+    /// Gives the space of purged entries back. Slow: off the async threads.
+    pub(crate) fn compact(&self) -> io::Result<()> {
+        self.inner.store()?.compact()
+    }
+
+    /// Waits until everything enqueued so far is durable, then ends the thread.
+    pub(crate) async fn close(&self) {
+        let (done, synced) = oneshot::channel();
+        if self.enqueue(Write::Barrier { done }).await.is_ok() {
+            let _ = synced.await;
+        }
+        let _ = self.enqueue(Write::Close).await;
+        let thread = self.inner.thread.lock().take();
+        if let Some(thread) = thread {
+            let _ = crate::task::blocking(move || thread.join()).await;
+        }
+        self.inner.store.write().take();
+    }
+
+    async fn enqueue(&self, write: Write) -> io::Result<()> {
+        self.inner.queue.send(write).await.map_err(|_| io::Error::other("the log is closed"))
+    }
+}
+
+/// One shard's log, as openraft sees it.
+#[derive(Clone)]
+pub(crate) struct ShardLog {
+    shard: ShardId,
+    log: SharedLog,
+    tail: Arc<Tail>,
+    purging: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl ShardLog {
+    pub(crate) fn last_index(&self) -> u64 {
+        self.tail.state.read().last.as_ref().map_or(0, LogId::index)
+    }
+
+    /// First index to keep: so many entries after it, or so many bytes, whichever are fewer.
+    pub(crate) fn keep_from(&self, kept: LogKept) -> u64 {
+        let state = self.tail.state.read();
+        let next = state.last.as_ref().map_or(0, |last| last.index() + 1);
+        next.saturating_sub(kept.entries).max(state.weight.keep_from(kept.bytes))
+    }
+
+    /// First index that is not purged.
+    pub(crate) fn first_index(&self) -> u64 {
+        self.tail.state.read().first_index()
+    }
+
+    /// Whether enough goes if the log begins at this index.
+    pub(crate) fn is_worth_purging(&self, keep_from: u64, kept: LogKept) -> bool {
+        let state = self.tail.state.read();
+        let first = state.first_index();
+        let (entries, bytes) = (keep_from.saturating_sub(first), state.weight.between(first, keep_from));
+        entries > 0 && (entries >= kept.entries / PURGE_SHARE || bytes >= kept.bytes / PURGE_SHARE)
+    }
+
+    /// For one purge at a time: two would undo each other's idea of what is to be kept.
+    pub(crate) async fn purge_alone(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.purging.lock().await
+    }
+
+    /// Brings a log in order that a crash left behind its state. The state is made of committed entries, so an entry of another
+    /// term in the place of the last applied one is not committed, nor is any after it: openraft would refuse to start on them.
+    pub(crate) async fn heal(&self, applied: Option<peer::LogId>) -> io::Result<()> {
+        let Some(applied) = applied.map(log_id_from) else { return Ok(()) };
+        let index = applied.index();
+        let in_its_place = self.entries(index, index + 1, 1).await?;
+        if in_its_place.first().is_none_or(|entry| entry.log_id() == applied) {
+            return Ok(());
+        }
+        tracing::warn!(shard = self.shard, index, "the log holds uncommitted entries in the place of applied ones: they are removed");
+        {
+            let mut state = self.tail.state.write();
+            state.truncate_from(index);
+            state.purge_to(applied);
+            state.last = Some(applied);
+        }
+        self.log.enqueue(Write::Truncate { shard: self.shard, from: index }).await?;
+        self.log.enqueue(Write::Purge { shard: self.shard, to: applied }).await?;
+        let (done, durable) = oneshot::channel();
+        self.log.enqueue(Write::Barrier { done }).await?;
+        durable.await.map_err(|_| io::Error::other("the log cannot be written"))
+    }
+
+    pub(crate) fn has_vote(&self) -> bool {
+        self.tail.state.read().vote.is_some()
+    }
+
+    /// Entries of the range, until `max_bytes` are passed by the last of them; at least one if there is any.
+    async fn entries(&self, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
+        let (from_store_to, newer) = {
+            let state = self.tail.state.read();
+            let from_store_to = end.min(state.first);
+            let skip = usize::try_from(start.saturating_sub(state.first)).unwrap_or(usize::MAX);
+            let take = usize::try_from(end.saturating_sub(start.max(state.first))).unwrap_or(usize::MAX);
+            let newer = up_to(max_bytes, state.entries.iter().skip(skip).take(take)).cloned().collect::<Vec<_>>();
+            (from_store_to, newer)
+        };
+        if start >= from_store_to {
+            return Ok(newer);
+        }
+        // Off the async threads: a device that hangs must not stop them.
+        let (store, shard) = (self.log.inner.store()?, self.shard);
+        let read = crate::task::blocking(move || -> io::Result<Vec<Entry>> {
+            let rows = store.read(shard, start..from_store_to, max_bytes)?;
+            rows.iter().map(|(_, bytes)| stored_entry(bytes)).collect()
+        });
+        let mut entries = read.await.map_err(io::Error::other)??;
+        let complete = entries.last().is_none_or(|last| last.log_id().index() + 1 == from_store_to);
+        if complete {
+            let room = max_bytes.saturating_sub(entries.iter().map(entry_bytes).sum());
+            let more = up_to(room, newer.iter()).count();
+            entries.extend(newer.into_iter().take(more));
+        }
+        Ok(entries)
+    }
+}
+
+/// Entries until so many bytes are passed: the last of them passes the bound.
+fn up_to<'e>(bytes: usize, entries: impl Iterator<Item = &'e Entry>) -> impl Iterator<Item = &'e Entry> {
+    let mut room = bytes;
+    entries.take_while(move |entry| {
+        let fits = room > 0;
+        room = room.saturating_sub(entry_bytes(entry));
+        fits
+    })
+}
+
+impl RaftLogReader<Types> for ShardLog {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(&mut self, range: RB) -> io::Result<Vec<Entry>> {
+        let (start, end) = bounds(&range);
+        self.entries(start, end, usize::MAX).await
+    }
+
+    async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
+        Ok(self.tail.state.read().vote)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
+        self.entries(start, end, APPEND_BATCH_BYTES).await
+    }
+}
+
+impl RaftLogStorage<Types> for ShardLog {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
+        let state = self.tail.state.read();
+        Ok(LogState { last_purged_log_id: state.purged, last_log_id: state.last.or(state.purged) })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
+        let (done, durable) = oneshot::channel();
+        self.log.enqueue(Write::Vote { shard: self.shard, vote: *vote, done }).await?;
+        durable.await.map_err(|_| io::Error::other("the log is closed"))??;
+        self.tail.state.write().vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
+        self.log.enqueue(Write::Committed { shard: self.shard, committed }).await
+    }
+
+    /// Never past what the log holds: the mark may have reached the file before the entries it speaks of were synced.
+    async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
+        let committed = mark::<peer::LogId>(self.log.inner.store()?.as_ref(), self.shard, LogMark::Committed)?;
+        let Some(committed) = committed.filter(|id| *id != peer::LogId::default()).map(log_id_from) else { return Ok(None) };
+        let last = self.tail.state.read().last;
+        Ok(if last.is_some_and(|last| last < committed) { last } else { Some(committed) })
+    }
+
+    async fn append<I>(&mut self, entries: I, flushed: IOFlushed<Types>) -> io::Result<()>
+    where
+        I: IntoIterator<Item = Entry> + Send,
+        I::IntoIter: Send,
+    {
+        let entries: Vec<Entry> = entries.into_iter().collect();
+        {
+            let mut state = self.tail.state.write();
+            for entry in &entries {
+                state.push(entry.clone());
+            }
+        }
+        self.log.enqueue(Write::Append { shard: self.shard, entries, tail: self.tail.clone(), flushed }).await
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
+        let from = last.as_ref().map_or(0, |last| last.index() + 1);
+        {
+            let mut state = self.tail.state.write();
+            if state.last.as_ref().is_none_or(|known| known.index() < from) {
+                return Ok(());
+            }
+            state.truncate_from(from);
+            state.last = last.or(state.purged);
+        }
+        self.log.enqueue(Write::Truncate { shard: self.shard, from }).await
+    }
+
+    async fn purge(&mut self, to: LogId) -> io::Result<()> {
+        self.tail.state.write().purge_to(to);
+        self.log.enqueue(Write::Purge { shard: self.shard, to }).await
+    }
+}
+
+/// What a shard's log weighs that is there already: its share of the file's bytes.
+fn stored_weight(store: &dyn LogStore, shard: ShardId) -> io::Result<Weight> {
+    let Some((first, last)) = store.bounds(shard)? else { return Ok(Weight::default()) };
+    let mut all = 0u64;
+    // Shards are numbered from 0, and a shard whose log is empty has no share.
+    for other in 0.. {
+        match store.bounds(other)? {
+            Some((first, last)) => all += last - first + 1,
+            None if other >= shard => break,
+            None => {}
+        }
+    }
+    let entries = last - first + 1;
+    let share = u128::from(store.disk_bytes()?) * u128::from(entries) / u128::from(all.max(entries));
+    Ok(Weight::of_store(first, last + 1, u64::try_from(share).unwrap_or(u64::MAX)))
+}
+
+fn mark<M: prost::Message + Default>(store: &dyn LogStore, shard: ShardId, which: LogMark) -> io::Result<Option<M>> {
+    Ok(store.mark(shard, which)?.map(|bytes| record::decode("log mark", &bytes)).transpose()?)
+}
+
+fn stored_entry(bytes: &bytes::Bytes) -> io::Result<Entry> {
+    entry_from(record::decode("log entry", bytes)?).map_err(io::Error::other)
+}
+
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(&start) => start,
+        Bound::Excluded(&start) => start + 1,
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(&end) => end.saturating_add(1),
+        Bound::Excluded(&end) => end,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
