@@ -3,7 +3,7 @@
 //! A snapshot is at first only a promise: for purging, a flush and its metadata are enough. Files are made when a follower
 //! needs them (`snapshot.rs`).
 
-use std::{io, path::PathBuf, sync::Arc};
+use std::{io, sync::Arc};
 
 use futures::{Stream, StreamExt};
 use holdfast_proto::peer::AppliedRecord;
@@ -18,7 +18,7 @@ use super::types::{
 };
 use crate::{
     events::Events,
-    peer::snapshot,
+    peer::snapshot::{self, Scratch},
     state::{Committed, CommittedPayload, State},
     task,
 };
@@ -30,8 +30,8 @@ const RUN_ENTRIES: usize = 512;
 pub(crate) enum SnapshotData {
     /// The state itself: files are made when they are sent.
     Promise(Arc<State>),
-    /// Received files, complete, checked and synced.
-    Received { dir: PathBuf, bytes: u64 },
+    /// Received files, complete, checked and synced. They go if they are not installed.
+    Received { dir: Scratch, bytes: u64 },
 }
 
 pub(crate) struct StateMachine {
@@ -72,7 +72,9 @@ impl RaftStateMachine<Types> for StateMachine {
                 committed.push(committed_entry(entry));
                 responders.push(responder);
             }
-            let outcomes = self.state.apply(&committed).map_err(io::Error::other)?;
+            // It may read what is evicted: a disk that hangs must not take one of the runtime's few workers with it.
+            let state = self.state.clone();
+            let outcomes = task::blocking(move || state.apply(&committed)).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
             for (responder, outcomes) in responders.into_iter().zip(outcomes) {
                 if let Some(responder) = responder {
                     responder.send(Outcomes(outcomes));
@@ -98,8 +100,10 @@ impl RaftStateMachine<Types> for StateMachine {
             SnapshotData::Promise(source) => (self.snapshots.copy(source).await?, 0),
         };
         let state = self.state.clone();
-        let record = task::blocking(move || state.install(&dir)).await.map_err(io::Error::other)??;
-        *self.current.lock() = snapshot_meta(&record)?;
+        let record = task::blocking(move || state.install(dir.path())).await.map_err(io::Error::other)??;
+        if let Some(meta) = snapshot_meta(&record)? {
+            announce(&self.current, meta);
+        }
         self.events.snapshot_installed(self.state.shard(), bytes);
         Ok(())
     }
@@ -128,8 +132,16 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
         .await
         .map_err(io::Error::other)??;
         let meta = snapshot_meta(&record)?.unwrap_or_default();
-        *self.current.lock() = Some(meta.clone());
+        announce(&self.current, meta.clone());
         Ok(Snapshot { meta, snapshot: SnapshotData::Promise(self.state.clone()) })
+    }
+}
+
+/// A flush may end after a newer snapshot was installed: what openraft was told of stays.
+fn announce(current: &Mutex<Option<SnapshotMeta>>, meta: SnapshotMeta) {
+    let mut current = current.lock();
+    if current.as_ref().is_none_or(|known| known.last_log_id < meta.last_log_id) {
+        *current = Some(meta);
     }
 }
 
@@ -157,4 +169,23 @@ fn stored_membership(record: &AppliedRecord) -> io::Result<StoredMembership> {
 pub(crate) fn snapshot_meta(record: &AppliedRecord) -> io::Result<Option<SnapshotMeta>> {
     let Some(last) = record.last_applied else { return Ok(None) };
     Ok(Some(SnapshotMeta { last_log_id: Some(log_id_from(last)), last_membership: stored_membership(record)? }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(index: u64) -> SnapshotMeta {
+        let record = AppliedRecord { last_applied: Some(holdfast_proto::peer::LogId { term: 1, index }), ..AppliedRecord::default() };
+        snapshot_meta(&record).expect("no membership to misread").expect("not empty")
+    }
+
+    #[test]
+    fn a_flush_that_ends_after_a_newer_snapshot_was_installed_does_not_take_its_place() {
+        let current = Mutex::new(None);
+        for (announced, newest) in [(10, 10), (200, 200), (100, 200), (201, 201)] {
+            announce(&current, snapshot(announced));
+            assert_eq!(current.lock().as_ref(), Some(&snapshot(newest)));
+        }
+    }
 }

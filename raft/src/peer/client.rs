@@ -2,8 +2,12 @@
 //!
 //! Appends go through one bidirectional stream, pipelined: requests are sent as they come, answers arrive in their order.
 //! The stream ends with an error when the follower needs entries that are to be purged, so that openraft purges them and
-//! sends a snapshot. A heartbeat that was sent is never cancelled by us, so that it reaches a far learner.
+//! sends a snapshot. A heartbeat is a call of its own, which once sent is never cancelled by us, so that it reaches a far
+//! learner; votes take its channel and wait behind no append.
 #![allow(clippy::result_large_err, reason = "openraft's own error types")]
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     sync::{
@@ -24,6 +28,7 @@ use holdfast_proto::{
 };
 use openraft::{
     OptionalSend,
+    entry::RaftEntry,
     errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable},
     network::{Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2},
     raft::{
@@ -32,9 +37,10 @@ use openraft::{
     },
     type_config::alias::SnapshotOf,
 };
+use tokio::sync::Semaphore;
 use tonic::{Code, Request, Status};
 
-use super::{Peers, Purpose};
+use super::{Peers, Purpose, snapshot::SnapshotError};
 use crate::{
     agreement::{
         leadership::LeaderClock,
@@ -49,6 +55,12 @@ use crate::{
 const STREAM_STALLED: Duration = Duration::from_secs(2);
 /// A unary call ends after this, unless openraft asks for longer.
 const CALL_TIMEOUT_MIN: Duration = Duration::from_millis(250);
+/// A heartbeat is given up after this, long after openraft counts it: the farthest learner has it by then.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Heartbeats on their way to one peer. It takes so many at a round trip of 800 ms; to a peer that hangs no more are sent.
+const HEARTBEATS_MAX: usize = 16;
+/// A peer that does not answer a heartbeat within this is sent no snapshot.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 type Rpc<T> = Result<T, RPCError<Types>>;
 
@@ -76,7 +88,13 @@ impl RaftNetworkFactory<Types> for Network {
     type Network = PeerClient;
 
     async fn new_client(&mut self, target: u64, member: &Member) -> PeerClient {
-        PeerClient { network: self.clone(), target, address: member.peer_address.clone(), purpose: Purpose::Append }
+        PeerClient {
+            network: self.clone(),
+            target,
+            address: member.peer_address.clone(),
+            purpose: Purpose::Append,
+            heartbeats: Arc::new(Semaphore::new(HEARTBEATS_MAX)),
+        }
     }
 
     async fn new_heartbeat_client(&mut self, target: u64, member: &Member) -> PeerClient {
@@ -93,6 +111,8 @@ pub(crate) struct PeerClient {
     target: u64,
     address: String,
     purpose: Purpose,
+    /// One permit for each that may yet be sent.
+    heartbeats: Arc<Semaphore>,
 }
 
 impl PeerClient {
@@ -111,8 +131,8 @@ impl PeerClient {
         Ok(())
     }
 
-    fn client(&self) -> wire::replica_service_client::ReplicaServiceClient<tonic::transport::Channel> {
-        self.network.peers.replica_client(&self.address, self.purpose)
+    fn client(&self, purpose: Purpose) -> wire::replica_service_client::ReplicaServiceClient<tonic::transport::Channel> {
+        self.network.peers.replica_client(&self.address, purpose)
     }
 
     /// A peer that cannot be reached, or will not have us, is left alone for a while; anything else is tried again soon.
@@ -127,18 +147,17 @@ impl PeerClient {
         }
     }
 
-    fn request<T>(&self, message: T, option: &RPCOption) -> Request<T> {
+    fn request<T>(&self, message: T, timeout: Duration) -> Request<T> {
         let mut request = Request::new(message);
-        request.set_timeout(option.hard_ttl().max(CALL_TIMEOUT_MIN));
+        request.set_timeout(timeout);
         request
     }
-}
 
-impl RaftNetworkV2<Types> for PeerClient {
-    type SnapshotData = SnapshotData;
-
-    async fn append_entries(&mut self, rpc: AppendEntriesRequest<Types>, option: RPCOption) -> Rpc<AppendEntriesResponse<Types>> {
+    /// One append as a call, in a task of its own: openraft drops its call when its time is up, and a far learner still shall get it.
+    async fn append(&self, rpc: &AppendEntriesRequest<Types>, timeout: Duration) -> Rpc<AppendEntriesResponse<Types>> {
         self.open()?;
+        let too_many = |_| RPCError::Network(NetworkError::from_string("the peer has not answered the heartbeats before"));
+        let permit = self.heartbeats.clone().try_acquire_owned().map_err(too_many)?;
         let message = wire::AppendRequest {
             header: self.header(),
             vote: Some(vote_to(&rpc.vote)),
@@ -146,18 +165,65 @@ impl RaftNetworkV2<Types> for PeerClient {
             entries: rpc.entries.iter().map(entry_to).collect(),
             leader_commit: rpc.leader_commit.as_ref().map(log_id_to),
         };
-        // In a task of its own: openraft drops this call when its time is up, and a far learner still shall get it.
-        let (mut client, request) = (self.client(), self.request(message, &option));
-        let call = crate::task::spawn(async move { client.append(request).await });
-        let response = call.await.map_err(|error| network_error(&error))?.map_err(|status| self.failed(&status))?.into_inner();
-        self.heard(response.header.as_ref());
-        match response.result {
+        let (mut client, request) = (self.client(Purpose::Control), self.request(message, timeout));
+        let (peers, shard, target) = (self.network.peers.clone(), self.network.shard, self.target);
+        let call = crate::task::spawn(async move {
+            let _permit = permit;
+            // The request's own timeout does not count the dial.
+            let response = tokio::time::timeout(timeout, client.append(request)).await;
+            let response = response.map_err(|_| Status::deadline_exceeded("the peer does not answer"))??.into_inner();
+            peers.heard(shard, target, response.header.as_ref());
+            Ok::<_, Status>(response.result)
+        });
+        let result = call.await.map_err(|error| network_error(&error))?.map_err(|status| self.failed(&status))?;
+        match result {
             Some(append_response::Result::Success(_)) => Ok(AppendEntriesResponse::Success),
             Some(append_response::Result::Partial(matched)) => Ok(AppendEntriesResponse::PartialSuccess(matched.log_id.map(log_id_from))),
             Some(append_response::Result::Conflict(_)) => Ok(AppendEntriesResponse::Conflict),
             Some(append_response::Result::HigherVote(vote)) => Ok(AppendEntriesResponse::HigherVote(vote_of(Some(vote))?)),
             None => Err(RPCError::Network(NetworkError::from_string("an answer without a result"))),
         }
+    }
+
+    /// Whether the peer is there and takes this leader for one: cheap, where a snapshot costs a checkpoint. A higher vote if it
+    /// knows of one.
+    async fn probe(&self, vote: &Vote) -> Rpc<Option<Vote>> {
+        let heartbeat = AppendEntriesRequest { vote: *vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+        match self.append(&heartbeat, PROBE_TIMEOUT).await? {
+            AppendEntriesResponse::HigherVote(higher) => Ok(Some(higher)),
+            _ => Ok(None),
+        }
+    }
+
+    async fn send_snapshot(&self, vote: &Vote, announced: u64, install_timeout: Duration) -> Rpc<SnapshotResponse<Types>> {
+        if let Some(higher) = self.probe(vote).await? {
+            return Ok(SnapshotResponse { vote: higher });
+        }
+        let Network { snapshots, state, pins, .. } = &self.network;
+        // openraft goes on from the index it announced, however much newer the files are.
+        let pinned = pins.pin(self.target, announced);
+        let sent = snapshots.send(state, self.client(Purpose::Bulk), self.header(), vote, install_timeout).await;
+        let response = sent.map_err(|error| match error {
+            SnapshotError::Peer(status) => self.failed(&status),
+            other => network_error(&other),
+        })?;
+        self.heard(response.header.as_ref());
+        let vote = vote_of(response.vote)?;
+        pinned.arrived();
+        Ok(SnapshotResponse { vote })
+    }
+}
+
+/// The same with a pause before it is tried again: each try may cost a checkpoint, and openraft repeats ten at once without one.
+fn unhurried(error: RPCError<Types>) -> StreamingError<Types> {
+    StreamingError::Unreachable(Unreachable::from_string(error))
+}
+
+impl RaftNetworkV2<Types> for PeerClient {
+    type SnapshotData = SnapshotData;
+
+    async fn append_entries(&mut self, rpc: AppendEntriesRequest<Types>, option: RPCOption) -> Rpc<AppendEntriesResponse<Types>> {
+        self.append(&rpc, option.hard_ttl().max(CALL_TIMEOUT_MIN)).await
     }
 
     fn stream_append<'s, S>(
@@ -172,10 +238,17 @@ impl RaftNetworkV2<Types> for PeerClient {
             self.open()?;
             // openraft paces its retries inside this stream: asked before the dial, so that a dead peer is not dialled all the time.
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
+            // openraft's heartbeat worker sends a stream of one, and drops it after 50 ms.
+            if self.purpose == Purpose::Control {
+                let answer = self.append(&first, HEARTBEAT_TIMEOUT).await?;
+                let last = first.entries.last().map(RaftEntry::log_id).or(first.prev_log_id);
+                let answer = answer.into_stream_result(first.prev_log_id, last);
+                return Ok(futures::stream::once(futures::future::ready(Ok(answer))).boxed());
+            }
             let input = futures::stream::iter([first]).chain(input);
             let progress = Arc::new(Progress::default());
             let requests = self.outgoing(input, progress.clone());
-            let responses = self.client().stream_append(requests).await.map_err(|status| self.failed(&status))?.into_inner();
+            let responses = self.client(self.purpose).stream_append(requests).await.map_err(|status| self.failed(&status))?.into_inner();
             let this: &'s PeerClient = self;
             let answers = futures::stream::unfold((responses, false), move |(mut responses, ended)| {
                 let progress = progress.clone();
@@ -201,7 +274,12 @@ impl RaftNetworkV2<Types> for PeerClient {
             last_log_id: rpc.last_log_id.as_ref().map(log_id_to),
             leadership_transfer: rpc.leadership_transfer,
         };
-        let response = self.client().vote(self.request(message, &option)).await.map_err(|status| self.failed(&status))?.into_inner();
+        let response = self
+            .client(Purpose::Control)
+            .vote(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
+            .await
+            .map_err(|status| self.failed(&status))?
+            .into_inner();
         self.heard(response.header.as_ref());
         Ok(VoteResponse::new(vote_of(response.vote)?, response.last_log_id.map(log_id_from), response.granted))
     }
@@ -214,7 +292,12 @@ impl RaftNetworkV2<Types> for PeerClient {
             last_log_id: rpc.last_log_id.as_ref().map(log_id_to),
             leadership_transfer: rpc.leadership_transfer,
         };
-        let response = self.client().pre_vote(self.request(message, &option)).await.map_err(|status| self.failed(&status))?.into_inner();
+        let response = self
+            .client(Purpose::Control)
+            .pre_vote(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
+            .await
+            .map_err(|status| self.failed(&status))?
+            .into_inner();
         self.heard(response.header.as_ref());
         Ok(VoteResponse::new(vote_of(response.vote)?, response.last_log_id.map(log_id_from), response.granted))
     }
@@ -224,20 +307,13 @@ impl RaftNetworkV2<Types> for PeerClient {
         vote: Vote,
         snapshot: SnapshotOf<Types, SnapshotData>,
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
-        _option: RPCOption,
+        option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        self.open()?;
-        // openraft goes on from the index it announced, however much newer the files are.
-        let _pinned = self.network.pins.pin(snapshot.meta.last_log_id.as_ref().map_or(0, |last| last.index()));
+        let announced = snapshot.meta.last_log_id.as_ref().map_or(0, |last| last.index());
         drop(snapshot);
-        let header = self.header();
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
-            sent = self.network.snapshots.send(&self.network.state, self.client(), header, &vote) => {
-                let response = sent.map_err(|error| StreamingError::Network(NetworkError::from_string(error)))?;
-                self.heard(response.header.as_ref());
-                Ok(SnapshotResponse { vote: vote_of(response.vote).map_err(StreamingError::from)? })
-            }
+            sent = self.send_snapshot(&vote, announced, option.hard_ttl()) => sent.map_err(unhurried),
         }
     }
 
@@ -253,7 +329,7 @@ impl RaftNetworkV2<Types> for PeerClient {
             to_node: *req.to_node_id(),
             last_log_id: req.last_log_id().map(log_id_to),
         };
-        let sent = self.client().transfer_leader(self.request(message, &option)).await;
+        let sent = self.client(Purpose::Control).transfer_leader(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN))).await;
         let response = sent.map_err(|status| self.failed(&status))?.into_inner();
         self.heard(response.header.as_ref());
         if !response.accepted {
@@ -265,7 +341,9 @@ impl RaftNetworkV2<Types> for PeerClient {
     fn backoff(&self) -> Option<Backoff> {
         const FIRST: Duration = Duration::from_millis(20);
         const LAST: Duration = Duration::from_millis(500);
-        let steps = std::iter::successors(Some(FIRST), |last| Some((*last * 2).min(LAST)));
+        const LAST_SNAPSHOT: Duration = Duration::from_secs(2);
+        let longest = if self.purpose == Purpose::Bulk { LAST_SNAPSHOT } else { LAST };
+        let steps = std::iter::successors(Some(FIRST), move |last| Some((*last * 2).min(longest)));
         Some(Backoff::new(steps))
     }
 }
@@ -279,7 +357,7 @@ struct Progress {
 }
 
 impl PeerClient {
-    /// The requests as messages, until one needs what is about to be purged.
+    /// The requests as messages, until one needs what is about to be purged, or this node talks to its peers no more.
     fn outgoing<S>(&self, input: S, progress: Arc<Progress>) -> impl Stream<Item = wire::StreamAppendRequest> + Send + 'static + use<S>
     where
         S: Stream<Item = AppendEntriesRequest<Types>> + Send + Unpin + 'static,
@@ -288,7 +366,11 @@ impl PeerClient {
         input
             .map(move |rpc| {
                 let next = rpc.prev_log_id.as_ref().map_or(0, |prev| prev.index() + 1);
-                if next < network.keep_from.load(Ordering::Relaxed) {
+                if network.peers.is_closed() {
+                    return None;
+                }
+                // Without entries it only tells what is committed, or asks what the follower has.
+                if !rpc.entries.is_empty() && next < network.keep_from.load(Ordering::Relaxed) {
                     progress.behind.store(true, Ordering::Relaxed);
                     return None;
                 }
@@ -321,12 +403,16 @@ impl PeerClient {
             Ok(Some(response)) => {
                 progress.answered.fetch_add(1, Ordering::Relaxed);
                 self.heard(response.header.as_ref());
-                Some(append_answer(response.result))
+                let answer = append_answer(response.result);
+                if let Ok(Ok(Some(matched))) = &answer {
+                    self.network.pins.moved(self.target, matched.index());
+                }
+                Some(answer)
             }
             Ok(None) if progress.behind.load(Ordering::Relaxed) => {
                 Some(Err(RPCError::Network(NetworkError::from_string("the follower needs entries that are to be purged"))))
             }
-            Ok(None) => None,
+            Ok(None) => self.open().err().map(Err),
             Err(status) => Some(Err(self.failed(&status))),
         }
     }

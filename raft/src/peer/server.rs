@@ -171,11 +171,9 @@ impl ReplicaService for ReplicaServer {
         let (dir, applied, bytes) = received.map_err(|error| Status::data_loss(error.to_string()))?;
         let meta = snapshot_meta(&applied).map_err(fatal)?.ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
         tracing::info!(shard = replica.shard(), bytes, "installing a snapshot");
-        let snapshot = Snapshot { meta, snapshot: SnapshotData::Received { dir: dir.clone(), bytes } };
-        let response = replica.raft().install_full_snapshot(vote, snapshot).await.map_err(fatal);
-        // Installed, it was moved away; refused, it is of no use.
-        let _ = tokio::fs::remove_dir_all(dir).await;
-        Ok(Response::new(wire::InstallSnapshotResponse { header: Some(replica.reply()), vote: Some(vote_to(&response?.vote)) }))
+        let snapshot = Snapshot { meta, snapshot: SnapshotData::Received { dir, bytes } };
+        let response = replica.raft().install_full_snapshot(vote, snapshot).await.map_err(fatal)?;
+        Ok(Response::new(wire::InstallSnapshotResponse { header: Some(replica.reply()), vote: Some(vote_to(&response.vote)) }))
     }
 
     async fn propose(&self, request: Request<wire::ProposeRequest>) -> Result<Response<wire::ProposeResponse>, Status> {

@@ -10,8 +10,9 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::Poll,
     time::Duration,
 };
 
@@ -48,6 +49,8 @@ pub(crate) enum SnapshotError {
     Peer(Box<Status>),
     #[error("the peer took nothing of the snapshot for {} s", STALLED.as_secs())]
     Stalled,
+    #[error("the peer did not install the snapshot within {} s", .0.as_secs())]
+    NotInstalled(Duration),
     #[error("the snapshot is not usable here: {0}")]
     Unusable(String),
 }
@@ -66,8 +69,15 @@ pub(crate) struct Sender {
     serial: AtomicU64,
 }
 
-/// A directory that is removed with its owner.
-struct Scratch(PathBuf);
+/// A directory that is removed with its owner. Whoever works in it owns it: work off the async threads goes on when the call that
+/// began it is cancelled, and would leave behind what it makes after that.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
 
 impl Drop for Scratch {
     fn drop(&mut self) {
@@ -89,23 +99,25 @@ impl Sender {
         Ok(Self { stores, scratch, events, serial: AtomicU64::new(0) })
     }
 
-    fn scratch_dir(&self, what: &str) -> PathBuf {
-        self.scratch.join(format!("{what}-{}", self.serial.fetch_add(1, Ordering::Relaxed)))
+    fn scratch(&self, what: &str) -> Scratch {
+        Scratch(self.scratch.join(format!("{what}-{}", self.serial.fetch_add(1, Ordering::Relaxed))))
     }
 
+    /// The follower has so long to install what it was sent.
     pub(crate) async fn send(
         &self,
         state: &Arc<State>,
         mut client: ReplicaServiceClient<Channel>,
         header: Option<Header>,
         vote: &Vote,
+        install_timeout: Duration,
     ) -> Result<InstallSnapshotResponse, SnapshotError> {
-        let scratch = Scratch(self.scratch_dir("send"));
-        let (dir, source, stores) = (scratch.0.clone(), state.clone(), self.stores.clone());
-        let (applied, files) = task::blocking(move || -> io::Result<_> {
-            source.checkpoint(&dir)?;
-            let files = list_files(&dir)?;
-            Ok((read_applied(&stores, &dir)?, files))
+        let (scratch, source, stores) = (self.scratch("send"), state.clone(), self.stores.clone());
+        let (scratch, applied, files) = task::blocking(move || -> io::Result<_> {
+            source.checkpoint(scratch.path())?;
+            let files = list_files(scratch.path())?;
+            let applied = read_applied(&stores, scratch.path())?;
+            Ok((scratch, applied, files))
         })
         .await
         .map_err(io::Error::other)??;
@@ -122,23 +134,21 @@ impl Sender {
             membership: applied.membership,
             files: files.clone(),
         };
-        let moved = Arc::new(AtomicU64::new(0));
+        let progress = Arc::new(Progress::default());
         let parts = futures::stream::once(futures::future::ready(InstallSnapshotRequest { part: Some(Part::Header(announced)) }))
-            .chain(chunks(scratch.0.clone(), files, moved.clone()));
+            .chain(chunks(scratch.path().to_owned(), files, progress.clone()));
         let response = tokio::select! {
             response = client.install_snapshot(parts) => response?.into_inner(),
-            () = stalled(moved) => return Err(SnapshotError::Stalled),
+            error = stalled(progress, STALLED, install_timeout) => return Err(error),
         };
         self.events.snapshot_sent(state.shard(), bytes);
         Ok(response)
     }
 
     /// The state as files, for who is here.
-    pub(crate) async fn copy(&self, state: Arc<State>) -> io::Result<PathBuf> {
-        let dir = self.scratch_dir("copy");
-        let target = dir.clone();
-        task::blocking(move || state.checkpoint(&target)).await.map_err(io::Error::other)??;
-        Ok(dir)
+    pub(crate) async fn copy(&self, state: Arc<State>) -> io::Result<Scratch> {
+        let scratch = self.scratch("copy");
+        task::blocking(move || state.checkpoint(scratch.path()).map(|()| scratch)).await.map_err(io::Error::other)?
     }
 
     /// Receives a snapshot into a directory. The header is what the caller has already taken from the stream and checked.
@@ -146,7 +156,7 @@ impl Sender {
         &self,
         header: &SnapshotHeader,
         parts: &mut Streaming<InstallSnapshotRequest>,
-    ) -> Result<(PathBuf, AppliedRecord, u64), SnapshotError> {
+    ) -> Result<(Scratch, AppliedRecord, u64), SnapshotError> {
         if header.format != FORMAT {
             return Err(SnapshotError::Unusable(format!("it has format {}, this version reads {FORMAT}", header.format)));
         }
@@ -154,39 +164,50 @@ impl Sender {
             let message = format!("it was written by {}, this node keeps {}", header.engine, self.stores.engine_version());
             return Err(SnapshotError::Unusable(message));
         }
-        let scratch = Scratch(self.scratch_dir("receive"));
-        tokio::fs::create_dir_all(&scratch.0).await?;
-        receive_files(&scratch.0, header, parts).await?;
-        let (dir, stores) = (scratch.0.clone(), self.stores.clone());
-        let applied = task::blocking(move || -> io::Result<_> {
-            sync_dir(&dir)?;
-            read_applied(&stores, &dir)
+        let scratch = self.scratch("receive");
+        let made = task::blocking(move || std::fs::create_dir_all(scratch.path()).map(|()| scratch));
+        let scratch = made.await.map_err(io::Error::other)??;
+        receive_files(scratch.path(), header, parts).await?;
+        let stores = self.stores.clone();
+        let (scratch, applied) = task::blocking(move || -> io::Result<_> {
+            sync_dir(scratch.path())?;
+            let applied = read_applied(&stores, scratch.path())?;
+            Ok((scratch, applied))
         })
         .await
         .map_err(io::Error::other)??;
         let bytes = header.files.iter().map(|file| file.size_bytes).sum();
-        let dir = scratch.0.clone();
-        // From here on it belongs to the installation.
-        std::mem::forget(scratch);
-        Ok((dir, applied, bytes))
+        Ok((scratch, applied, bytes))
     }
 }
 
-/// Resolves once nothing has moved for too long.
-async fn stalled(moved: Arc<AtomicU64>) {
-    let mut before = moved.load(Ordering::Relaxed);
+/// How far a transfer is.
+#[derive(Default)]
+struct Progress {
+    chunks: AtomicU64,
+    /// Everything was taken: what the receiver does from here on is the installation.
+    all_taken: AtomicBool,
+}
+
+/// Resolves once nothing has moved for too long, or the installation takes too long.
+async fn stalled(progress: Arc<Progress>, stall: Duration, install_timeout: Duration) -> SnapshotError {
+    let mut before = progress.chunks.load(Ordering::Relaxed);
     loop {
-        tokio::time::sleep(STALLED).await;
-        let now = moved.load(Ordering::Relaxed);
+        tokio::time::sleep(stall).await;
+        if progress.all_taken.load(Ordering::Relaxed) {
+            tokio::time::sleep(install_timeout).await;
+            return SnapshotError::NotInstalled(install_timeout);
+        }
+        let now = progress.chunks.load(Ordering::Relaxed);
         if now == before {
-            return;
+            return SnapshotError::Stalled;
         }
         before = now;
     }
 }
 
 /// The files' bytes in order.
-fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, moved: Arc<AtomicU64>) -> impl Stream<Item = InstallSnapshotRequest> + Send {
+fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, progress: Arc<Progress>) -> impl Stream<Item = InstallSnapshotRequest> + Send {
     let chunks = futures::stream::iter(files.into_iter().enumerate()).flat_map(move |(number, file)| {
         let path = dir.join(&file.name);
         let open = async move { tokio::fs::File::open(path).await };
@@ -198,9 +219,15 @@ fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, moved: Arc<AtomicU64>) -> impl
             }
         })
     });
-    chunks.inspect(move |_| {
-        moved.fetch_add(1, Ordering::Relaxed);
-    })
+    let moving = progress.clone();
+    let end = futures::stream::poll_fn(move |_| {
+        progress.all_taken.store(true, Ordering::Relaxed);
+        Poll::Ready(None)
+    });
+    let moved = move |_: &InstallSnapshotRequest| {
+        moving.chunks.fetch_add(1, Ordering::Relaxed);
+    };
+    chunks.inspect(moved).chain(end)
 }
 
 fn read_chunks(file: tokio::fs::File, number: usize) -> impl Stream<Item = InstallSnapshotRequest> + Send {
@@ -301,4 +328,76 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Files of one engine can be read by other versions of it, never by the other engine.
 fn engine_family(version: &str) -> &str {
     version.split_whitespace().next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+    use crate::store::Engine;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn sender(home: &Path) -> (Sender, Arc<State>) {
+        let stores = Stores::open(Engine::DEFAULT, home, crate::store::Budget::default()).expect("stores");
+        let state = State::open(&stores, 0, 1 << 20).expect("a state");
+        (Sender::new(stores, home.join("snapshots"), Arc::new(())).expect("a sender"), state)
+    }
+
+    /// Waits until the snapshots of a node take no place.
+    async fn nothing_left(scratch: &Path) {
+        let emptied = async {
+            while std::fs::read_dir(scratch).expect("it is there").next().is_some() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, emptied).await.expect("the scratch directories go");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_checkpoint_whose_transfer_was_cancelled_leaves_nothing_behind() {
+        let home = tempfile::tempdir().expect("a directory");
+        let (sender, state) = sender(home.path());
+        for _ in 0..20 {
+            // Polled once: the checkpoint has begun, and goes on when its caller is gone.
+            drop(sender.copy(state.clone()).now_or_never());
+        }
+        let ended = async {
+            while Arc::strong_count(&state) > 1 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ended).await.expect("the checkpoints end");
+        nothing_left(&sender.scratch).await;
+    }
+
+    #[tokio::test]
+    async fn a_received_snapshot_that_is_not_installed_goes() {
+        let home = tempfile::tempdir().expect("a directory");
+        let (sender, _state) = sender(home.path());
+        let scratch = sender.scratch("receive");
+        std::fs::create_dir(scratch.path()).expect("created");
+        std::fs::write(scratch.path().join("file"), "data").expect("written");
+        let refused = crate::agreement::state_machine::SnapshotData::Received { dir: scratch, bytes: 4 };
+        drop(refused);
+        nothing_left(&sender.scratch).await;
+    }
+
+    #[tokio::test]
+    async fn an_installation_is_not_taken_for_a_stalled_transfer() {
+        const STALL: Duration = Duration::from_millis(10);
+        let still = Arc::new(Progress::default());
+        assert!(matches!(stalled(still, STALL, PATIENCE).await, SnapshotError::Stalled));
+
+        let home = tempfile::tempdir().expect("a directory");
+        std::fs::write(home.path().join("file"), vec![7; CHUNK_BYTES + 1]).expect("written");
+        let progress = Arc::new(Progress::default());
+        let files = list_files(home.path()).expect("listed");
+        let sent: Vec<_> = chunks(home.path().to_owned(), files, progress.clone()).collect().await;
+        assert_eq!((sent.len(), progress.chunks.load(Ordering::Relaxed)), (2, 2));
+        let installing = stalled(progress.clone(), STALL, Duration::from_secs(3600));
+        assert!(tokio::time::timeout(STALL * 10, installing).await.is_err(), "it has an hour");
+        assert!(matches!(stalled(progress, STALL, STALL).await, SnapshotError::NotInstalled(_)));
+    }
 }
