@@ -13,10 +13,11 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 const KEPT: LogKept = LogKept { entries: 1_000_000, bytes: 64 << 20 };
 
-/// A store in memory that counts what is written to it without a sync.
+/// A store in memory that counts what is written to it without a sync, and whose next read may hang.
 struct Counting {
     store: Arc<dyn LogStore>,
     unsynced: Mutex<u64>,
+    hangs_until: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
 }
 
 impl LogStore for Counting {
@@ -26,6 +27,10 @@ impl LogStore for Counting {
     }
 
     fn read(&self, shard: ShardId, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<(u64, Bytes)>> {
+        let hangs_until = self.hangs_until.lock().take();
+        if let Some(answers) = hangs_until {
+            answers.recv_timeout(PATIENCE).map_err(io::Error::other)?;
+        }
         self.store.read(shard, range, max_bytes)
     }
 
@@ -52,7 +57,7 @@ impl LogStore for Counting {
 
 fn counting() -> Arc<Counting> {
     let store: Arc<dyn LogStore> = Stores::memory().open_log().expect("a log");
-    Arc::new(Counting { store, unsynced: Mutex::default() })
+    Arc::new(Counting { store, unsynced: Mutex::default(), hangs_until: Mutex::default() })
 }
 
 fn open(store: &Arc<Counting>) -> SharedLog {
@@ -65,6 +70,15 @@ fn log_id(term: u64, index: u64) -> LogId {
 
 fn entry(term: u64, index: u64, bytes: usize) -> Entry {
     Entry::new(log_id(term, index), Payload::Normal(Commands(Bytes::from(vec![7; bytes]))))
+}
+
+async fn until(reached: impl Fn() -> bool) {
+    let reaching = async {
+        while !reached() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, reaching).await.expect("in time");
 }
 
 async fn fill(log: &mut ShardLog, range: Range<u64>, bytes: usize) {
@@ -80,8 +94,8 @@ async fn a_commit_costs_no_write_of_its_own_and_reaches_the_file_soon_and_at_the
     for index in 1..200 {
         log.blocking_append([entry(1, index, 10)]).await.expect("appended");
         log.save_committed(Some(log_id(1, index))).await.expect("saved");
-        // The thread has nothing else to do than to look at it.
-        tokio::task::yield_now().await;
+        // Not in one group with the next entry.
+        until(|| shared.inner.queue.capacity() == QUEUE).await;
     }
     let paused = u64::try_from(clock.monotonic().as_millis()).expect("not so long") / 100;
     assert!(*store.unsynced.lock() <= paused, "{} writes for committed indexes alone", *store.unsynced.lock());
@@ -100,6 +114,25 @@ async fn a_commit_costs_no_write_of_its_own_and_reaches_the_file_soon_and_at_the
     let mut log = reopened.shard(0).expect("a shard's log");
     assert_eq!(log.read_committed().await.expect("readable"), Some(log_id(1, 150)));
     reopened.close().await;
+}
+
+/// On one thread: a read on it would stop everything.
+#[tokio::test]
+async fn a_device_that_hangs_stops_no_other_task() {
+    let store = counting();
+    let shared = open(&store);
+    fill(&mut shared.shard(0).expect("a shard's log"), 1..11, 10).await;
+    shared.close().await;
+    let shared = open(&store);
+    let log = shared.shard(0).expect("a shard's log");
+
+    let (device, answers) = std::sync::mpsc::channel();
+    *store.hangs_until.lock() = Some(answers);
+    let reading = tokio::spawn(async move { log.entries(1, 11, usize::MAX).await });
+    until(|| store.hangs_until.lock().is_none()).await;
+    device.send(()).expect("the read waits");
+    assert_eq!(reading.await.expect("ran").expect("read").len(), 10);
+    shared.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
