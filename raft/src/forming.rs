@@ -57,6 +57,13 @@ struct Met {
     hello: HelloResponse,
 }
 
+impl Met {
+    /// An empty node that votes: a learner founds no cluster and keeps nobody from it.
+    fn may_found(&self) -> bool {
+        self.hello.state() != NodeState::Formed && self.hello.self_.as_ref().is_some_and(|member| !member.learner_only)
+    }
+}
+
 impl Replicas {
     /// Ends once this node belongs to a cluster.
     pub(crate) async fn form_or_join(self: Arc<Self>) -> io::Result<()> {
@@ -103,10 +110,11 @@ impl Replicas {
         let mut seen = BTreeSet::new();
         met.retain(|met| seen.insert(met.hello.self_.as_ref().map_or(0, |member| member.incarnation)));
 
-        let empty = |met: &&Met| met.hello.state() != NodeState::Formed;
         let mut sees: BTreeSet<u64> =
-            met.iter().filter(empty).filter_map(|met| met.hello.self_.as_ref()).map(|member| member.incarnation).collect();
-        sees.insert(mine);
+            met.iter().filter(|met| met.may_found()).filter_map(|met| met.hello.self_.as_ref()).map(|member| member.incarnation).collect();
+        if !self.options.learner_only {
+            sees.insert(mine);
+        }
         *self.forming.sees.lock() = sees;
         met
     }
@@ -136,7 +144,7 @@ impl Replicas {
         }
         let expect = self.options.expect;
         let sees = self.forming.sees.lock().clone();
-        let others: Vec<&Met> = met.iter().filter(|met| met.hello.state() != NodeState::Formed).collect();
+        let others: Vec<&Met> = met.iter().filter(|met| met.may_found()).collect();
         if others.iter().any(|met| met.hello.state() == NodeState::Accepted) {
             self.say(match others.iter().any(|met| self.is_wanted_by(&met.hello)) {
                 true => "others have accepted to form a cluster with this node: it waits to be asked",
@@ -389,6 +397,9 @@ impl MembershipService for MembershipServer {
             }
             if members.first() != Some(&request.proposer) || members.len() != self.replicas.options.expect as usize {
                 return refuse("this formation is not for the least incarnation to propose");
+            }
+            if formation.members.iter().any(|member| member.learner_only) {
+                return refuse("a node with `node.role: learner` founds no cluster");
             }
             if formation.shards != self.replicas.options.shards {
                 return refuse("`cluster.shards` differs between the nodes");

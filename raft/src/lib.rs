@@ -32,6 +32,7 @@ pub mod store;
 pub mod task;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 pub use agreement::leadership::Leader;
 pub use clock::Clock;

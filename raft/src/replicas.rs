@@ -5,15 +5,13 @@ use std::{
     io,
     path::PathBuf,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use holdfast_proto::{
     ShardId, SlotTable,
     limits::PEER_MESSAGE_BYTES_MAX,
     peer::{
-        ClusterRecord, Command, Formation, Member, RaiseFeatureLevel, command::Op, membership_service_server::MembershipServiceServer,
-        replica_service_server::ReplicaServiceServer,
+        ClusterRecord, Formation, Member, membership_service_server::MembershipServiceServer, replica_service_server::ReplicaServiceServer,
     },
 };
 use tokio::sync::watch;
@@ -28,17 +26,8 @@ use crate::{
     membership::CatchingUp,
     peer::{Identity, Peers, server::ReplicaServer, snapshot},
     replica::{LogKept, Parts, Replica},
-    state::apply::FEATURE_LEVEL,
     store::Stores,
 };
-
-const MAINTAIN_EVERY: Duration = Duration::from_millis(200);
-const MEASURE_DISK_EVERY: u32 = 5;
-/// A sync older than this is a stalled disk: a leader on it must not go on leading.
-const STALL: Duration = Duration::from_secs(2);
-/// From here on a leader gives space back without being asked.
-const COMPACT_PERMILLE: u32 = 950;
-const COMPACT_EVERY: Duration = Duration::from_secs(15);
 
 /// What a node's replicas are opened with.
 #[derive(Debug, Clone)]
@@ -87,20 +76,22 @@ pub struct Replicas {
     pub(crate) identity: IdentityFile,
     events: Arc<dyn Events>,
     stores: Stores,
-    log: SharedLog,
+    pub(crate) log: SharedLog,
     snapshots: Arc<snapshot::Sender>,
-    opened: OnceLock<Opened>,
+    pub(crate) opened: OnceLock<Opened>,
     pub(crate) membership: watch::Sender<Membership>,
     pub(crate) forming: Forming,
     pub(crate) catching_up: CatchingUp,
+    /// Held by an operator's change of the voters: the next one sees what it came to.
+    pub(crate) changing: tokio::sync::Mutex<()>,
     pub(crate) stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 /// What there is once the node belongs to a cluster.
-struct Opened {
-    peers: Arc<Peers>,
-    replicas: Vec<Arc<Replica>>,
+pub(crate) struct Opened {
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) replicas: Vec<Arc<Replica>>,
     table: SlotTable,
 }
 
@@ -127,6 +118,7 @@ impl Replicas {
             membership: watch::Sender::new(Membership::Forming("starting".into())),
             forming: Forming::default(),
             catching_up: CatchingUp::default(),
+            changing: tokio::sync::Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -155,8 +147,7 @@ impl Replicas {
                 this.fail(format!("the cluster could not be entered: {error}"));
             }
         });
-        let this = self.clone();
-        self.spawn(async move { this.maintain().await });
+        self.keep_up();
         let this = self.clone();
         self.spawn(async move { this.watch_failures().await });
     }
@@ -246,7 +237,7 @@ impl Replicas {
         Ok(())
     }
 
-    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let stop = self.stop.clone();
         self.tasks.spawn(async move {
             tokio::select! {
@@ -286,115 +277,6 @@ impl Replicas {
         };
         let why = tokio::select! { why = log => why, why = replicas => why };
         self.fail(why);
-    }
-
-    // ---- duties of the node ----
-
-    async fn maintain(self: Arc<Self>) {
-        let mut every = tokio::time::interval(MAINTAIN_EVERY);
-        let mut round = 0u32;
-        let mut compacted_at = Duration::ZERO;
-        loop {
-            every.tick().await;
-            round = round.wrapping_add(1);
-            let Some(opened) = self.opened.get() else { continue };
-            self.guard_stalled_disk(opened).await;
-            self.know_members(opened);
-            self.note_caught_up(opened);
-            if round.is_multiple_of(MEASURE_DISK_EVERY) {
-                self.measure_disk(opened, &mut compacted_at).await;
-                self.raise_feature_level(opened).await;
-            }
-            crate::membership::maintain(&self, &opened.peers, &opened.replicas).await;
-        }
-    }
-
-    /// A disk that hangs must not keep a leader that can commit nothing: it hands over if it can, and speaks to no peer
-    /// until the disk answers again. Local reads go on.
-    async fn guard_stalled_disk(&self, opened: &Opened) {
-        let stalled = self.log.stalled_for() > STALL;
-        if stalled == opened.peers.is_closed() {
-            return;
-        }
-        if stalled {
-            tracing::error!("the disk has not answered for {} s: this node leaves its peers until it does", STALL.as_secs());
-            for replica in &opened.replicas {
-                if replica.leader().is_some_and(|leader| leader.is_self) {
-                    let _ = tokio::time::timeout(Duration::from_millis(500), replica.hand_over(None)).await;
-                }
-            }
-        } else {
-            tracing::info!("the disk answers again");
-        }
-        opened.peers.set_closed(stalled);
-    }
-
-    fn know_members(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first() else { return };
-        match first.state().roster() {
-            Ok(roster) if !roster.members.is_empty() => opened.peers.set_members(roster.members),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "reading the roster failed"),
-        }
-    }
-
-    fn note_caught_up(&self, opened: &Opened) {
-        let Some(cluster) = self.identity.record().cluster else { return };
-        let caught_up = opened.replicas.iter().all(|replica| !replica.must_catch_up());
-        if caught_up
-            && !cluster.caught_up
-            && let Err(error) = self.identity.belong(ClusterRecord { caught_up, ..cluster })
-        {
-            tracing::warn!(%error, "noting that this node has caught up failed");
-        }
-    }
-
-    async fn measure_disk(&self, opened: &Opened, compacted_at: &mut Duration) {
-        let (log, states) = (self.log.clone(), opened.replicas.iter().map(|replica| replica.state().clone()).collect::<Vec<_>>());
-        let measured = crate::task::blocking(move || -> io::Result<u64> {
-            states.iter().try_fold(log.disk_bytes()?, |sum, state| Ok(sum + state.disk_bytes()?))
-        });
-        let Ok(Ok(bytes)) = measured.await else { return };
-        let permille = bytes.saturating_mul(1000) / self.options.disk_bytes_max.max(1);
-        let permille = u32::try_from(permille).unwrap_or(u32::MAX);
-        opened.peers.set_disk_used_permille(permille);
-        let now = self.clock.monotonic();
-        if permille >= COMPACT_PERMILLE && now.saturating_sub(*compacted_at) > COMPACT_EVERY {
-            *compacted_at = now;
-            self.give_space_back(opened).await;
-        }
-    }
-
-    /// Purges what the state has on disk, and compacts what was deleted.
-    async fn give_space_back(&self, opened: &Opened) {
-        for replica in &opened.replicas {
-            replica.purge_for_space().await;
-            let state = replica.state().clone();
-            if let Ok(Err(error)) = crate::task::blocking(move || state.compact()).await {
-                tracing::warn!(%error, shard = replica.shard(), "compaction failed");
-            }
-        }
-        let log = self.log.clone();
-        if let Ok(Err(error)) = crate::task::blocking(move || log.compact()).await {
-            tracing::warn!(%error, "compacting the log failed");
-        }
-    }
-
-    /// The cluster's level is what all its members speak; nothing above it is written.
-    async fn raise_feature_level(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first().filter(|first| first.leads().is_some()) else { return };
-        if first.state().applied_record().feature_level >= FEATURE_LEVEL {
-            return;
-        }
-        let me = opened.peers.identity().node_id;
-        let others = first.voters().into_iter().chain(first.learners()).filter(|&id| id != me);
-        let spoken = others.map(|id| opened.peers.view(0, id).map_or(0, |view| view.feature_level)).min().unwrap_or(FEATURE_LEVEL);
-        if spoken >= FEATURE_LEVEL {
-            for replica in &opened.replicas {
-                let op = Op::RaiseFeatureLevel(RaiseFeatureLevel { level: FEATURE_LEVEL });
-                let _ = replica.propose_here(Command { request_id: None, caller: String::new(), op: Some(op) }, MAINTAIN_EVERY).await;
-            }
-        }
     }
 
     // ---- stopping ----

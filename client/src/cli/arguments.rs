@@ -22,10 +22,10 @@ pub(super) struct Arguments {
 
     /// How to print what is answered
     #[arg(short, long, global = true, value_enum, ignore_case = true, default_value_t = OutputFormat::Table)]
-    output: OutputFormat,
+    pub(super) output: OutputFormat,
 
     /// Total time of each call, with a unit
-    #[arg(long, global = true, value_parser = timeout, default_value = "5s")]
+    #[arg(long, global = true, value_parser = timeout, allow_hyphen_values = true, default_value = "5s")]
     pub(super) timeout: Duration,
 
     #[command(subcommand)]
@@ -98,16 +98,16 @@ pub(super) struct SetArguments {
     #[arg(long)]
     pub(super) literal: bool,
     /// Lifetime from now, with a unit
-    #[arg(long, value_parser = duration, conflicts_with = "expires_at")]
+    #[arg(long, value_parser = duration, allow_hyphen_values = true, conflicts_with = "expires_at")]
     pub(super) ttl: Option<Duration>,
     /// Lifetime until then: RFC 3339, or `@` and seconds since 1970
-    #[arg(long, value_name = "TIME", value_parser = instant)]
+    #[arg(long, value_name = "TIME", value_parser = instant, allow_hyphen_values = true)]
     pub(super) expires_at: Option<SystemTime>,
     /// How long past its lifetime the value is served at once; with a unit, or `forever`
-    #[arg(long, value_name = "TIME", value_parser = window)]
+    #[arg(long, value_name = "TIME", value_parser = window, allow_hyphen_values = true)]
     pub(super) stale_while_revalidate: Option<Duration>,
     /// How long past its lifetime the value is served if no better one can be had; with a unit, or `forever`
-    #[arg(long, value_name = "TIME", value_parser = window)]
+    #[arg(long, value_name = "TIME", value_parser = window, allow_hyphen_values = true)]
     pub(super) stale_if_error: Option<Duration>,
     /// A tag; may be repeated
     #[arg(long = "tag", value_name = "TAG")]
@@ -199,7 +199,7 @@ impl Arguments {
     pub(super) fn format(&self) -> Result<OutputFormat, Failure> {
         match (&self.command, self.output) {
             (Command::Get(get), OutputFormat::Json | OutputFormat::Jsonl) if get.raw => {
-                Err(Failure::Usage("--raw contradicts -o json and -o jsonl".to_owned()))
+                Err(Failure::usage("raw", "--raw contradicts -o json and -o jsonl"))
             }
             (Command::Get(get), _) if get.raw => Ok(OutputFormat::Raw),
             (_, output) => Ok(output),
@@ -217,7 +217,11 @@ impl ReadArguments {
     }
 }
 
+/// A negative one is let through to here, so that it is refused as what it is and not as an option that there is not.
 fn duration(text: &str) -> Result<Duration, String> {
+    if text.starts_with('-') && !text.starts_with("--") {
+        return Err("a time is not negative".to_owned());
+    }
     // humantime lets a bare 0 pass.
     if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
         return Err(format!("a time needs a unit: {text}s, {text}ms, {text}min"));

@@ -12,7 +12,7 @@ use super::{
     Outcome,
     arguments::{GetArguments, InspectArguments, OutputFormat, ScanArguments, SetArguments},
     failure::{Failure, say},
-    json::{self, AnswerJson, DoneJson, GetJson, InspectJson, ScannedJson, SetJson},
+    json::{self, AnswerJson, DoneJson, GetJson, InspectJson, ReplicaJson, ScannedJson, SetJson},
     output::{self, Output, safe, shown},
 };
 use crate::{Answer, Client, Done, Inspection, LastError, Page, Replica, State};
@@ -142,6 +142,10 @@ pub(super) async fn scan(client: &Client, arguments: ScanArguments, output: &mut
     if output.format == OutputFormat::Json {
         output.bytes(b"\n],\"next_cursor\":")?;
         output.object_inline(&cursor)?;
+        output.bytes(b",\"replica\":")?;
+        output.object_inline(&ReplicaJson::from(&page.replica))?;
+        output.bytes(b",\"token\":")?;
+        output.object_inline(&json::token(&page.token))?;
         output.bytes(b"}\n")?;
     } else if let Some(cursor) = cursor {
         output.flush()?;
@@ -253,7 +257,7 @@ fn value(written: OsString, literal: bool) -> Result<Vec<u8>, Failure> {
         _ if literal => Ok(written),
         b"-" => bounded(io::stdin().lock()).map_err(|why| Failure::Input { what: "stdin".to_owned(), why }),
         [b'@', ..] => {
-            let path = String::from_utf8(written[1..].to_vec()).map_err(|_| Failure::Usage("the file's name is not UTF-8".to_owned()))?;
+            let path = String::from_utf8(written[1..].to_vec()).map_err(|_| Failure::usage("value", "the file's name is not UTF-8"))?;
             File::open(&path).and_then(bounded).map_err(|why| Failure::Input { what: path, why })
         }
         _ => Ok(written),

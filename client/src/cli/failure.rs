@@ -2,6 +2,7 @@
 
 use std::{ffi::OsString, io, io::Write as _, process::ExitCode};
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use serde::Serialize;
 
 use super::{arguments::OutputFormat, output::safe};
@@ -12,9 +13,9 @@ use crate::{
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// What was asked makes no sense.
-    #[error("{0}")]
-    Usage(String),
+    /// What was asked makes no sense. `field` is what of it, by its name in the `.proto` where it has one.
+    #[error("{message}")]
+    Usage { field: Option<String>, message: String },
     #[error(transparent)]
     Call(#[from] Error),
     /// A file or stdin cannot be read.
@@ -40,6 +41,10 @@ struct ErrorJson<'a> {
 }
 
 impl Failure {
+    pub(super) fn usage(field: &str, message: impl Into<String>) -> Self {
+        Self::Usage { field: Some(field.to_owned()), message: message.into() }
+    }
+
     pub(super) fn report(&self, format: OutputFormat) -> ExitCode {
         if matches!(self, Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe) {
             // Whoever read us has seen enough.
@@ -54,7 +59,7 @@ impl Failure {
 
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Usage(_) => 2,
+            Self::Usage { .. } => 2,
             Self::Input { .. } | Self::Output(_) => 1,
             Self::Call(error) => match error {
                 Error::InvalidArgument { .. } => 2,
@@ -85,7 +90,7 @@ impl Failure {
             status: None,
         };
         match self {
-            Self::Usage(_) => ErrorJson { code: "INVALID_ARGUMENT", reason: "USAGE", ..bare },
+            Self::Usage { field, .. } => ErrorJson { code: "INVALID_ARGUMENT", reason: "USAGE", field: field.as_deref(), ..bare },
             Self::Input { .. } | Self::Output(_) => bare,
             Self::Call(error) => {
                 let (upstream, class, status) = upstream(error);
@@ -124,13 +129,31 @@ impl Failure {
 /// A command line that cannot be parsed, or a plea for help.
 pub(super) fn usage(error: &clap::Error, arguments: impl Iterator<Item = OsString>) -> ExitCode {
     if error.use_stderr() && wants_json(arguments) {
-        let rendered = error.render().to_string();
-        let message = rendered.lines().next().unwrap_or_default();
-        return Failure::Usage(message.strip_prefix("error: ").unwrap_or(message).to_owned()).report(OutputFormat::Json);
+        return Failure::Usage { field: field(error), message: message(error) }.report(OutputFormat::Json);
     }
     // Help into a closed pipe is not an error either.
     let _ = error.print();
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+/// What clap says before its tips and its usage, on one line.
+fn message(error: &clap::Error) -> String {
+    let rendered = error.render().to_string();
+    let said = rendered.split("\n\n").next().unwrap_or_default();
+    said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The argument that is wrong, named as in the `.proto`: `--expires-at <TIME>` is `expires_at`.
+fn field(error: &clap::Error) -> Option<String> {
+    let argument = match error.get(ContextKind::InvalidArg)? {
+        ContextValue::String(argument) => argument,
+        ContextValue::Strings(arguments) => arguments.first()?,
+        _ => return None,
+    };
+    // That there is no such argument says nothing of those there are.
+    let is_known = error.kind() != ErrorKind::UnknownArgument;
+    let name = argument.trim_start_matches(['-', '<', '[']).split(['=', ' ', '>', ']', '[']).next()?;
+    is_known.then(|| name.to_ascii_lowercase().replace('-', "_"))
 }
 
 /// The command line could not be parsed, but `-o json` on it can be seen.
@@ -211,7 +234,22 @@ mod tests {
             assert_eq!(failure(code, why, &[], false).exit_code(), exit, "{why}");
         }
         assert_eq!(Failure::from(Error::connect("a:1", "refused", false)).exit_code(), 4);
-        assert_eq!(Failure::Usage(String::new()).exit_code(), 2);
+        assert_eq!(Failure::usage("k", "").exit_code(), 2);
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_parsed_is_told_by_its_field_in_one_line() {
+        use clap::Parser as _;
+
+        let told = |line: &str| {
+            let error = super::super::arguments::Arguments::try_parse_from(line.split(' ')).unwrap_err();
+            (field(&error), message(&error))
+        };
+        let (named, said) = told("holdfast set k v --expires-at=soon");
+        assert_eq!(named.as_deref(), Some("expires_at"));
+        assert!(said.starts_with("invalid value 'soon' for '--expires-at <TIME>': not RFC 3339"), "{said}");
+        assert_eq!(told("holdfast set k"), (Some("value".into()), "the following required arguments were not provided: <VALUE>".into()));
+        assert_eq!(told("holdfast get k --frob"), (None, "unexpected argument '--frob' found".into()));
     }
 
     #[test]

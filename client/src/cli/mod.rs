@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 
 use self::{
-    arguments::{Arguments, Command, OutputFormat},
+    arguments::{Arguments, Command},
     failure::Failure,
     output::Output,
 };
@@ -48,12 +48,14 @@ pub fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return failure::usage(&error, std::env::args_os()),
     };
-    let format = arguments.format();
+    // As it was asked for, also where `--raw` contradicts it.
+    let asked = arguments.output;
+    let format = arguments.format().unwrap_or(asked);
     match run(arguments) {
         Ok(Outcome::Ok) => ExitCode::SUCCESS,
         Ok(Outcome::Miss) => ExitCode::from(3),
         Ok(Outcome::Degraded) => ExitCode::from(8),
-        Err(failure) => failure.report(format.unwrap_or(OutputFormat::Table)),
+        Err(failure) => failure.report(format),
     }
 }
 
@@ -67,7 +69,7 @@ fn run(arguments: Arguments) -> Result<Outcome, Failure> {
                 .timeout(arguments.timeout)
                 .unreachable_retries(UNREACHABLE_RETRIES)
                 .build();
-            let client = client.map_err(|error| Failure::Usage(error.to_string()))?;
+            let client = client.map_err(|error| Failure::usage("endpoints", error.to_string()))?;
             // One call at a time: one thread is enough, and starts fastest.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(answer(command, &client, &mut output))

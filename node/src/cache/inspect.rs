@@ -85,7 +85,7 @@ async fn find(replica: &Replica, key: &Key) -> Result<Found, Error> {
             Lookup::Absent => (None, false),
             // A scan of this one key: it brings nothing into memory.
             Lookup::Unknown(_) => {
-                let first = state.scan(&key, &key, 1)?.pop();
+                let first = state.scan(&key, &key, 1)?.entries.pop();
                 (first.filter(|(found, _)| *found == key).map(|(_, entry)| Arc::new(entry)), false)
             }
         };

@@ -1,4 +1,4 @@
-//! What `dev` says once its cluster answers: lines that work as pasted into another shell.
+//! What `dev` says once its cluster answers: what is indented are lines that work as pasted into another shell.
 
 use std::{
     env, fmt,
@@ -49,7 +49,7 @@ impl fmt::Display for Banner {
         writeln!(f, "  {here} get {DEMO}/1          # from an upstream, refreshed before it goes stale")?;
         writeln!(f, "  {here} inspect {DEMO}/1")?;
         for (glob, url) in upstreams {
-            writeln!(f, "\n  keys {glob} come from {url}")?;
+            writeln!(f, "\nKeys {glob} come from {url}")?;
         }
         write!(f, "\nMetrics: http://{admin}/metrics   Ready: http://{admin}/readyz   Stop: Ctrl-C")
     }

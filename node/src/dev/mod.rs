@@ -9,7 +9,7 @@ mod banner;
 mod upstream;
 
 use std::{
-    io,
+    io::{self, Write as _},
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
@@ -29,6 +29,7 @@ use crate::{
     config::{Config, ConfigError, Overrides, Place},
     node::{Node, StartError, memory_bytes_default},
     resources,
+    serve::{Bound, ListenError},
 };
 
 const PORTS_PER_NODE: u16 = 10;
@@ -80,6 +81,7 @@ struct DataDir {
 
 pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
+    arguments.check_ports().map_err(StartError::from)?;
     let clock = Clock::system();
     let demo = Demo::start(clock.clone()).await.map_err(DemoError::Upstream)?;
     let data_dir = DataDir::open(arguments.data_dir.as_deref())?;
@@ -92,7 +94,6 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
         outcome = live(configs.map_err(StartError::from)?, &clock, &mut nodes, &arguments) => outcome,
         () = signals.received() => Ok(()),
     };
-    eprintln!("stopping");
     tokio::select! {
         _ = join_all(nodes.into_iter().map(Node::stop_with_its_cluster)) => {}
         () = signals.received() => {}
@@ -112,7 +113,8 @@ async fn live(configs: Vec<Config>, clock: &Clock, nodes: &mut Vec<Node>, argume
         while !nodes.iter().all(|node| node.readiness().to_write().all_hold()) {
             tokio::time::sleep(LOOK_EVERY).await;
         }
-        println!("{}", Banner::new(nodes, arguments));
+        // Whoever read it may have gone: the cluster stays.
+        let _ = writeln!(io::stdout(), "{}", Banner::new(nodes, arguments));
         std::future::pending::<()>().await;
     };
     tokio::select! {
@@ -124,6 +126,16 @@ async fn live(configs: Vec<Config>, clock: &Clock, nodes: &mut Vec<Node>, argume
 impl Arguments {
     fn client(&self, number: u16) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port + PORTS_PER_NODE * (number - 1)))
+    }
+
+    /// A port in use is said before anything starts, whichever node's it is. Each node takes its own again.
+    fn check_ports(&self) -> Result<(), ListenError> {
+        for client in (1..=self.nodes).map(|number| self.client(number)) {
+            for (purpose, offset) in [("clients", 0), ("peers", 1), ("probes and metrics", 2)] {
+                Bound::bind(purpose, SocketAddr::new(client.ip(), client.port() + offset))?;
+            }
+        }
+        Ok(())
     }
 
     fn config_of(&self, number: u16, data_dir: &Path, upstreams: &Overrides) -> Result<Config, ConfigError> {

@@ -45,6 +45,13 @@ const METHODS: [&str; 14] = [
 ];
 const STATES: [&str; 7] = ["FRESH", "STALE", "STALE_ON_ERROR", "NEGATIVE", "PLACEHOLDER", "MISS", "ERROR"];
 
+/// Of a Get that is answered, as long as nothing makes the others.
+const SERVED_STATES: [&str; 4] = ["FRESH", "STALE", "STALE_ON_ERROR", "MISS"];
+/// What a read waits for beyond memory.
+const WAITS: [&str; 5] = ["token", "read_index", "miss", "soft_timeout", "forwarded"];
+/// What a flight's commit comes to.
+const COMMITS: [&str; 4] = ["stored", "fenced", "failed", "unstored"];
+
 /// From a look-up in memory to the longest deadline.
 const REQUEST_SECONDS: [f64; 16] =
     [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
@@ -144,6 +151,36 @@ impl Metrics {
         metrics
     }
 
+    /// What can be counted is there before it happens, at 0: the first of its kind is a rise too, and an alert sees it.
+    pub(crate) fn begin<'a>(&self, shards: ShardId, upstreams: impl IntoIterator<Item = &'a str>) {
+        for method in METHODS {
+            let states: &[&'static str] = if method == "Get" { &SERVED_STATES } else { &[""] };
+            for &state in states {
+                self.requests.get_or_create(&RequestLabels { method, state, code: code_name(Code::Ok) }).inc_by(0);
+            }
+            drop(self.request_duration.get_or_create(&MethodLabel { method }));
+        }
+        for why in WAITS {
+            self.reads_waited.get_or_create(&WhyLabel { why }).inc_by(0);
+        }
+        for outcome in COMMITS {
+            self.commits.get_or_create(&OutcomeLabel { outcome }).inc_by(0);
+        }
+        for upstream in upstreams {
+            for flights in [&self.flights_started, &self.flights_joined, &self.flights_refused] {
+                flights.get_or_create(&UpstreamLabel::of(upstream)).inc_by(0);
+            }
+            self.upstream_calls.get_or_create(&CallLabels { upstream: upstream.into(), code: "200".into() }).inc_by(0);
+            drop(self.upstream_call_duration.get_or_create(&UpstreamLabel::of(upstream)));
+        }
+        for shard in 0..shards {
+            let snapshots = [&self.snapshots_sent, &self.snapshot_bytes_sent, &self.snapshots_installed, &self.snapshot_bytes_installed];
+            for counter in snapshots.into_iter().chain([&self.leader_changes]) {
+                counter.get_or_create(&ShardLabel { shard }).inc_by(0);
+            }
+        }
+    }
+
     /// Once per request, when it has ended. `method` is its last segment or its whole path; `state` is `""` where an answer
     /// has none, and `ERROR` where a handler had no answer.
     pub fn request(&self, method: &str, state: &str, code: Code, took: Duration) {
@@ -154,7 +191,7 @@ impl Metrics {
         self.request_duration.get_or_create(&MethodLabel { method }).observe(took.as_secs_f64());
     }
 
-    /// `why` is `token`, `read_index`, `miss`, `soft_timeout` or `forwarded`.
+    /// `why` is one of `WAITS`.
     pub fn read_waited(&self, why: &'static str) {
         self.reads_waited.get_or_create(&WhyLabel { why }).inc();
     }
@@ -178,7 +215,7 @@ impl Metrics {
         self.upstream_call_duration.get_or_create(&UpstreamLabel::of(upstream)).observe(took.as_secs_f64());
     }
 
-    /// What a flight's commit came to: `stored`, `fenced`, `failed` or `unstored`.
+    /// What a flight's commit came to: one of `COMMITS`.
     pub fn commit(&self, outcome: &'static str) {
         self.commits.get_or_create(&OutcomeLabel { outcome }).inc();
     }
@@ -336,6 +373,29 @@ mod tests {
         assert!(text.contains(r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#), "{text}");
         assert!(text.contains(r#"holdfast_request_duration_seconds_count{method="Get"} 3"#), "{text}");
         assert!(text.contains(r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn what_has_not_happened_yet_is_counted_as_0() {
+        let metrics = Metrics::new();
+        metrics.begin(2, ["profiles"]);
+        let text = text(&metrics);
+        for line in [
+            r#"holdfast_requests_total{method="Get",state="STALE_ON_ERROR",code="OK"} 0"#,
+            r#"holdfast_requests_total{method="Set",state="",code="OK"} 0"#,
+            r#"holdfast_reads_waited_total{why="miss"} 0"#,
+            r#"holdfast_flights_joined_total{upstream="profiles"} 0"#,
+            r#"holdfast_upstream_calls_total{upstream="profiles",code="200"} 0"#,
+            r#"holdfast_leader_changes_total{shard="1"} 0"#,
+            r#"holdfast_snapshots_sent_total{shard="0"} 0"#,
+            r#"holdfast_snapshot_installed_bytes_total{shard="1"} 0"#,
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        let counters = text.lines().filter(|line| line.ends_with(" counter"));
+        for name in counters.filter_map(|line| line.split(' ').nth(2)) {
+            assert!(text.lines().any(|line| line.starts_with(&format!("{name}_total{{"))), "{name} has no series");
+        }
     }
 
     #[test]

@@ -15,8 +15,6 @@ use prometheus_client::{
 
 use super::{Metrics, ShardLabel};
 
-const PERMILLE: u64 = 1000;
-
 /// What a scrape shows beside what was counted.
 #[derive(Clone, Copy)]
 pub struct Seen<'a> {
@@ -79,15 +77,15 @@ fn register_node(registry: &mut Registry, seen: Seen<'_>) {
 
 fn register_peers(registry: &mut Registry, peers: &Peers, disk_bytes_max: u64) {
     let permille = u64::from(peers.disk_used_permille());
-    let used = gauge(signed(disk_bytes_max / PERMILLE * permille));
-    registry.register_with_unit("disk_used", "Disk that state and log take, to a thousandth of the limit", Unit::Bytes, used);
+    let used = gauge(signed(peers.disk_used_bytes()));
+    registry.register_with_unit("disk_used", "Disk that state and log take", Unit::Bytes, used);
     registry.register("disk_used_permille", "The same in thousandths of storage.max_bytes", gauge(signed(permille)));
     registry.register_with_unit("disk_limit", "storage.max_bytes", Unit::Bytes, gauge(signed(disk_bytes_max)));
     let offsets = Family::<PeerLabel, Gauge<f64, AtomicU64>>::default();
     for member in peers.members() {
         if let Some(view) = peers.view(0, member.id) {
             // Exact enough: a millisecond in 285,000 years.
-            offsets.get_or_create(&PeerLabel { peer: member.name }).set(view.clock_offset_ms as f64 / 1000.0);
+            offsets.get_or_create(&PeerLabel { peer: member.name }).set(peers.clock_offset_ms(&view) as f64 / 1000.0);
         }
     }
     registry.register_with_unit("clock_offset", "A peer's wall clock minus this node's", Unit::Seconds, offsets);

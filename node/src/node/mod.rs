@@ -16,6 +16,8 @@ use holdfast_raft::{
     Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas,
     store::{self, Budget, Stores},
 };
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::{HealthReporter, health_reporter};
@@ -40,6 +42,9 @@ const CLIENT_WINDOWS: Windows = Windows { stream: 2 << 20, connection: 16 << 20 
 const PEER_WINDOWS: Windows = Windows { stream: 16 << 20, connection: 32 << 20 };
 /// Of the file system, unless `storage.max_bytes` says otherwise.
 const DISK_SHARE_PERCENT: u64 = 80;
+
+/// Of the contract, the part that is for peers.
+const PEER_PACKAGE: &str = "holdfast.peer.v1";
 
 /// How long each step of a stop may take; together, with what the process does afterwards, less than the 10 s that a stop is
 /// promised to take: 1.5 + 2 + 0.5 (connections closed) + 3 + 0.5 s here, 1.5 s there.
@@ -117,6 +122,7 @@ impl Node {
         let addresses = ports.addresses();
 
         let metrics = Arc::new(Metrics::new());
+        metrics.begin(u32::from(config.cluster.shards), config.upstreams.iter().map(|upstream| upstream.name.as_str()));
         let options = options(&config, engine, addresses).map_err(StartError::Storage)?;
         let stores = Stores::open(engine, &config.node.data_dir, Budget::default()).map_err(StartError::Storage)?;
         let opened = Replicas::open(options, stores, clock.clone(), metrics.clone()).await;
@@ -230,7 +236,7 @@ impl Parts {
     fn serve_clients<H: Health>(&self, listener: TcpListener, health: HealthServer<H>) -> Result<Serving, StartError> {
         let described = || {
             tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(holdfast_proto::DESCRIPTORS)
+                .register_file_descriptor_set(public_descriptors())
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         let stack = layers::stack(self.metrics.clone(), Load::new(Limits::default(), self.clock.clone()), self.clock.clone());
@@ -290,6 +296,13 @@ impl Ports {
         let (admin, peer) = (self.admin.open()?, self.peer.open()?);
         Ok([self.client.open()?, peer, admin])
     }
+}
+
+/// What clients may ask. What only nodes say to each other is nobody else's to know, and answered on another port.
+fn public_descriptors() -> FileDescriptorSet {
+    let mut described = FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS).expect("the build wrote the descriptors");
+    described.file.retain(|file| file.package() != PEER_PACKAGE);
+    described
 }
 
 /// Builds every upstream: what is left of a configuration to be checked.

@@ -60,6 +60,8 @@ pub(crate) struct LeaderClock {
     last_stamp: Mutex<Millis>,
     voters: Mutex<Vec<u64>>,
     skewed: AtomicBool,
+    /// When a quorum last acknowledged this node as leader.
+    proven_at: Mutex<Option<Duration>>,
 }
 
 impl LeaderClock {
@@ -75,18 +77,31 @@ impl LeaderClock {
             last_stamp: Mutex::default(),
             voters: Mutex::default(),
             skewed: AtomicBool::new(false),
+            proven_at: Mutex::default(),
         }
     }
 
-    /// A leader's message was accepted; it said what it has committed.
+    /// A leader's message came; it said what it has committed, and how old its proof is that it leads.
     pub(crate) fn hear(&self, vote: Option<&peer::Vote>, header: Option<&peer::Header>, committed: Option<&peer::LogId>) {
         let (Some(vote), Some(header)) = (vote, header) else { return };
         let at = self.clock.monotonic();
-        *self.heard.lock() = Some(Heard { leader: header.from, term: vote.term, at });
-        if committed.is_some_and(|committed| committed.index <= self.state.applied().index) {
-            *self.current_at.lock() = Some(at);
+        {
+            let mut heard = self.heard.lock();
+            // A deposed leader does not know it yet: what it says is of the past.
+            if heard.is_some_and(|heard| heard.term > vote.term) {
+                return;
+            }
+            *heard = Some(Heard { leader: header.from, term: vote.term, at });
         }
         *self.base.lock() = Some(TimeBase { leader_ms: header.now_ms, at });
+        if let Some(ago) = header.proven_ms_ago
+            && committed.is_some_and(|committed| committed.index <= self.state.applied().index)
+        {
+            // Without a quorum a leader goes on sending, and others may have committed since.
+            let current_at = at.saturating_sub(Duration::from_millis(ago.into()));
+            let mut known = self.current_at.lock();
+            *known = Some(known.map_or(current_at, |known| known.max(current_at)));
+        }
     }
 
     pub(crate) fn heard(&self) -> Option<Heard> {
@@ -98,23 +113,28 @@ impl LeaderClock {
         (*self.current_at.lock()).map(|at| self.clock.monotonic().saturating_sub(at))
     }
 
-    /// While this node leads, its own time is the leader's.
-    pub(crate) fn lead(&self, voters: Vec<u64>) {
+    /// The voters of the group, whoever leads it: a new leader needs them with its first stamp.
+    pub(crate) fn know_voters(&self, voters: Vec<u64>) {
         *self.voters.lock() = voters;
-        let base = TimeBase { leader_ms: self.leader_now(), at: self.clock.monotonic() };
-        *self.base.lock() = Some(base);
+    }
+
+    /// While this node leads, its own time is the leader's. `acknowledged_ago`: by a quorum.
+    pub(crate) fn lead(&self, acknowledged_ago: Option<Duration>) {
+        let (leader_ms, at) = (self.leader_now(), self.clock.monotonic());
+        *self.base.lock() = Some(TimeBase { leader_ms, at });
+        *self.proven_at.lock() = acknowledged_ago.map(|ago| at.saturating_sub(ago));
+    }
+
+    /// How old this leader's proof is that it leads: what its followers count their lag from.
+    pub(crate) fn proven_ms_ago(&self) -> Option<u32> {
+        let ago = self.clock.monotonic().saturating_sub((*self.proven_at.lock())?);
+        Some(u32::try_from(ago.as_millis()).unwrap_or(u32::MAX))
     }
 
     /// What reads judge by: the leader's time, which goes on without it; before any contact the node's own wall clock.
     pub(crate) fn now(&self) -> Millis {
         let log_time = self.state.applied().log_time;
-        let estimate = match *self.base.lock() {
-            Some(base) => {
-                let since = self.clock.monotonic().saturating_sub(base.at);
-                base.leader_ms.saturating_add(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
-            }
-            None => self.clock.wall_ms(),
-        };
+        let estimate = self.continued().unwrap_or_else(|| self.clock.wall_ms());
         estimate.max(log_time)
     }
 
@@ -123,25 +143,49 @@ impl LeaderClock {
         self.skewed.load(Ordering::Relaxed)
     }
 
+    /// The leader's time as it was last known, carried on by the monotonic clock.
+    fn continued(&self) -> Option<Millis> {
+        let base = (*self.base.lock())?;
+        Some(base.leader_ms.saturating_add(millis(self.clock.monotonic().saturating_sub(base.at))))
+    }
+
     /// Own wall clock, or the voters' median if that is far off.
     pub(crate) fn leader_now(&self) -> Millis {
-        let voters = self.voters.lock();
-        let mut offsets: Vec<i64> =
-            voters.iter().filter_map(|&voter| self.peers.view(self.shard, voter)).map(|view| view.clock_offset_ms).collect();
-        offsets.push(0);
-        offsets.sort_unstable();
-        let median = offsets[offsets.len() / 2];
-        let skewed = median.abs() > SKEW_MS_MAX;
+        let (me, monotonic, wall) = (self.peers.identity().node_id, millis(self.clock.monotonic()), self.clock.wall_ms());
+        let others: Vec<Millis> = {
+            let voters = self.voters.lock();
+            let views = voters.iter().filter(|&&voter| voter != me).filter_map(|&voter| self.peers.view(self.shard, voter));
+            views.map(|view| monotonic.saturating_add_signed(view.wall_ahead_of_monotonic_ms)).collect()
+        };
+        let median = median(wall, others, self.continued());
+        let off_ms = i64::try_from(i128::from(median) - i128::from(wall)).unwrap_or(i64::MAX);
+        let skewed = off_ms.abs() > SKEW_MS_MAX;
         if skewed != self.skewed.swap(skewed, Ordering::Relaxed) {
             if skewed {
-                tracing::error!(offset_ms = median, "this leader's clock is far from the voters' median: it stamps with the median");
+                tracing::error!(off_ms, "this node's clock is far from the voters' median: as leader it stamps with the median");
             } else {
-                tracing::info!("this leader's clock agrees with the voters again");
+                tracing::info!("this node's clock agrees with the voters again");
             }
         }
-        let wall = self.clock.wall_ms();
-        if skewed { wall.saturating_add_signed(median) } else { wall }
+        if skewed { median } else { wall }
     }
+}
+
+/// Of all voters whose clocks are known. Of an even number the leader's time so far decides, and before there was any this
+/// node's own clock: the later half of two must not win because it is later.
+fn median(own: Millis, others: Vec<Millis>, so_far: Option<Millis>) -> Millis {
+    let mut clocks = others;
+    clocks.push(own);
+    if clocks.len().is_multiple_of(2) {
+        let Some(so_far) = so_far else { return own };
+        clocks.push(so_far);
+    }
+    clocks.sort_unstable();
+    clocks[clocks.len() / 2]
+}
+
+fn millis(duration: Duration) -> Millis {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Stamp for LeaderClock {
@@ -150,5 +194,35 @@ impl Stamp for LeaderClock {
         let mut last = self.last_stamp.lock();
         *last = now.max(*last);
         *last
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Millis = 10_000_000;
+    const HOUR: Millis = 3_600_000;
+
+    #[test]
+    fn one_clock_that_is_off_never_decides() {
+        for own in [NOW, NOW + HOUR, NOW - HOUR] {
+            assert_eq!(median(own, vec![NOW, NOW], None), NOW, "three voters");
+        }
+        assert_eq!(median(NOW, vec![NOW + HOUR, NOW], None), NOW);
+    }
+
+    #[test]
+    fn of_two_the_leaders_time_so_far_decides() {
+        assert_eq!(median(NOW, vec![NOW + HOUR], Some(NOW)), NOW, "the other one is ahead");
+        assert_eq!(median(NOW + HOUR, vec![NOW], Some(NOW)), NOW, "this one is ahead");
+        assert_eq!(median(NOW - HOUR, vec![NOW], Some(NOW)), NOW, "this one is behind");
+        assert_eq!(median(NOW, vec![NOW + HOUR], None), NOW, "there was no leader yet");
+    }
+
+    #[test]
+    fn a_lone_voter_has_its_own_clock() {
+        assert_eq!(median(NOW, vec![], None), NOW);
+        assert_eq!(median(NOW, vec![], Some(NOW + HOUR)), NOW);
     }
 }

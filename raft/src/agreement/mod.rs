@@ -1,6 +1,7 @@
 //! Agreement: openraft, and what stands around it. The log of all shards, the state machine, the proposer, the rounds that
 //! make a read linearizable, and the leader's clock. Nothing of openraft's leaves this crate.
 
+pub(crate) mod leader_proof;
 pub(crate) mod leadership;
 pub(crate) mod log;
 pub(crate) mod pins;

@@ -295,6 +295,11 @@ pub(crate) async fn change_here(replicas: &Replicas, shard: ShardId, change: Cha
     let group = replicas.replica(shard).ok_or(WriteError::NoLeader)?;
     let first = replicas.replica(0).ok_or(WriteError::NoLeader)?;
     let peers = replicas.peers().ok_or(WriteError::NoLeader)?;
+    // Two removals that each leave a quorum may together leave none: the second one sees what the first one came to.
+    let _one = match &change {
+        Change::Promote(_) | Change::Remove(_) => Some(replicas.changing.lock().await),
+        Change::Add(_) | Change::TransferLeader(_) => None,
+    };
     let members = replicas.members_of(&first);
     let find = |name: &str| {
         let known = members.iter().find(|member| member.name == name);
@@ -316,11 +321,17 @@ pub(crate) async fn change_here(replicas: &Replicas, shard: ShardId, change: Cha
             Ok(Changed { id: member.id, ..Changed::default() })
         }
         Change::Remove(name) => {
-            let member = find(&name)?;
-            may_remove(replicas, &first, &peers, &member).await?;
-            propose(&first, Op::ForgetMember(ForgetMember { id: member.id })).await?;
-            wait_until(replicas, |group| !group.voters().contains(&member.id) && !group.learners().contains(&member.id)).await?;
-            Ok(Changed { id: member.id, ..Changed::default() })
+            let id = match find(&name) {
+                Ok(member) => {
+                    may_remove(replicas, &first, &peers, &member).await?;
+                    propose(&first, Op::ForgetMember(ForgetMember { id: member.id })).await?;
+                    member.id
+                }
+                // Forgotten before, and not yet gone from every group: repeated to wait for it.
+                Err(error) => replicas.replicas().iter().find_map(|group| group.node_named(&name)).ok_or(error)?,
+            };
+            wait_until(replicas, |group| !group.voters().contains(&id) && !group.learners().contains(&id)).await?;
+            Ok(Changed { id, ..Changed::default() })
         }
         Change::TransferLeader(name) => {
             let to = if name.is_empty() { None } else { Some(find(&name)?.id) };
@@ -350,8 +361,10 @@ async fn may_remove(replicas: &Replicas, first: &Replica, peers: &Peers, member:
     if !voters.contains(&member.id) {
         return Ok(());
     }
-    let left: Vec<u64> = voters.into_iter().filter(|&voter| voter != member.id).collect();
     let members = replicas.members_of(first);
+    // Those that are forgotten already and not yet gone do not count.
+    let stays = |voter: u64| voter != member.id && members.iter().any(|member| member.id == voter);
+    let left: Vec<u64> = voters.into_iter().filter(|&voter| stays(voter)).collect();
     let asked = members.iter().filter(|member| left.contains(&member.id)).map(|member| replicas.ask_for_report(peers, member));
     let alive = join_all(asked).await.into_iter().flatten().count();
     if left.is_empty() || alive < left.len() / 2 + 1 {

@@ -7,7 +7,11 @@ use openraft::ChangeMembers;
 use parking_lot::Mutex;
 
 use super::{CAUGHT_UP_ENTRIES, entries_behind, propose};
-use crate::{peer::Peers, replica::Replica, replicas::Replicas};
+use crate::{
+    peer::Peers,
+    replica::{Replica, Seen},
+    replicas::Replicas,
+};
 
 /// One step of a change may take this long.
 const RECONCILE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -24,7 +28,12 @@ pub(crate) async fn maintain(replicas: &Replicas, peers: &Peers, groups: &[Arc<R
         Ok(roster) if !roster.members.is_empty() => roster,
         _ => return,
     };
-    for group in groups.iter().filter(|group| group.leads().is_some()) {
+    for group in groups.iter().filter(|group| group.leads().is_some() && !is_level(group, &roster)) {
+        // Another shard's leader may lag behind in shard 0: what it does not know yet must not be undone.
+        if first.wait_until_seen(&Seen::Everything, RECONCILE_TIMEOUT, RECONCILE_TIMEOUT).await.is_err() {
+            return;
+        }
+        let Ok(roster) = first.state().roster() else { return };
         // Without a quorum a change waits for ever; this task has other duties.
         match tokio::time::timeout(RECONCILE_TIMEOUT, reconcile(group, &roster)).await {
             Ok(Ok(())) => {}
@@ -37,13 +46,25 @@ pub(crate) async fn maintain(replicas: &Replicas, peers: &Peers, groups: &[Arc<R
     }
 }
 
+/// Nothing is to be done.
+fn is_level(group: &Replica, roster: &RosterRecord) -> bool {
+    let voters: BTreeSet<u64> = group.voters().into_iter().collect();
+    let present: BTreeSet<u64> = voters.iter().copied().chain(group.learners()).collect();
+    let wanted: BTreeSet<u64> = roster.members.iter().map(|member| member.id).collect();
+    !group.changes_voters() && present == wanted && roster.voters.iter().all(|id| voters.contains(id) || !wanted.contains(id))
+}
+
 /// One change towards the roster; none while another is under way.
 async fn reconcile(group: &Replica, roster: &RosterRecord) -> io::Result<()> {
     let present: BTreeSet<u64> = group.voters().into_iter().chain(group.learners()).collect();
     let voters: BTreeSet<u64> = group.voters().into_iter().collect();
     let wanted: BTreeSet<u64> = roster.members.iter().map(|member| member.id).collect();
     if group.changes_voters() {
-        return Ok(());
+        // A change of voters is two steps, and whoever began it lost its leadership or its time between them: nobody else
+        // takes the second one. Adding nobody does; while the first step is not committed it is refused, and tried again.
+        tracing::info!(shard = group.shard(), "finishing a change of voters");
+        let finish = ChangeMembers::AddVoterIds(BTreeSet::new());
+        return group.raft().change_membership(finish, true).await.map(|_| ()).map_err(io::Error::other);
     }
     if let Some(new) = roster.members.iter().find(|member| !present.contains(&member.id)) {
         tracing::info!(shard = group.shard(), name = new.name, id = new.id, "admitting a learner");

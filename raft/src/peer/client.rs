@@ -80,7 +80,8 @@ pub(crate) struct Network {
 impl Network {
     /// Followers judge by the time that the leader stamps with, not by its raw clock.
     fn header(&self, to: u64) -> wire::Header {
-        wire::Header { now_ms: self.leader_clock.leader_now(), ..self.peers.header(to, self.shard, Some(&self.state)) }
+        let header = self.peers.header(to, self.shard, Some(&self.state));
+        wire::Header { now_ms: self.leader_clock.leader_now(), proven_ms_ago: self.leader_clock.proven_ms_ago(), ..header }
     }
 }
 

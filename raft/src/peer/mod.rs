@@ -10,7 +10,7 @@ pub(crate) mod snapshot;
 
 use std::{
     collections::HashMap,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -63,8 +63,8 @@ pub struct Identity {
 pub struct PeerView {
     /// Monotonic.
     pub heard_at: Duration,
-    /// The peer's wall clock minus ours, to about a round trip.
-    pub clock_offset_ms: i64,
+    /// The peer's wall clock minus our monotonic one, to about a round trip: a step of our own wall clock changes nothing here.
+    pub wall_ahead_of_monotonic_ms: i64,
     pub disk_used_permille: u32,
     pub feature_level: u32,
     pub applied_index: u64,
@@ -91,6 +91,7 @@ pub struct Peers {
     members: Mutex<HashMap<u64, Member>>,
     /// While set, this node neither sends to peers nor takes anything from them.
     closed: AtomicBool,
+    disk_used_bytes: AtomicU64,
     disk_used_permille: AtomicU32,
     /// When each refusal was last said, as monotonic time.
     said: Mutex<HashMap<String, Duration>>,
@@ -105,6 +106,7 @@ impl Peers {
             views: Mutex::default(),
             members: Mutex::default(),
             closed: AtomicBool::new(false),
+            disk_used_bytes: AtomicU64::new(0),
             disk_used_permille: AtomicU32::new(0),
             said: Mutex::default(),
         }
@@ -129,6 +131,7 @@ impl Peers {
             now_ms: self.clock.wall_ms(),
             hash_index: hash.index,
             hash: hash.hash,
+            proven_ms_ago: None,
         }
     }
 
@@ -199,9 +202,10 @@ impl Peers {
     /// Takes in an answer from a peer's replica.
     pub fn heard(&self, shard: ShardId, from: u64, reply: Option<&ReplyHeader>) {
         let Some(reply) = reply else { return };
+        let heard_at = self.clock.monotonic();
         let view = PeerView {
-            heard_at: self.clock.monotonic(),
-            clock_offset_ms: offset_ms(reply.now_ms, self.clock.wall_ms()),
+            heard_at,
+            wall_ahead_of_monotonic_ms: ahead_ms(reply.now_ms, heard_at),
             disk_used_permille: reply.disk_used_permille,
             feature_level: reply.feature_level,
             applied_index: reply.applied_index,
@@ -212,6 +216,11 @@ impl Peers {
 
     pub fn view(&self, shard: ShardId, peer: u64) -> Option<PeerView> {
         self.views.lock().get(&(shard, peer)).copied()
+    }
+
+    /// A peer's wall clock minus ours now.
+    pub fn clock_offset_ms(&self, view: &PeerView) -> i64 {
+        view.wall_ahead_of_monotonic_ms.saturating_sub(ahead_ms(self.clock.wall_ms(), self.clock.monotonic()))
     }
 
     /// The members that count, as shard 0 has them.
@@ -243,8 +252,15 @@ impl Peers {
         self.closed.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_disk_used_permille(&self, used: u32) {
-        self.disk_used_permille.store(used, Ordering::Relaxed);
+    pub(crate) fn set_disk_used(&self, bytes: u64, bytes_max: u64) {
+        let permille = bytes.saturating_mul(1000) / bytes_max.max(1);
+        self.disk_used_bytes.store(bytes, Ordering::Relaxed);
+        self.disk_used_permille.store(u32::try_from(permille).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+
+    /// What state and log files of this node take.
+    pub fn disk_used_bytes(&self) -> u64 {
+        self.disk_used_bytes.load(Ordering::Relaxed)
     }
 
     pub fn disk_used_permille(&self) -> u32 {
@@ -295,6 +311,6 @@ pub(crate) fn connect_lazy(address: &str) -> Channel {
         .connect_lazy()
 }
 
-fn offset_ms(theirs: Millis, ours: Millis) -> i64 {
-    i64::try_from(i128::from(theirs) - i128::from(ours)).unwrap_or(if theirs > ours { i64::MAX } else { i64::MIN })
+fn ahead_ms(wall: Millis, monotonic: Duration) -> i64 {
+    i64::try_from(i128::from(wall) - monotonic.as_millis().cast_signed()).unwrap_or(i64::MAX)
 }

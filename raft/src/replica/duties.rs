@@ -7,8 +7,11 @@ use std::{
 
 use holdfast_proto::peer::{Command, Tick, command::Op};
 
-use super::{ROUND_TIMEOUT, Replica};
-use crate::agreement::leadership::Leader;
+use super::Replica;
+use crate::{
+    agreement::{leader_proof::ROUND_TIMEOUT, leadership::Leader},
+    upkeep::every,
+};
 
 /// How often a replica looks at who leads.
 const WATCH_EVERY: Duration = Duration::from_millis(20);
@@ -42,7 +45,7 @@ impl Replica {
     }
 
     async fn watch_who_leads(self: Arc<Self>) {
-        let mut every = tokio::time::interval(WATCH_EVERY);
+        let mut every = every(WATCH_EVERY);
         let mut campaigning = false;
         loop {
             every.tick().await;
@@ -51,9 +54,9 @@ impl Replica {
                 campaigning = true;
             }
             let leader = self.leader();
+            self.leader_clock.know_voters(self.voters());
             if leader.is_some_and(|leader| leader.is_self) {
-                let me = self.peers.identity().node_id;
-                self.leader_clock.lead(self.voters().into_iter().filter(|&voter| voter != me).collect());
+                self.leader_clock.lead(self.quorum_acknowledged_ago());
             }
             let changed = self.leader.send_if_modified(|known| {
                 let other = known.map(|leader| (leader.id, leader.term)) != leader.map(|leader| (leader.id, leader.term));
@@ -102,7 +105,7 @@ impl Replica {
 
     /// Keeps log time going, so that replicas agree on what has expired though nobody writes.
     async fn tick(self: Arc<Self>) {
-        let mut every = tokio::time::interval(TICK_EVERY);
+        let mut every = every(TICK_EVERY);
         let mut last_index = 0;
         loop {
             every.tick().await;

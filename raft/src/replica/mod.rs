@@ -27,7 +27,6 @@ use openraft::{Instant as _, ServerState, type_config::async_runtime::watch::Wat
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::read::LeaderRound;
 pub use self::{
     read::{ReadError, Seen},
     write::WriteError,
@@ -35,6 +34,7 @@ pub use self::{
 use crate::{
     agreement::{
         self, LEASE, RaftHandle,
+        leader_proof::LeaderProof,
         leadership::{Leader, LeaderClock},
         log::{ShardLog, SharedLog},
         pins::LogPins,
@@ -49,8 +49,6 @@ use crate::{
     store::Stores,
 };
 
-/// A round that proves leadership may take this long.
-const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two tries of a wait for a leader.
 const RETRY_PAUSE: Duration = Duration::from_millis(15);
 
@@ -84,6 +82,7 @@ pub struct Replica {
     log: ShardLog,
     leader_clock: Arc<LeaderClock>,
     proposer: Proposer,
+    proof: Arc<LeaderProof>,
     read_rounds: ReadRounds,
     snapshots: Arc<snapshot::Sender>,
     keep_from: Arc<AtomicU64>,
@@ -146,13 +145,19 @@ impl Replica {
                 .await
                 .map_err(io::Error::other)?;
 
-        let round =
-            LeaderRound { shard, raft: raft.clone(), peers: peers.clone(), state: state.clone(), leader_clock: leader_clock.clone() };
+        let proof = Arc::new(LeaderProof {
+            shard,
+            raft: raft.clone(),
+            peers: peers.clone(),
+            state: state.clone(),
+            leader_clock: leader_clock.clone(),
+        });
         let replica = Arc::new(Self {
             shard,
             quiet_until: if had_vote { clock.monotonic() + LEASE } else { Duration::ZERO },
             proposer: Proposer::start(raft.clone(), leader_clock.clone()),
-            read_rounds: ReadRounds::start(Arc::new(round)),
+            read_rounds: ReadRounds::start(proof.clone()),
+            proof,
             clock,
             peers,
             state,
@@ -238,6 +243,14 @@ impl Replica {
         (heard.leader != id && heard.term >= metrics.current_term).then_some(Leader { id: heard.leader, term: heard.term, is_self: false })
     }
 
+    /// When a quorum last acknowledged this leader, as far as openraft knows.
+    fn quorum_acknowledged_ago(&self) -> Option<Duration> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let alone = metrics.membership_config.voter_ids().eq([self.peers.identity().node_id]);
+        if alone { Some(Duration::ZERO) } else { metrics.last_quorum_acked.as_ref().map(|at| at.elapsed()) }
+    }
+
     pub fn watch_leader(&self) -> watch::Receiver<Option<Leader>> {
         self.leader.subscribe()
     }
@@ -269,6 +282,13 @@ impl Replica {
 
     pub fn learners(&self) -> Vec<u64> {
         self.raft.learner_ids().collect()
+    }
+
+    /// Of any member of the Raft group, also of one that the roster has forgotten.
+    pub(crate) fn node_named(&self, name: &str) -> Option<u64> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.nodes().find(|(_, member)| member.name == name).map(|(&id, _)| id)
     }
 
     /// Whether this leader's clock is off and it stamps with the voters' median.

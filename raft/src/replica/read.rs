@@ -1,21 +1,18 @@
 //! What a read must have seen before memory may answer it: nothing, a session's revisions, or every write acknowledged
 //! before it, which takes a round that proves who leads.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use holdfast_proto::{Revision, ShardId, Token, peer::ReadIndexRequest};
-use openraft::raft::linearizable_read::LinearizerOption;
+use holdfast_proto::{Revision, Token, peer::ReadIndexRequest};
 use tonic::Request;
 
-use super::{RETRY_PAUSE, ROUND_TIMEOUT, Replica};
+use super::{RETRY_PAUSE, Replica};
 use crate::{
     agreement::{
-        RaftHandle,
-        leadership::LeaderClock,
+        leader_proof::{LeaderProof, ROUND_TIMEOUT},
         read_rounds::{Round, Unproven},
     },
-    peer::{Peers, Purpose},
-    state::State,
+    peer::Purpose,
 };
 
 /// What a read must have seen.
@@ -44,15 +41,6 @@ pub enum ReadError {
     Overloaded,
     #[error("the deadline passed")]
     Deadline,
-}
-
-/// What `confirm_leadership` asks, from wherever this replica is.
-pub(super) struct LeaderRound {
-    pub(super) shard: ShardId,
-    pub(super) raft: RaftHandle,
-    pub(super) peers: Arc<Peers>,
-    pub(super) state: Arc<State>,
-    pub(super) leader_clock: Arc<LeaderClock>,
 }
 
 impl Replica {
@@ -123,14 +111,15 @@ impl Replica {
 
     /// Proves that this node leads, and says what must be applied before a read may be answered.
     pub(crate) async fn confirm_leadership(&self) -> Result<u64, Unproven> {
-        confirm_leadership(&self.raft).await
+        self.proof.prove().await
     }
 }
 
-impl Round for LeaderRound {
+/// Here if this node leads, else asked of whoever does.
+impl Round for LeaderProof {
     async fn run(&self) -> Result<u64, Unproven> {
-        if self.raft.is_leader() {
-            return confirm_leadership(&self.raft).await;
+        if self.leads() {
+            return self.prove().await;
         }
         let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
         let member = self.peers.member(heard.leader).ok_or(Unproven::NoLeader)?;
@@ -143,15 +132,5 @@ impl Round for LeaderRound {
             Some(log_id) if response.confirmed => Ok(log_id.index),
             _ => Err(Unproven::NoQuorum),
         }
-    }
-}
-
-async fn confirm_leadership(raft: &RaftHandle) -> Result<u64, Unproven> {
-    // Age zero: only acknowledgements of heartbeats sent after this call count. No clock is trusted.
-    let option = LinearizerOption::new(Some(Duration::ZERO), true).with_wait_timeout(ROUND_TIMEOUT);
-    let proven = tokio::time::timeout(ROUND_TIMEOUT, raft.get_read_linearizer(option)).await;
-    match proven {
-        Ok(Ok(linearizer)) => Ok(linearizer.read_log_id().index()),
-        _ => Err(Unproven::NoQuorum),
     }
 }

@@ -7,12 +7,17 @@ use holdfast_proto::{
     timeline::Millis,
 };
 
-use super::{ROUND_TIMEOUT, Replica};
-use crate::state::{memory::Lookup, record::DueKind};
+use super::Replica;
+use crate::{
+    state::{memory::Lookup, record::DueKind},
+    upkeep::every,
+};
 
 const SWEEP_EVERY: Duration = Duration::from_millis(1000);
 /// The due index is read from its beginning again this often: rows may be written behind the broom.
 const SWEEP_ALL_EVERY: u32 = 60;
+/// One batch may take this long.
+const SWEEP_TIMEOUT: Duration = Duration::from_secs(1);
 const SWEEP_BATCH: usize = 1000;
 /// Batches of one tick.
 const SWEEP_BATCHES: usize = 50;
@@ -26,7 +31,7 @@ struct Swept {
 
 impl Replica {
     pub(super) async fn sweep(self: Arc<Self>) {
-        let mut every = tokio::time::interval(SWEEP_EVERY);
+        let mut every = every(SWEEP_EVERY);
         let mut rounds = 0u32;
         let mut from = 0;
         loop {
@@ -67,7 +72,7 @@ impl Replica {
         }
         let op = Op::Sweep(peer::Sweep { keys, tombstones });
         let command = Command { request_id: None, caller: String::new(), op: Some(op) };
-        self.propose_here(command, ROUND_TIMEOUT).await.map_err(io::Error::other)?;
+        self.propose_here(command, SWEEP_TIMEOUT).await.map_err(io::Error::other)?;
         Ok(swept)
     }
 

@@ -11,10 +11,15 @@ use holdfast_proto::{
 use tonic::Request;
 
 use super::{RETRY_PAUSE, Replica};
-use crate::{agreement::leadership::Leader, peer::Purpose};
+use crate::{
+    agreement::{LEASE, leadership::Leader},
+    peer::Purpose,
+};
 
 /// Sets are refused from here on; deletes and sweeps go on.
 const DISK_FULL_PERMILLE: u32 = 1000;
+/// What a voter said of its disk; one that is gone keeps nobody from writing to the others.
+const DISK_REPORT_COUNTS_FOR: Duration = Duration::from_secs(5);
 
 /// Why a write has no outcome.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -118,8 +123,13 @@ impl Replica {
         request.set_timeout(timeout);
         self.events.outgoing(request.metadata_mut());
         let mut client = self.peers.replica_client(&member.peer_address, Purpose::Control);
-        let response = match tokio::time::timeout(timeout, client.propose(request)).await {
+        let answer = tokio::select! {
+            answer = tokio::time::timeout(timeout, client.propose(request)) => answer,
+            () = self.deposed(leader) => return Err(WriteError::Unknown("another leader was elected while the write was under way".into())),
+        };
+        let response = match answer {
             Err(_) => return Err(WriteError::DeadlineAfter),
+            Ok(Err(status)) if timed_out(&status) => return Err(WriteError::DeadlineAfter),
             Ok(Err(status)) if never_connected(&status) => return Err(WriteError::NoLeader),
             Ok(Err(status)) => return Err(WriteError::Unknown(format!("the leader did not answer: {}", status.message()))),
             Ok(Ok(response)) => response.into_inner(),
@@ -137,12 +147,23 @@ impl Replica {
         }
     }
 
-    /// The fullest voter decides: what it cannot keep is not durable.
+    /// Resolves when another term's leader is known, and the old one had the time to answer what it committed.
+    async fn deposed(&self, old: Leader) {
+        let mut leader = self.watch_leader();
+        if leader.wait_for(|leader| leader.is_some_and(|leader| leader.term > old.term)).await.is_err() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(LEASE).await;
+    }
+
+    /// The fullest voter that is there decides: what it cannot keep is not durable.
     pub fn disk_full(&self) -> bool {
+        let now = self.clock.monotonic();
         let fullest = self
             .voters()
             .into_iter()
             .filter_map(|voter| self.peers.view(self.shard, voter))
+            .filter(|view| now.saturating_sub(view.heard_at) < DISK_REPORT_COUNTS_FOR)
             .map(|view| view.disk_used_permille)
             .chain([self.peers.disk_used_permille()])
             .max();
@@ -157,12 +178,14 @@ impl Replica {
 
 /// The request did not leave this node: there was no connection to send it on.
 fn never_connected(status: &tonic::Status) -> bool {
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        if error.is::<tonic::ConnectError>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
+    is_caused_by::<tonic::ConnectError>(status)
+}
+
+/// The transport keeps the deadline too, and may be first to see it pass.
+fn timed_out(status: &tonic::Status) -> bool {
+    is_caused_by::<tonic::TimeoutExpired>(status)
+}
+
+fn is_caused_by<E: std::error::Error + 'static>(status: &tonic::Status) -> bool {
+    std::iter::successors(std::error::Error::source(status), |error| error.source()).any(|error| error.is::<E>())
 }

@@ -457,7 +457,11 @@ impl Run<'_> {
         hasher.update(&index.to_be_bytes());
         hasher.update(encoded);
         for outcome in outcomes {
-            hasher.update(&outcome.encode_to_vec());
+            match &outcome.result {
+                // Its words are for people and may differ between versions.
+                Some(outcome::Result::Rejected(rejected)) => hasher.update(rejected.reason.as_bytes()),
+                _ => hasher.update(&outcome.encode_to_vec()),
+            }
         }
         self.applied.chain_hash = hasher.digest();
     }

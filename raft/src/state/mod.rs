@@ -75,6 +75,14 @@ pub enum CommittedPayload {
     Membership(Membership),
 }
 
+/// A part of the entries, in key order.
+#[derive(Default)]
+pub struct Scanned {
+    pub entries: Vec<(Key, Entry)>,
+    /// Where the next part begins; `None` at the end.
+    pub next: Option<Bytes>,
+}
+
 pub struct State {
     shard: ShardId,
     stores: Stores,
@@ -161,23 +169,27 @@ impl State {
         Ok(bytes.map(|bytes| record::decode("tombstone", &bytes)).transpose()?)
     }
 
-    /// Stored entries from `from` on, in key order, those under `prefix`.
-    pub fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> io::Result<Vec<(Key, Entry)>> {
+    /// Stored entries under `prefix`, from `from` on, in key order: those of `limit` rows.
+    pub fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> io::Result<Scanned> {
         let generation = self.generation();
-        let mut found = Vec::new();
+        let mut scanned = Scanned::default();
+        let mut looked_at = 0;
         for row in generation.store.scan(Family::Entry, from.max(prefix), None).take(limit) {
-            let (key, bytes) = row?;
+            let (key, _) = row?;
             if !key.starts_with(prefix) {
-                break;
+                return Ok(scanned);
+            }
+            looked_at += 1;
+            if looked_at == limit {
+                scanned.next = Some(after(&key));
             }
             let Ok(key) = Key::new(key) else { continue };
             // The row shows the moment the scan began; the entry may have gone since.
-            drop(bytes);
             if let Some(entry) = read_entry(generation.store.as_ref(), &key)? {
-                found.push((key, entry));
+                scanned.entries.push((key, entry));
             }
         }
-        Ok(found)
+        Ok(scanned)
     }
 
     /// Rows of the due index of one kind in `[from, until]`, oldest first.
@@ -368,6 +380,11 @@ fn load_all(generation: &Generation, replaced: impl Fn() -> bool) -> io::Result<
     Ok(())
 }
 
+/// The least key that is greater.
+fn after(key: &[u8]) -> Bytes {
+    Bytes::from([key, &[0]].concat())
+}
+
 /// What is left of a state that was closed.
 struct Closed;
 
@@ -451,4 +468,18 @@ pub(crate) fn read_entry(store: &dyn StateStore, key: &[u8]) -> io::Result<Optio
         }
     }
     Err(BadRecord::Damaged { what: "value", reason: "its hash is not its entry's".into() }.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn nothing_lies_between_a_key_and_what_comes_after(a in proptest::collection::vec(any::<u8>(), 1..8), b in proptest::collection::vec(any::<u8>(), 1..8)) {
+            prop_assert_eq!(b > a, b.as_slice() >= &after(&a)[..]);
+        }
+    }
 }

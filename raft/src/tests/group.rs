@@ -7,7 +7,7 @@ use holdfast_proto::{
     Key, Token,
     peer::{Delete, Lifetime, Outcome, Set, command::Op, outcome},
     timeline::FOREVER,
-    v1::Origin,
+    v1::{Origin, RequestId},
 };
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -136,15 +136,18 @@ fn value(replica: &Replica, key: &str) -> Option<Bytes> {
     replica.state().get(&Key::new(key.to_owned()).expect("a key")).expect("reads").map(|entry| entry.value.clone())
 }
 
-/// Writes again while it is certain that the try before came to nothing, as a client does.
+/// Writes again until somebody says what it came to, as a client does: the request id makes it happen once.
 async fn write_on(replica: &Replica, op: Op) -> Outcome {
-    loop {
-        match replica.write(op.clone(), None, PATIENCE).await {
-            Ok(outcome) => return outcome,
-            Err(error) if error.not_applied() => tokio::time::sleep(Duration::from_millis(20)).await,
-            Err(error) => panic!("{error}"),
+    let request_id = RequestId { client: Bytes::from_static(&[7; 16]), seq: 1, done_below: 0 };
+    let written = async {
+        loop {
+            match replica.write(op.clone(), Some(request_id.clone()), PATIENCE).await {
+                Ok(outcome) => return outcome,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
         }
-    }
+    };
+    tokio::time::timeout(PATIENCE, written).await.expect("written in time")
 }
 
 pub(super) async fn leader_of(nodes: &[Node]) -> usize {
@@ -246,6 +249,40 @@ async fn five_empty_nodes_that_expect_three_form_no_cluster_and_a_fourth_joins_o
     let joined = nodes[3].replica();
     joined.wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("the new node is level");
     assert_eq!(joined.peers_identity().node_id, 4);
+    for node in &mut nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_voters_that_nobody_finished_is_finished() {
+    let mut nodes = nodes(3, 3, 1).await;
+    for node in &mut nodes {
+        node.start().await;
+    }
+    for node in &nodes {
+        node.member().await;
+    }
+    let leader = leader_of(&nodes).await;
+    let replica = nodes[leader].replica();
+    let gone = replica.voters().into_iter().find(|&voter| voter != replica.peers_identity().node_id).expect("another voter");
+
+    // Asked once and dropped: the first of its two steps is committed, and nobody takes the second.
+    let mut change = Box::pin(replica.raft().change_membership(openraft::ChangeMembers::RemoveVoters([gone].into()), true));
+    assert!(futures::poll!(&mut change).is_pending());
+    let until = async |what: &str, done: &dyn Fn() -> bool| {
+        let reached = async {
+            while !done() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("waited for: {what}"));
+    };
+    until("two sets of voters", &|| replica.changes_voters()).await;
+    drop(change);
+
+    // Whoever leads ends it, and brings back whom the roster has as a voter.
+    until("one set of voters, as the roster has it", &|| !replica.changes_voters() && replica.voters().len() == 3).await;
     for node in &mut nodes {
         node.stop().await;
     }

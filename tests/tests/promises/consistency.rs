@@ -1,12 +1,22 @@
 //! What reads have seen: LINEARIZABLE and SESSION on nodes that were frozen, deposed or are behind, and what still answers
 //! without a quorum.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
+use futures::future::try_join_all;
 use holdfast_client::{Consistency as Read, State};
-use holdfast_proto::{Token, reason, v1::Consistency};
+use holdfast_proto::{
+    Token, reason,
+    v1::{self, Consistency},
+};
 use holdfast_tests::{
     cluster::Cluster,
     wire::{Told, Wire, text},
@@ -184,6 +194,65 @@ async fn a_leader_whose_followers_are_frozen_says_unavailable_and_local_answers(
     cluster.until("a quorum is back", async || wire.set("k", "back", None).await.is_ok()).await?;
     assert_eq!(text(&wire.get("k", Consistency::Linearizable, &Bytes::new()).await?), "back");
     Ok(())
+}
+
+/// Peers are not heard of for seconds; who asked the frozen leader must not wait for it as long as the call may take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_on_its_way_to_a_frozen_leader_is_told_when_another_leads_and_happens_once() -> anyhow::Result<()> {
+    let cluster = processes().start().await?;
+    let leader = cluster.leader_of(&[0, 1, 2]).await?;
+    let asked = (leader + 1) % 3;
+    let wire = cluster.wire(asked)?.within(Duration::from_secs(30)).once();
+    let before = wire.set("k", "before", None).await?;
+
+    info!("--- the leader is frozen, and a follower forwards to it");
+    cluster.pause(leader)?;
+    let id = v1::RequestId { client: Bytes::from_static(&[9; 16]), seq: 1, done_below: 0 };
+    let answered = tokio::time::timeout(Duration::from_secs(10), wire.set("k", "after", Some(id.clone()))).await;
+    let told = Told::of(&answered.context("it waited for the frozen leader")?.err().context("nobody can have answered it")?);
+    ensure!((told.code, told.metadata(reason::APPLIED)) == (Code::Unavailable, "unknown"), "{told:?}");
+
+    info!("--- sent again it happens, and once, though the old leader has it too");
+    let patient = cluster.wire(asked)?;
+    let written = patient.set("k", "after", Some(id.clone())).await?;
+    cluster.resume(leader)?;
+    let again = cluster.wire(leader)?.set("k", "other", Some(id)).await?;
+    ensure!(again.version == written.version && written.version > before.version, "{before:?}, {written:?}, {again:?}");
+    ensure!(text(&patient.get("k", Consistency::Linearizable, &Bytes::new()).await?) == "after", "it happened twice");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scan_shows_every_key_that_stays_while_others_go() -> anyhow::Result<()> {
+    const KEYS: usize = 400;
+    let cluster = in_process().shards(3).start().await?;
+    for number in 0..KEYS {
+        cluster.client(0).set(format!("stays/{number:04}"), "v").await?;
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut going = JoinSet::new();
+    for part in 0..8 {
+        let (client, stop) = (cluster.client(part % 3), stop.clone());
+        going.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                // Between the others in key order.
+                let keys: Vec<String> = (0..KEYS).skip(part).step_by(8).map(|number| format!("stays/{number:04}-goes")).collect();
+                try_join_all(keys.iter().map(|key| client.set(key.clone(), "v").into_future())).await?;
+                try_join_all(keys.iter().map(|key| client.delete(key.clone()).into_future())).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    for round in 0..50 {
+        let page = cluster.client(round % 3).scan().prefix("stays/").limit(1000).await?;
+        let stayed = page.entries.iter().filter(|entry| !entry.key.ends_with(b"-goes")).count();
+        ensure!((stayed, page.next_cursor) == (KEYS, None), "round {round}: {stayed} of {KEYS} keys");
+    }
+    stop.store(true, Ordering::Relaxed);
+    while let Some(ended) = going.join_next().await {
+        ended??;
+    }
+    cluster.stop().await
 }
 
 /// A leader of each shard.

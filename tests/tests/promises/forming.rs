@@ -113,6 +113,32 @@ async fn five_nodes_that_expect_three_form_one_cluster_or_none_in_any_order() ->
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_learner_founds_nothing_and_keeps_nobody_from_it() -> anyhow::Result<()> {
+    let mut cluster = in_process().nodes(4, 3).learners(&[0]).extra("storage: {engine: memory}").configure()?;
+    info!("--- two voters and a learner are three nodes, and not the three that are expected");
+    cluster.start_together(&[0, 1, 2]).await?;
+    cluster
+        .until("both voters see that one is missing", async || {
+            says(&cluster, 1).await.contains("2 of 3 nodes are here") && says(&cluster, 2).await.contains("2 of 3 nodes are here")
+        })
+        .await?;
+    ensure_not_formed(&cluster, &[0, 1, 2]).await;
+
+    info!("--- with the third voter there are four nodes, and one cluster of three voters");
+    cluster.start_node(3).await?;
+    is_of_three_voters(&cluster).await?;
+    let status = status(&cluster, 1).await;
+    assert_eq!(status.per_shard[0].learners, [cluster.name(0)]);
+    cluster.stop().await
+}
+
+async fn ensure_not_formed(cluster: &Cluster, nodes: &[usize]) {
+    for &node in nodes {
+        assert_eq!(status(cluster, node).await.cluster_id, "", "{} belongs to a cluster", cluster.name(node));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn five_nodes_partly_connected_form_one_cluster_or_none() -> anyhow::Result<()> {
     let seed = seed();
     let mut random = StdRng::seed_from_u64(seed);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
 
 mod bad_input;
+mod command_line;
 mod configuration;
 mod consistency;
 #[cfg(feature = "rocksdb")]
@@ -15,11 +16,13 @@ mod forming;
 #[cfg(feature = "rocksdb")]
 mod isolation;
 mod membership;
+mod operation;
 mod refresh;
 #[cfg(feature = "rocksdb")]
 mod snapshots;
 mod stale;
 mod tidy;
+mod tracing;
 mod upstream_http;
 
 use holdfast_tests::cluster::{Place, Programs, Setup};

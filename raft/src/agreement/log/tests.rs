@@ -1,3 +1,5 @@
+//! The log against stores that hang, fail and come back.
+
 use std::ops::Range;
 
 use bytes::Bytes;

@@ -1,3 +1,5 @@
+//! What openraft asks of the network, against peers that hang, refuse or are not there.
+
 use std::sync::atomic::AtomicUsize;
 
 use openraft::{raft::AppendEntriesRequest, storage::Snapshot};

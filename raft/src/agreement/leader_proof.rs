@@ -1,0 +1,128 @@
+//! Proof that this node led when it was asked: after the question, a quorum says that it has voted for nobody newer.
+//!
+//! openraft has such a round and credits its followers too much: one answer to a request also counts for a later one that
+//! ends at the same log id, so that an answer from before the question can prove what happened after it. Here every voter
+//! is asked for itself, and only its own answer counts.
+//!
+//! ```text
+//! question ─► vote of mine ─► read index ─► ask every voter: anything newer than that vote? ─► quorum: no ─► read index
+//! ```
+//! Whoever was elected before the question had a quorum's votes by then, and one of them answers here and says so.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use holdfast_proto::{
+    ShardId,
+    peer::{AppendRequest, Header, append_response},
+};
+use openraft::{raft::linearizable_read::LinearizerOption, type_config::async_runtime::watch::WatchReceiver};
+use tonic::Request;
+
+use super::{RaftHandle, leadership::LeaderClock, read_rounds::Unproven, types::vote_to};
+use crate::{
+    peer::{Peers, Purpose},
+    state::State,
+};
+
+/// A round may take this long.
+pub(crate) const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The voters of a Raft group: two sets while it changes them, and then a quorum is one of each.
+struct Quorum {
+    configs: Vec<BTreeSet<u64>>,
+}
+
+pub(crate) struct LeaderProof {
+    pub(crate) shard: ShardId,
+    pub(crate) raft: RaftHandle,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) state: Arc<State>,
+    pub(crate) leader_clock: Arc<LeaderClock>,
+}
+
+impl LeaderProof {
+    pub(crate) fn leads(&self) -> bool {
+        self.raft.is_leader()
+    }
+
+    /// What must be applied before a read that came before this call may be answered.
+    pub(crate) async fn prove(&self) -> Result<u64, Unproven> {
+        tokio::time::timeout(ROUND_TIMEOUT, self.ask_voters()).await.unwrap_or(Err(Unproven::NoQuorum))
+    }
+
+    async fn ask_voters(&self) -> Result<u64, Unproven> {
+        let me = self.peers.identity().node_id;
+        // Before the read index: a vote of an earlier term is refused by a quorum if this node leads a later one by then.
+        let vote = self.raft.metrics().borrow_watched().vote;
+        if !vote.is_committed() || vote.leader_id.voted_for != me {
+            return Err(Unproven::NoLeader);
+        }
+        // Within a lease of the last acknowledgement openraft answers at once: here it only says what is committed.
+        let option = LinearizerOption::new(None, true).with_wait_timeout(ROUND_TIMEOUT);
+        let linearizer = self.raft.get_read_linearizer(option).await.map_err(|_| Unproven::NoQuorum)?;
+        let index = linearizer.read_log_id().index();
+
+        // After it: whoever was elected by other voters before the question, this node had made them voters before.
+        let quorum = Quorum { configs: self.raft.metrics().borrow_watched().membership_config.get_joint_config().clone() };
+        let vote = vote_to(&vote);
+        let mut agree = BTreeSet::from([me]);
+        let mut answers: FuturesUnordered<_> =
+            quorum.voters().into_iter().filter(|&voter| voter != me).map(|voter| self.ask(voter, vote)).collect();
+        while !quorum.is_reached(&agree) {
+            agree.extend(answers.next().await.ok_or(Unproven::NoQuorum)?);
+        }
+        Ok(index)
+    }
+
+    /// The voter, if it answers that it knows of no newer vote.
+    async fn ask(&self, voter: u64, vote: holdfast_proto::peer::Vote) -> Option<u64> {
+        let member = self.peers.member(voter)?;
+        let header = Header { now_ms: self.leader_clock.leader_now(), ..self.peers.header(voter, self.shard, Some(&self.state)) };
+        // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
+        let mut request = Request::new(AppendRequest { header: Some(header), vote: Some(vote), ..Default::default() });
+        request.set_timeout(ROUND_TIMEOUT);
+        let answer = self.peers.replica_client(&member.peer_address, Purpose::Control).append(request).await.ok()?.into_inner();
+        self.peers.heard(self.shard, voter, answer.header.as_ref());
+        match answer.result? {
+            append_response::Result::HigherVote(_) => None,
+            append_response::Result::Success(_) | append_response::Result::Partial(_) | append_response::Result::Conflict(_) => Some(voter),
+        }
+    }
+}
+
+impl Quorum {
+    fn voters(&self) -> BTreeSet<u64> {
+        self.configs.iter().flatten().copied().collect()
+    }
+
+    fn is_reached(&self, agree: &BTreeSet<u64>) -> bool {
+        self.configs.iter().all(|config| config.intersection(agree).count() > config.len() / 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reached<const N: usize>(configs: &[&[u64]], agree: [u64; N]) -> bool {
+        Quorum { configs: configs.iter().map(|config| config.iter().copied().collect()).collect() }.is_reached(&agree.into())
+    }
+
+    #[test]
+    fn a_quorum_is_more_than_half() {
+        assert!(reached(&[&[1]], [1]));
+        assert!(!reached(&[&[1, 2]], [1]));
+        assert!(reached(&[&[1, 2, 3]], [1, 3]));
+        assert!(!reached(&[&[1, 2, 3]], [1]));
+        assert!(!reached(&[&[1, 2, 3, 4]], [1, 2]));
+        assert!(!reached(&[&[1, 2, 3]], [1, 8, 9]), "others do not count");
+    }
+
+    #[test]
+    fn while_voters_change_it_is_more_than_half_of_both() {
+        assert!(!reached(&[&[1, 2, 3], &[3, 4, 5]], [1, 2, 3]));
+        assert!(!reached(&[&[1, 2, 3], &[3, 4, 5]], [3, 4, 5]));
+        assert!(reached(&[&[1, 2, 3], &[3, 4, 5]], [2, 3, 5]));
+    }
+}

@@ -1,0 +1,157 @@
+//! What a node does by itself for as long as it belongs to a cluster. Each duty is a task of its own: the one that watches
+//! for a stalled disk must wait for nothing that needs the disk.
+
+use std::{io, sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use holdfast_proto::peer::{ClusterRecord, Command, RaiseFeatureLevel, command::Op};
+use tokio::time::{Interval, MissedTickBehavior};
+
+use crate::{
+    replicas::{Opened, Replicas},
+    state::apply::FEATURE_LEVEL,
+};
+
+const GUARD_EVERY: Duration = Duration::from_millis(200);
+const MAINTAIN_EVERY: Duration = Duration::from_millis(200);
+const MEASURE_EVERY: Duration = Duration::from_secs(1);
+/// A sync older than this is a stalled disk: a leader on it must not go on leading.
+const STALL: Duration = Duration::from_secs(2);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(500);
+/// From here on a leader gives space back without being asked.
+const COMPACT_PERMILLE: u32 = 950;
+const COMPACT_EVERY: Duration = Duration::from_secs(15);
+
+/// After a pause of the whole process a duty goes on once, not as often as it was missed.
+pub(crate) fn every(period: Duration) -> Interval {
+    let mut every = tokio::time::interval(period);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    every
+}
+
+impl Replicas {
+    pub(crate) fn keep_up(self: &Arc<Self>) {
+        let (guarding, measuring, compacting, maintaining) = (self.clone(), self.clone(), self.clone(), self.clone());
+        self.spawn(async move { guarding.guard_against_stalls().await });
+        self.spawn(async move { measuring.measure_disk().await });
+        self.spawn(async move { compacting.keep_space().await });
+        self.spawn(async move { maintaining.maintain().await });
+    }
+
+    async fn maintain(self: Arc<Self>) {
+        let mut every = every(MAINTAIN_EVERY);
+        loop {
+            every.tick().await;
+            let Some(opened) = self.opened.get() else { continue };
+            self.know_members(opened);
+            self.note_caught_up(opened);
+            self.raise_feature_level(opened).await;
+            crate::membership::maintain(&self, &opened.peers, &opened.replicas).await;
+        }
+    }
+
+    async fn guard_against_stalls(&self) {
+        let mut every = every(GUARD_EVERY);
+        loop {
+            every.tick().await;
+            if let Some(opened) = self.opened.get() {
+                self.guard_stalled_disk(opened).await;
+            }
+        }
+    }
+
+    /// A disk that hangs must not keep a leader that can commit nothing: it hands over if it can, and speaks to no peer
+    /// until the disk answers again. Local reads go on.
+    async fn guard_stalled_disk(&self, opened: &Opened) {
+        let stalled = self.log.stalled_for() > STALL;
+        if stalled == opened.peers.is_closed() {
+            return;
+        }
+        if stalled {
+            tracing::error!("the disk has not answered for {} s: this node leaves its peers until it does", STALL.as_secs());
+            let led = opened.replicas.iter().filter(|replica| replica.leader().is_some_and(|leader| leader.is_self));
+            join_all(led.map(|replica| tokio::time::timeout(HAND_OVER_TIMEOUT, replica.hand_over(None)))).await;
+        } else {
+            tracing::info!("the disk answers again");
+        }
+        opened.peers.set_closed(stalled);
+    }
+
+    fn know_members(&self, opened: &Opened) {
+        let Some(first) = opened.replicas.first() else { return };
+        match first.state().roster() {
+            Ok(roster) if !roster.members.is_empty() => opened.peers.set_members(roster.members),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "reading the roster failed"),
+        }
+    }
+
+    fn note_caught_up(&self, opened: &Opened) {
+        let Some(cluster) = self.identity.record().cluster else { return };
+        let caught_up = opened.replicas.iter().all(|replica| !replica.must_catch_up());
+        if caught_up
+            && !cluster.caught_up
+            && let Err(error) = self.identity.belong(ClusterRecord { caught_up, ..cluster })
+        {
+            tracing::warn!(%error, "noting that this node has caught up failed");
+        }
+    }
+
+    async fn measure_disk(&self) {
+        let mut every = every(MEASURE_EVERY);
+        loop {
+            every.tick().await;
+            let Some(opened) = self.opened.get() else { continue };
+            let (log, states) = (self.log.clone(), opened.replicas.iter().map(|replica| replica.state().clone()).collect::<Vec<_>>());
+            let measured = crate::task::blocking(move || -> io::Result<u64> {
+                states.iter().try_fold(log.disk_bytes()?, |sum, state| Ok(sum + state.disk_bytes()?))
+            });
+            let Ok(Ok(bytes)) = measured.await else { continue };
+            opened.peers.set_disk_used(bytes, self.options.disk_bytes_max);
+        }
+    }
+
+    /// Gives space back when there is little left. What is measured goes on being told meanwhile.
+    async fn keep_space(&self) {
+        let mut every = every(COMPACT_EVERY);
+        loop {
+            every.tick().await;
+            match self.opened.get() {
+                Some(opened) if opened.peers.disk_used_permille() >= COMPACT_PERMILLE => self.give_space_back(opened).await,
+                _ => {}
+            }
+        }
+    }
+
+    /// Purges what the state has on disk, and compacts what was deleted.
+    async fn give_space_back(&self, opened: &Opened) {
+        for replica in &opened.replicas {
+            replica.purge_for_space().await;
+            let state = replica.state().clone();
+            if let Ok(Err(error)) = crate::task::blocking(move || state.compact()).await {
+                tracing::warn!(%error, shard = replica.shard(), "compaction failed");
+            }
+        }
+        let log = self.log.clone();
+        if let Ok(Err(error)) = crate::task::blocking(move || log.compact()).await {
+            tracing::warn!(%error, "compacting the log failed");
+        }
+    }
+
+    /// The cluster's level is what all its members speak; nothing above it is written.
+    async fn raise_feature_level(&self, opened: &Opened) {
+        let Some(first) = opened.replicas.first().filter(|first| first.leads().is_some()) else { return };
+        if first.state().applied_record().feature_level >= FEATURE_LEVEL {
+            return;
+        }
+        let me = opened.peers.identity().node_id;
+        let others = first.voters().into_iter().chain(first.learners()).filter(|&id| id != me);
+        let spoken = others.map(|id| opened.peers.view(0, id).map_or(0, |view| view.feature_level)).min().unwrap_or(FEATURE_LEVEL);
+        if spoken >= FEATURE_LEVEL {
+            for replica in &opened.replicas {
+                let op = Op::RaiseFeatureLevel(RaiseFeatureLevel { level: FEATURE_LEVEL });
+                let _ = replica.propose_here(Command { request_id: None, caller: String::new(), op: Some(op) }, MAINTAIN_EVERY).await;
+            }
+        }
+    }
+}
