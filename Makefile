@@ -16,7 +16,7 @@ help:
 	@echo "make install   holdfast and holdfastd into cargo's bin directory"
 	@echo "make verify    what a change must pass: format, lints, docs, tests; changes nothing"
 	@echo "make fix       formats and applies what clippy can; the only target that rewrites files"
-	@echo "make bench     what the memory tier costs and does"
+	@echo "make bench     writes and reads a second of three processes, and what the memory tier costs"
 	@echo "make deps      what the build needs, installed when root, named when not"
 
 run: deps
@@ -48,6 +48,7 @@ fix: deps
 	@cargo fmt --all
 
 bench: deps
+	@$(CARGO) bench --profile release --locked --workspace --features holdfast-client/cli --bench load
 	@$(CARGO) run $(ALL) --package holdfast-raft --example memory
 
 deps:
