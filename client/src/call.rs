@@ -118,8 +118,13 @@ impl<'a> Call<'a> {
     async fn failed(&mut self, node: &Arc<Node>, error: Error) -> Result<(), Error> {
         self.note(node, &error);
         let verdict = self.kind.verdict(&error, self.overloaded);
-        // A node's word says more than a connection refused elsewhere.
-        if self.last.is_none() || !matches!(error, Error::Connect { .. }) || verdict == Verdict::GiveUp {
+        // A node's word says more than a connection refused elsewhere, and than the end of the time in a read's next try.
+        let says_less = match error {
+            Error::Connect { .. } => verdict != Verdict::GiveUp,
+            Error::Deadline { .. } => !self.kind.is_mutation(),
+            _ => false,
+        };
+        if self.last.is_none() || !says_less {
             self.last = Some(error);
         }
         match verdict {

@@ -367,6 +367,13 @@ async fn time_that_runs_out_after_a_write_was_sent_leaves_it_unknown() {
 }
 
 #[tokio::test]
+async fn a_read_whose_time_runs_out_in_the_next_try_reports_what_the_node_said() {
+    let a = Node::start([unavailable(reason::NO_LEADER, &[]), Step::Hang]).await;
+    let error = client(&[&a]).get("k").timeout(Duration::from_millis(500)).await.unwrap_err();
+    assert_eq!((error.reason(), a.calls()), (reason::NO_LEADER, 2));
+}
+
+#[tokio::test]
 async fn a_write_that_never_found_a_connection_did_not_happen() {
     let client = Client::builder().endpoints([nobody().await]).timeout(Duration::from_millis(100)).build().unwrap();
     let error = client.set("k", "v").await.unwrap_err();

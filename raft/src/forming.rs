@@ -138,7 +138,7 @@ impl Replicas {
         if let Some(formation) = record.accepted {
             return self.finish(formation, met).await;
         }
-        if self.options.learner_only && !self.options.discover.is_empty() {
+        if self.options.learner_only {
             self.say("a learner waits for a cluster to join");
             return Ok(false);
         }

@@ -38,11 +38,14 @@ pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, ConfigError> {
     let problems = Problems::default();
     let mut top = Fields::open("", tree, &TOP, &problems);
-    let (node, name_place, data_dir_place) = node(top.section("node", &NODE));
+    let (node, name_place, data_dir_place, role_place) = node(top.section("node", &NODE));
     let security = security(top.section("security", &SECURITY));
     let (listen, listen_places) = listen(top.section("listen", &LISTEN), &security);
     let advertise = advertise(top.section("advertise", &ADVERTISE), &listen, &listen_places);
     let cluster = cluster(top.section("cluster", &CLUSTER));
+    if node.role == Role::Learner && cluster.discover.is_empty() {
+        problems.add(&role_place, "`node.role: learner` needs `cluster.discover`: a learner joins a cluster and founds none");
+    }
     let (storage, engine) = storage(top.section("storage", &STORAGE));
     let secrets = upstreams::secrets(top.take("secrets"), environment, &problems);
     let declared = upstreams::upstreams(top.take("upstreams"), &secrets, &problems);
@@ -83,7 +86,8 @@ fn named(text: &str) -> Result<String, String> {
     check_name(text).map(|()| text.to_owned())
 }
 
-fn node(mut fields: Fields<'_>) -> (Node, Place, Place) {
+fn node(mut fields: Fields<'_>) -> (Node, Place, Place, Place) {
+    let role_place = fields.place_of("role");
     let default = |place: &'static str| Place::Default(place);
     let had_name = fields.has("name");
     let name = fields.parsed("name", named).unwrap_or_else(|| {
@@ -102,7 +106,7 @@ fn node(mut fields: Fields<'_>) -> (Node, Place, Place) {
         role: role.map_or(Role::Voter, |set| set.value),
         data_dir: data_dir.value,
     };
-    (node, name.place, data_dir.place)
+    (node, name.place, data_dir.place, role_place)
 }
 
 fn host_name(place: &Place, problems: &Problems) -> String {

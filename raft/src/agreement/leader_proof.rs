@@ -9,7 +9,11 @@
 //! ```
 //! Whoever was elected before the question had a quorum's votes by then, and one of them answers here and says so.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use holdfast_proto::{
@@ -64,11 +68,18 @@ impl LeaderProof {
         let index = linearizer.read_log_id().index();
 
         // After it: whoever was elected by other voters before the question, this node had made them voters before.
-        let quorum = Quorum { configs: self.raft.metrics().borrow_watched().membership_config.get_joint_config().clone() };
+        // Their addresses are the group's too: the roster forgets a voter before the group does.
+        let (quorum, addresses) = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let membership = &metrics.membership_config;
+            let addresses: BTreeMap<u64, String> = membership.nodes().map(|(&id, node)| (id, node.peer_address.clone())).collect();
+            (Quorum { configs: membership.get_joint_config().clone() }, addresses)
+        };
         let vote = vote_to(&vote);
         let mut agree = BTreeSet::from([me]);
-        let mut answers: FuturesUnordered<_> =
-            quorum.voters().into_iter().filter(|&voter| voter != me).map(|voter| self.ask(voter, vote)).collect();
+        let others = quorum.voters().into_iter().filter(|&voter| voter != me);
+        let mut answers: FuturesUnordered<_> = others.filter_map(|voter| Some(self.ask(voter, addresses.get(&voter)?, vote))).collect();
         while !quorum.is_reached(&agree) {
             agree.extend(answers.next().await.ok_or(Unproven::NoQuorum)?);
         }
@@ -76,13 +87,12 @@ impl LeaderProof {
     }
 
     /// The voter, if it answers that it knows of no newer vote.
-    async fn ask(&self, voter: u64, vote: holdfast_proto::peer::Vote) -> Option<u64> {
-        let member = self.peers.member(voter)?;
+    async fn ask(&self, voter: u64, address: &str, vote: holdfast_proto::peer::Vote) -> Option<u64> {
         let header = Header { now_ms: self.leader_clock.leader_now(), ..self.peers.header(voter, self.shard, Some(&self.state)) };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
         let mut request = Request::new(AppendRequest { header: Some(header), vote: Some(vote), ..Default::default() });
         request.set_timeout(ROUND_TIMEOUT);
-        let answer = self.peers.replica_client(&member.peer_address, Purpose::Control).append(request).await.ok()?.into_inner();
+        let answer = self.peers.replica_client(address, Purpose::Control).append(request).await.ok()?.into_inner();
         self.peers.heard(self.shard, voter, answer.header.as_ref());
         match answer.result? {
             append_response::Result::HigherVote(_) => None,

@@ -46,6 +46,13 @@ struct TimeBase {
     at: Duration,
 }
 
+/// That this node led at an instant: a follower that has applied as much was current then.
+#[derive(Debug, Clone, Copy)]
+struct Proof {
+    at: Duration,
+    applied_index: u64,
+}
+
 /// What a replica knows of its leader and its time.
 pub(crate) struct LeaderClock {
     shard: ShardId,
@@ -60,8 +67,7 @@ pub(crate) struct LeaderClock {
     last_stamp: Mutex<Millis>,
     voters: Mutex<Vec<u64>>,
     skewed: AtomicBool,
-    /// When a quorum last acknowledged this node as leader.
-    proven_at: Mutex<Option<Duration>>,
+    proof: Mutex<Option<Proof>>,
 }
 
 impl LeaderClock {
@@ -77,12 +83,12 @@ impl LeaderClock {
             last_stamp: Mutex::default(),
             voters: Mutex::default(),
             skewed: AtomicBool::new(false),
-            proven_at: Mutex::default(),
+            proof: Mutex::default(),
         }
     }
 
-    /// A leader's message came; it said what it has committed, and how old its proof is that it leads.
-    pub(crate) fn hear(&self, vote: Option<&peer::Vote>, header: Option<&peer::Header>, committed: Option<&peer::LogId>) {
+    /// A leader's message came; it said when a quorum last acknowledged it, and what it had applied after that.
+    pub(crate) fn hear(&self, vote: Option<&peer::Vote>, header: Option<&peer::Header>) {
         let (Some(vote), Some(header)) = (vote, header) else { return };
         let at = self.clock.monotonic();
         {
@@ -94,11 +100,11 @@ impl LeaderClock {
             *heard = Some(Heard { leader: header.from, term: vote.term, at });
         }
         *self.base.lock() = Some(TimeBase { leader_ms: header.now_ms, at });
-        if let Some(ago) = header.proven_ms_ago
-            && committed.is_some_and(|committed| committed.index <= self.state.applied().index)
+        if let Some(proof) = &header.proof
+            && proof.applied_index <= self.state.applied().index
         {
             // Without a quorum a leader goes on sending, and others may have committed since.
-            let current_at = at.saturating_sub(Duration::from_millis(ago.into()));
+            let current_at = at.saturating_sub(Duration::from_millis(proof.ms_ago));
             let mut known = self.current_at.lock();
             *known = Some(known.map_or(current_at, |known| known.max(current_at)));
         }
@@ -122,13 +128,16 @@ impl LeaderClock {
     pub(crate) fn lead(&self, acknowledged_ago: Option<Duration>) {
         let (leader_ms, at) = (self.leader_now(), self.clock.monotonic());
         *self.base.lock() = Some(TimeBase { leader_ms, at });
-        *self.proven_at.lock() = acknowledged_ago.map(|ago| at.saturating_sub(ago));
+        // Applied after it: all that was acknowledged to a client until then is in it.
+        let applied_index = self.state.applied().index;
+        *self.proof.lock() = acknowledged_ago.map(|ago| Proof { at: at.saturating_sub(ago), applied_index });
     }
 
-    /// How old this leader's proof is that it leads: what its followers count their lag from.
-    pub(crate) fn proven_ms_ago(&self) -> Option<u32> {
-        let ago = self.clock.monotonic().saturating_sub((*self.proven_at.lock())?);
-        Some(u32::try_from(ago.as_millis()).unwrap_or(u32::MAX))
+    /// What this leader's followers count their lag from.
+    pub(crate) fn proof(&self) -> Option<peer::LeaderProof> {
+        let proof = (*self.proof.lock())?;
+        let ago = self.clock.monotonic().saturating_sub(proof.at);
+        Some(peer::LeaderProof { ms_ago: millis(ago), applied_index: proof.applied_index })
     }
 
     /// What reads judge by: the leader's time, which goes on without it; before any contact the node's own wall clock.

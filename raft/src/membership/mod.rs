@@ -21,7 +21,7 @@ pub(crate) use self::reconcile::{CatchingUp, maintain};
 use crate::{
     forming::report,
     peer::{Peers, connect_lazy},
-    replica::{Replica, WriteError},
+    replica::{Replica, Seen, WriteError},
     replicas::Replicas,
 };
 
@@ -300,6 +300,10 @@ pub(crate) async fn change_here(replicas: &Replicas, shard: ShardId, change: Cha
         Change::Promote(_) | Change::Remove(_) => Some(replicas.changing.lock().await),
         Change::Add(_) | Change::TransferLeader(_) => None,
     };
+    if _one.is_some() {
+        // A new leader too: it may not have applied yet what its predecessor's operators did.
+        first.wait_until_seen(&Seen::Everything, CHANGE_TIMEOUT, CHANGE_TIMEOUT).await.map_err(|_| WriteError::NoLeader)?;
+    }
     let members = replicas.members_of(&first);
     let find = |name: &str| {
         let known = members.iter().find(|member| member.name == name);

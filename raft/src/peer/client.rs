@@ -43,6 +43,7 @@ use tonic::{Code, Request, Status};
 use super::{Peers, Purpose, snapshot::SnapshotError};
 use crate::{
     agreement::{
+        self,
         leadership::LeaderClock,
         pins::LogPins,
         state_machine::SnapshotData,
@@ -57,8 +58,8 @@ const STREAM_STALLED: Duration = Duration::from_secs(2);
 const CALL_TIMEOUT_MIN: Duration = Duration::from_millis(250);
 /// A heartbeat is given up after this, long after openraft counts it: the farthest learner has it by then.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Heartbeats on their way to one peer. It takes so many at a round trip of 800 ms; to a peer that hangs no more are sent.
-const HEARTBEATS_MAX: usize = 16;
+/// Heartbeats on their way to one peer: as many as are sent until the first of them is given up.
+const HEARTBEATS_MAX: usize = (HEARTBEAT_TIMEOUT.as_millis() / agreement::HEARTBEAT.as_millis()) as usize;
 /// A peer that does not answer a heartbeat within this is sent no snapshot.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -81,7 +82,7 @@ impl Network {
     /// Followers judge by the time that the leader stamps with, not by its raw clock.
     fn header(&self, to: u64) -> wire::Header {
         let header = self.peers.header(to, self.shard, Some(&self.state));
-        wire::Header { now_ms: self.leader_clock.leader_now(), proven_ms_ago: self.leader_clock.proven_ms_ago(), ..header }
+        wire::Header { now_ms: self.leader_clock.leader_now(), proof: self.leader_clock.proof(), ..header }
     }
 }
 

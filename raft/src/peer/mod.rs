@@ -131,7 +131,7 @@ impl Peers {
             now_ms: self.clock.wall_ms(),
             hash_index: hash.index,
             hash: hash.hash,
-            proven_ms_ago: None,
+            proof: None,
         }
     }
 

@@ -88,7 +88,7 @@ impl ReplicaService for ReplicaServer {
             let message = message?;
             server.replica(message.header.as_ref())?;
             target.check_hash(message.header.as_ref())?;
-            target.heard_append(message.vote.as_ref(), message.header.as_ref(), message.leader_commit.as_ref());
+            target.heard_append(message.vote.as_ref(), message.header.as_ref());
             append_request(message.vote, message.prev_log_id, message.entries, message.leader_commit)
         });
         Ok(Response::new(answers(replica, requests).boxed()))
@@ -98,12 +98,10 @@ impl ReplicaService for ReplicaServer {
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         replica.check_hash(message.header.as_ref())?;
-        let vote = message.vote;
+        // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is being installed.
+        replica.heard_append(message.vote.as_ref(), message.header.as_ref());
         let rpc = append_request(message.vote, message.prev_log_id, message.entries, message.leader_commit)?;
         let response = replica.raft().append_entries(rpc).await.map_err(fatal)?;
-        if !matches!(response, AppendEntriesResponse::HigherVote(_)) {
-            replica.heard_append(vote.as_ref(), message.header.as_ref(), message.leader_commit.as_ref());
-        }
         let result = match response {
             AppendEntriesResponse::Success => append_response::Result::Success(wire::Appended {}),
             AppendEntriesResponse::PartialSuccess(log_id) => {

@@ -81,11 +81,20 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, dir = %self.0.display(), "a snapshot's scratch directory stays behind");
+        let dir = std::mem::take(&mut self.0);
+        // Gigabytes may go: not on a thread that others wait for.
+        match tokio::runtime::Handle::try_current() {
+            Ok(_) => drop(task::blocking(move || remove(&dir))),
+            Err(_) => remove(&dir),
         }
+    }
+}
+
+fn remove(dir: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(dir)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, dir = %dir.display(), "a snapshot's scratch directory stays behind");
     }
 }
 

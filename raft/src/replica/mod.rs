@@ -332,8 +332,8 @@ impl Replica {
         self.clock.monotonic() < self.quiet_until
     }
 
-    pub(crate) fn heard_append(&self, vote: Option<&peer::Vote>, header: Option<&Header>, committed: Option<&peer::LogId>) {
-        self.leader_clock.hear(vote, header, committed);
+    pub(crate) fn heard_append(&self, vote: Option<&peer::Vote>, header: Option<&Header>) {
+        self.leader_clock.hear(vote, header);
     }
 
     /// Compares the running hash of applied state with a peer's. Replicas that differ have applied different things: this one

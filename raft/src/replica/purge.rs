@@ -35,10 +35,12 @@ impl Replica {
         }
     }
 
-    /// Lets go of all of the log that the state has on disk, but for what a snapshot's follower reads on from.
+    /// Lets go of all of the log that the state has on disk, but for what a snapshot's follower reads on from. If nothing else
+    /// helps, of that too: it gets the next snapshot.
     pub(crate) async fn purge_for_space(&self) {
         let _alone = self.log.purge_alone().await;
-        let keep_from = self.pins.keep_from(self.applied().index);
+        let applied = self.applied().index;
+        let keep_from = if self.disk_full() { applied } else { self.pins.keep_from(applied) };
         if keep_from > self.log.first_index() {
             self.purge_before(keep_from).await;
         }

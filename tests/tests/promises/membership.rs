@@ -105,6 +105,28 @@ async fn a_removal_that_would_cost_the_quorum_is_refused() -> anyhow::Result<()>
     cluster.stop().await
 }
 
+/// A voter that is told to go still counts for the quorum that lets it go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_shrinks_to_one_voter_and_reads_and_writes_go_on() -> anyhow::Result<()> {
+    let mut cluster = three_of(3, &[]).await?;
+    let leader = cluster.leader().await?;
+    cluster.client(leader).set("k", "v").await?;
+    for (gone, left) in (0..3).filter(|&node| node != leader).zip([2, 1]) {
+        info!("--- {left} are to be left");
+        let (code, answer) = holdfast(&cluster, leader, &["member", "remove", cluster.name(gone)])?;
+        assert_eq!(code, 0, "{answer}");
+        cluster.stop_node(gone).await?;
+        let status = holdfast(&cluster, leader, &["cluster", "status"])?.1;
+        assert_eq!(status["per_shard"][0]["voters"].as_array().map(Vec::len), Some(left), "{status}");
+        cluster.client(leader).set("k", format!("{left}")).await?;
+        let read = cluster.client(leader).get("k").consistency(Consistency::Linearizable).await?;
+        assert_eq!(read.answer.value.as_deref(), Some(format!("{left}").as_bytes()));
+    }
+    let (code, error) = holdfast(&cluster, leader, &["member", "remove", cluster.name(leader)])?;
+    assert_eq!((code, &error["reason"]), (6, &"MEMBERSHIP".into()), "the last one stays: {error}");
+    cluster.stop().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leadership_goes_where_it_is_sent() -> anyhow::Result<()> {
     let cluster = three_of(3, &[]).await?;

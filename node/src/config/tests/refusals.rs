@@ -38,6 +38,11 @@ fn a_wrong_variable_or_flag_is_named() {
 }
 
 #[test]
+fn a_learner_needs_a_cluster_to_join() {
+    refused("node:\n  role: learner\n", 2, "`node.role: learner` needs `cluster.discover`");
+}
+
+#[test]
 fn what_is_no_yaml_says_its_line() {
     refused("node:\n  name: a\n  role: [voter\nlisten: {}\n", 4, "not valid YAML");
     refused("node:\n  name: a\n bad: 1\n", 3, "not valid YAML");

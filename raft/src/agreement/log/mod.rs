@@ -191,7 +191,9 @@ impl ShardLog {
         let Some(applied) = applied.map(log_id_from) else { return Ok(()) };
         let index = applied.index();
         let in_its_place = self.entries(index, index + 1, 1).await?;
-        if in_its_place.first().is_none_or(|entry| entry.log_id() == applied) {
+        // Or all of it is before, and of a later term: left over from before a snapshot.
+        let left_over = self.tail.state.read().last.is_some_and(|last| last.index() < index && last > applied);
+        if !left_over && in_its_place.first().is_none_or(|entry| entry.log_id() == applied) {
             return Ok(());
         }
         tracing::warn!(shard = self.shard, index, "the log holds uncommitted entries in the place of applied ones: they are removed");
