@@ -314,3 +314,28 @@ pub(crate) fn connect_lazy(address: &str) -> Channel {
 fn ahead_ms(wall: Millis, monotonic: Duration) -> i64 {
     i64::try_from(i128::from(wall) - monotonic.as_millis().cast_signed()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_is_not_meant_for_this_node_is_refused() {
+        let identity = Identity { cluster_id: "c".into(), epoch: 1, node_id: 2, incarnation: 22 };
+        let peers = Peers::new(Clock::system(), identity);
+        peers.set_members([Member { id: 1, incarnation: 11, ..Default::default() }]);
+        let good =
+            Header { cluster_id: "c".into(), epoch: 1, from: 1, from_incarnation: 11, to: 2, protocol: PROTOCOL, ..Default::default() };
+        assert!(peers.check(Some(&good)).is_ok());
+        for (header, why) in [
+            (Header { cluster_id: "d".into(), ..good.clone() }, "it belongs to cluster d"),
+            (Header { epoch: 2, ..good.clone() }, "it is in epoch 2"),
+            (Header { to: 3, ..good.clone() }, "it looks for node 3"),
+            (Header { from_incarnation: 12, ..good.clone() }, "it uses the id of member 1 with another incarnation"),
+            (Header { protocol: PROTOCOL + 1, ..good.clone() }, "it speaks peer protocol"),
+        ] {
+            let refused = peers.check(Some(&header)).map(|_| ()).unwrap_err();
+            assert!(refused.message().starts_with(&format!("{REFUSED}{why}")), "{refused}");
+        }
+    }
+}

@@ -98,6 +98,12 @@ fn remove(dir: &Path) {
     }
 }
 
+impl Drop for Sender {
+    fn drop(&mut self) {
+        remove(&self.scratch);
+    }
+}
+
 impl Sender {
     /// What an earlier process left in the scratch directory is removed.
     pub(crate) fn new(stores: Stores, scratch: PathBuf, events: Arc<dyn Events>) -> io::Result<Self> {

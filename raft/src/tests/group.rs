@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use holdfast_proto::{
     Key, Token,
-    peer::{Delete, Lifetime, Outcome, Set, command::Op, outcome},
+    peer::{self, Delete, Lifetime, Outcome, Set, command::Op, outcome},
     timeline::FOREVER,
     v1::{Origin, RequestId},
 };
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Clock, LogKept, Membership, Options, Replica, Replicas, Seen,
+    agreement::types::{Types, log_id_from, vote_from},
     store::{Budget, Engine, Stores},
 };
 
@@ -283,6 +284,37 @@ async fn a_change_of_voters_that_nobody_finished_is_finished() {
 
     // Whoever leads ends it, and brings back whom the roster has as a voter.
     until("one set of voters, as the roster has it", &|| !replica.changes_voters() && replica.voters().len() == 3).await;
+    for node in &mut nodes {
+        node.stop().await;
+    }
+}
+
+/// Both others have voted for somebody newer, and nobody told the leader: within its lease only their own word says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_a_quorum_has_left_proves_nothing() {
+    let mut nodes = nodes(3, 3, 1).await;
+    for node in &mut nodes {
+        node.start().await;
+    }
+    for node in &nodes {
+        node.member().await;
+    }
+    for round in 0..5 {
+        let leader = leader_of(&nodes).await;
+        let replica = nodes[leader].replica();
+        replica.wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("it leads");
+        let others: Vec<_> = (0..3).filter(|&node| node != leader).map(|node| nodes[node].replica()).collect();
+        let term = replica.term();
+        let vote = peer::Vote { term: term + 1, voted_for: Some(replica.peers_identity().node_id), committed: false };
+        let vote = vote_from(Some(vote)).unwrap_or_else(|_| panic!("a vote"));
+        let last = log_id_from(peer::LogId { term, index: 1 << 40 });
+        let mut request = openraft::raft::VoteRequest::<Types>::new(vote, Some(last));
+        request.leadership_transfer = true;
+        for other in &others {
+            assert!(other.raft().vote(request.clone()).await.expect("votes").vote_granted, "round {round}");
+        }
+        assert!(replica.confirm_leadership().await.is_err(), "round {round}: it took itself for the leader");
+    }
     for node in &mut nodes {
         node.stop().await;
     }

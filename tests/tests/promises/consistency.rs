@@ -211,6 +211,8 @@ async fn a_write_on_its_way_to_a_frozen_leader_is_told_when_another_leads_and_ha
     let answered = tokio::time::timeout(Duration::from_secs(10), wire.set("k", "after", Some(id.clone()))).await;
     let told = Told::of(&answered.context("it waited for the frozen leader")?.err().context("nobody can have answered it")?);
     ensure!((told.code, told.metadata(reason::APPLIED)) == (Code::Unavailable, "unknown"), "{told:?}");
+    // Not because the connection broke: that takes seconds more.
+    ensure!(told.message.contains("another leader was elected"), "{told:?}");
 
     info!("--- sent again it happens, and once, though the old leader has it too");
     let patient = cluster.wire(asked)?;

@@ -170,6 +170,41 @@ async fn what_a_client_does_during_a_slow_refresh_wins_over_it() -> anyhow::Resu
     cluster.stop().await
 }
 
+/// No commit fences what is not stored: who leads has to see for itself that the key has changed since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_client_does_during_a_slow_fetch_wins_over_a_value_too_large_to_store() -> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    let cluster = in_process().extra(users(&origin).replace("ttl: 1h", "ttl: 1h, max_value_bytes: 8B")).start().await?;
+    let wires: Vec<Wire> = cluster.wires()?.into_iter().map(|wire| wire.within(Duration::from_secs(60))).collect();
+    for how in [Overtakes::Delete, Overtakes::Invalidate, Overtakes::SetThenDelete] {
+        for node in 0..3 {
+            let (key, path) = (format!("user/{how:?}-{node}"), format!("/users/{how:?}-{node}"));
+            let slow = Gate::closed();
+            origin.respond_at(&path, Behaviour::text("overtaken and large").after(&slow));
+            let (reader, reads) = (wires[(node + 1) % 3].clone(), key.clone());
+            let reader = tokio::spawn(async move { reader.get(&reads, Consistency::Session, &Bytes::new()).await });
+            cluster.until(&format!("{key}: the fetch has begun"), async || origin.calls_of(&path) == 1).await?;
+            origin.respond_at(&path, Behaviour::text("newest and large"));
+            let waited = reads_waited(&cluster).await?;
+            let token = overtake(&wires[node], &key, how).await?;
+            let mut askers = JoinSet::new();
+            for wire in wires.iter().cloned() {
+                let (key, token) = (key.clone(), token.clone());
+                askers.spawn(async move { wire.get(&key, Consistency::Session, &token).await });
+            }
+            cluster.until("they wait", async || reads_waited(&cluster).await.is_ok_and(|now| now - waited >= 3.0)).await?;
+            slow.open();
+            while let Some(answer) = askers.join_next().await {
+                let answer = answer?.with_context(|| key.clone())?;
+                ensure!(text(&answer) == "newest and large", "{key}: who asked afterwards got `{}`", text(&answer));
+                ensure!(answer.answer.is_some_and(|answer| !answer.stored), "{key}: it is stored");
+            }
+            ensure!(text(&reader.await??) == "newest and large", "{key}: who waited got what was overtaken");
+        }
+    }
+    cluster.stop().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plain_value_is_there_and_fresh_a_year_later() -> anyhow::Result<()> {
     let cluster = in_process().start().await?;

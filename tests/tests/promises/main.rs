@@ -17,6 +17,7 @@ mod forming;
 mod isolation;
 mod membership;
 mod operation;
+mod proposals;
 mod refresh;
 #[cfg(feature = "rocksdb")]
 mod snapshots;

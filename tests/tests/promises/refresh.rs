@@ -159,6 +159,38 @@ async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> any
     Ok(())
 }
 
+/// It still holds the connections of those who asked it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_when_it_wakes() -> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    let gate = Gate::closed();
+    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
+    let cluster = processes().extra(users(&origin, "ttl: 60s")).start().await?;
+    let leader = cluster.leader_of(&[0, 1, 2]).await?;
+    let mut readers = JoinSet::new();
+    for node in (0..3).filter(|&node| node != leader) {
+        let wire = cluster.wire(node)?.within(Duration::from_secs(60));
+        readers.spawn(async move { read(&wire, "user/7").await });
+    }
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(1)).await.context("the leader fetches")?;
+    cluster.until("all readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited >= 2.0)).await?;
+
+    info!("--- the leader is frozen; the connection to it breaks in 4 s, and nobody waits for that");
+    cluster.pause(leader)?;
+    tokio::time::timeout(Duration::from_secs(3), origin.reached(2)).await.context("the next leader fetches")?;
+    gate.open();
+    while let Some(reader) = readers.join_next().await {
+        assert_eq!(reader??, (State::Fresh, "call 2".to_owned()));
+    }
+    info!("--- it wakes");
+    cluster.resume(leader)?;
+    for wire in cluster.wires()? {
+        assert_eq!(text(&wire.get("user/7", Consistency::Linearizable, &Bytes::new()).await?), "call 2");
+    }
+    assert_eq!(origin.calls(), 2);
+    cluster.stop().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_invalidated_key_is_refreshed_though_nobody_reads_it() -> anyhow::Result<()> {
     let origin = Origin::start().await?;

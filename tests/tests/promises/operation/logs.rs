@@ -18,6 +18,7 @@ async fn logs_are_one_json_object_a_line_and_show_no_value_and_no_key() -> anyho
     let origin = Origin::start().await?;
     origin.respond(Behaviour::text(fetched));
     origin.respond_at(&format!("/users/broken-{key}"), Behaviour::json(format!("{{\"{fetched}")));
+    origin.respond_at(&format!("/users/closed-{key}"), Behaviour::Close);
     let extra = format!(
         "upstreams: {{users: {{http: {{url: \"{}\"}}}}}}\npolicies: [{{match: \"user/*\", upstream: users, ttl: 1s}}]",
         origin.url("/users/{1}")
@@ -43,6 +44,7 @@ async fn logs_are_one_json_object_a_line_and_show_no_value_and_no_key() -> anyho
         client.inspect(key).await?;
         ensure!(text(&wire.get(&format!("user/{key}"), Consistency::Session, &Bytes::new()).await?) == fetched);
         ensure!(wire.get(&format!("user/broken-{key}"), Consistency::Session, &Bytes::new()).await.is_err());
+        ensure!(wire.get(&format!("user/closed-{key}"), Consistency::Session, &Bytes::new()).await.is_err());
         ensure!(wire.set(&key.repeat(100), value, None).await.is_err(), "too long a key");
         wire.invalidate(key, None).await?;
         wire.delete(key, None).await?;
