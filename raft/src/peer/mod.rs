@@ -332,7 +332,7 @@ mod tests {
             (Header { epoch: 2, ..good.clone() }, "it is in epoch 2"),
             (Header { to: 3, ..good.clone() }, "it looks for node 3"),
             (Header { from_incarnation: 12, ..good.clone() }, "it uses the id of member 1 with another incarnation"),
-            (Header { protocol: PROTOCOL + 1, ..good.clone() }, "it speaks peer protocol"),
+            (Header { protocol: PROTOCOL + 1, ..good }, "it speaks peer protocol"),
         ] {
             let refused = peers.check(Some(&header)).map(|_| ()).unwrap_err();
             assert!(refused.message().starts_with(&format!("{REFUSED}{why}")), "{refused}");

@@ -188,8 +188,8 @@ async fn what_a_client_does_during_a_slow_fetch_wins_over_a_value_too_large_to_s
             let waited = reads_waited(&cluster).await?;
             let token = overtake(&wires[node], &key, how).await?;
             let mut askers = JoinSet::new();
-            for wire in wires.iter().cloned() {
-                let (key, token) = (key.clone(), token.clone());
+            for wire in &wires {
+                let (wire, key, token) = (wire.clone(), key.clone(), token.clone());
                 askers.spawn(async move { wire.get(&key, Consistency::Session, &token).await });
             }
             cluster.until("they wait", async || reads_waited(&cluster).await.is_ok_and(|now| now - waited >= 3.0)).await?;
