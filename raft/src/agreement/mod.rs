@@ -37,7 +37,7 @@ pub(crate) fn config(shard: u32) -> Result<Arc<Config>, openraft::ConfigError> {
         enable_elect: false,
         allow_log_reversion: Some(false),
         max_payload_entries: 1024,
-        // When to flush and purge is ours to say: by entries and bytes (`replica.rs`).
+        // When to flush and purge is ours to say: by entries and bytes (`replica/purge.rs`).
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: u64::MAX / 4,
         purge_batch_size: 1024,

@@ -9,9 +9,8 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::MissedTickBehavior;
-
 use super::Replica;
+use crate::upkeep::every;
 
 const PURGE_EVERY: Duration = Duration::from_millis(500);
 /// A flush of a full write buffer takes seconds on a slow disk.
@@ -21,9 +20,7 @@ const TRIGGER_AGAIN: Duration = Duration::from_millis(500);
 
 impl Replica {
     pub(super) async fn purge(self: Arc<Self>) {
-        let mut every = tokio::time::interval(PURGE_EVERY);
-        // After a long flush there is nothing to make up for.
-        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut every = every(PURGE_EVERY);
         loop {
             every.tick().await;
             let _alone = self.log.purge_alone().await;
