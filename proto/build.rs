@@ -3,7 +3,12 @@
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["holdfast/v1/cache.proto", "holdfast/v1/cluster.proto", "holdfast/peer/v1/record.proto", "holdfast/peer/v1/peer.proto"];
+    let files = [
+        "holdfast/v1/cache.proto",
+        "holdfast/v1/cluster.proto",
+        "holdfast/peer/v1/record.proto",
+        "holdfast/peer/v1/peer.proto",
+    ];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

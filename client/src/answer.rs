@@ -11,7 +11,8 @@ use crate::error::Error;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Consistency {
-    /// Reads its own writes and never goes backwards: the client sends what it has seen with every read.
+    /// Reads its own writes and never goes backwards: the client sends what it has seen with every
+    /// read.
     #[default]
     Session,
     /// A committed prefix, however old. Answers from memory even on an isolated node.
@@ -276,7 +277,11 @@ impl Consistency {
 impl Ttl {
     fn from_wire(ttl_ms: i64) -> Self {
         let duration = Duration::from_millis(ttl_ms.unsigned_abs());
-        if ttl_ms < 0 { Self::Past(duration) } else { Self::Left(duration) }
+        if ttl_ms < 0 {
+            Self::Past(duration)
+        } else {
+            Self::Left(duration)
+        }
     }
 }
 
@@ -328,7 +333,9 @@ impl From<v1::LastError> for LastError {
     fn from(error: v1::LastError) -> Self {
         Self {
             class: without_prefix(error.class().as_str_name(), "FAILURE_CLASS_"),
-            status: u16::try_from(error.status).ok().filter(|&status| status != 0),
+            status: u16::try_from(error.status)
+                .ok()
+                .filter(|&status| status != 0),
             at: error.at.and_then(instant),
             count: error.count,
             next_attempt: error.next_attempt.and_then(instant),
@@ -350,7 +357,12 @@ impl From<v1::Replica> for Replica {
 
 impl From<v1::KeyError> for KeyError {
     fn from(error: v1::KeyError) -> Self {
-        Self { code: error.code.into(), reason: error.reason, message: error.message, upstream: said(error.upstream) }
+        Self {
+            code: error.code.into(),
+            reason: error.reason,
+            message: error.message,
+            upstream: said(error.upstream),
+        }
     }
 }
 
@@ -375,14 +387,24 @@ impl From<v1::StoredEntry> for StoredEntry {
 
 impl From<v1::MatchedPolicy> for MatchedPolicy {
     fn from(policy: v1::MatchedPolicy) -> Self {
-        Self { pattern: policy.r#match, captures: policy.captures, upstream: said(policy.upstream) }
+        Self {
+            pattern: policy.r#match,
+            captures: policy.captures,
+            upstream: said(policy.upstream),
+        }
     }
 }
 
 impl Lookup {
     pub(crate) fn from_wire(response: v1::GetResponse) -> Result<Self, Error> {
-        let answer = response.answer.ok_or_else(|| Error::malformed("a Get without an answer", false))?;
-        Ok(Self { answer: answer.into(), replica: replica(response.replica, false)?, token: token(&response.token, false)? })
+        let answer = response
+            .answer
+            .ok_or_else(|| Error::malformed("a Get without an answer", false))?;
+        Ok(Self {
+            answer: answer.into(),
+            replica: replica(response.replica, false)?,
+            token: token(&response.token, false)?,
+        })
     }
 }
 
@@ -397,14 +419,24 @@ impl Batch {
             v1::batch_get_result::Result::Answer(answer) => Ok(Ok(answer.into())),
             v1::batch_get_result::Result::Error(error) => Ok(Err(error.into())),
         };
-        let results = response.results.into_iter().map(result).collect::<Result<_, Error>>()?;
-        Ok(Self { results, replica: replica(response.replica, false)?, token: token(&response.token, false)? })
+        let results = response
+            .results
+            .into_iter()
+            .map(result)
+            .collect::<Result<_, Error>>()?;
+        Ok(Self {
+            results,
+            replica: replica(response.replica, false)?,
+            token: token(&response.token, false)?,
+        })
     }
 }
 
 impl Inspection {
     pub(crate) fn from_wire(response: v1::InspectResponse) -> Result<Self, Error> {
-        let answer = response.answer.ok_or_else(|| Error::malformed("an Inspect without an answer", false))?;
+        let answer = response
+            .answer
+            .ok_or_else(|| Error::malformed("an Inspect without an answer", false))?;
         Ok(Self {
             answer: answer.into(),
             replica: replica(response.replica, false)?,
@@ -422,12 +454,16 @@ impl Inspection {
 
 /// Every answer says who gave it.
 pub(crate) fn replica(replica: Option<v1::Replica>, mutation: bool) -> Result<Replica, Error> {
-    replica.map(Into::into).ok_or_else(|| Error::malformed("it does not say who gave it", mutation))
+    replica
+        .map(Into::into)
+        .ok_or_else(|| Error::malformed("it does not say who gave it", mutation))
 }
 
 /// No bytes are a token that has seen nothing.
 pub(crate) fn token(bytes: &[u8], mutation: bool) -> Result<Token, Error> {
-    Ok(Token::decode(bytes).map_err(|_| Error::malformed("its token", mutation))?.unwrap_or_default())
+    Ok(Token::decode(bytes)
+        .map_err(|_| Error::malformed("its token", mutation))?
+        .unwrap_or_default())
 }
 
 fn said(word: String) -> Option<String> {
@@ -451,28 +487,47 @@ mod tests {
     fn a_ttl_keeps_its_sign() {
         assert_eq!(Ttl::from_wire(1500), Ttl::Left(Duration::from_millis(1500)));
         assert_eq!(Ttl::from_wire(-1), Ttl::Past(Duration::from_millis(1)));
-        assert_eq!(Ttl::from_wire(i64::MIN), Ttl::Past(Duration::from_millis(1 << 63)));
+        assert_eq!(
+            Ttl::from_wire(i64::MIN),
+            Ttl::Past(Duration::from_millis(1 << 63))
+        );
     }
 
     #[test]
     fn a_state_of_a_later_contract_is_kept_by_number() {
-        assert_eq!(State::from(v1::State::StaleOnError as i32), State::StaleOnError);
+        assert_eq!(
+            State::from(v1::State::StaleOnError as i32),
+            State::StaleOnError
+        );
         assert_eq!(State::from(77), State::Other(77));
     }
 
     #[test]
     fn a_failure_is_told_by_class_without_prefix() {
-        let wire = v1::LastError { class: v1::FailureClass::MissingField as i32, count: 3, ..Default::default() };
+        let wire = v1::LastError {
+            class: v1::FailureClass::MissingField as i32,
+            count: 3,
+            ..Default::default()
+        };
         let error = LastError::from(wire);
-        assert_eq!((error.class.as_str(), error.status, error.count), ("MISSING_FIELD", None, 3));
+        assert_eq!(
+            (error.class.as_str(), error.status, error.count),
+            ("MISSING_FIELD", None, 3)
+        );
     }
 
     #[test]
     fn an_answer_without_its_parts_is_refused_not_guessed() {
         let lookup = Lookup::from_wire(v1::GetResponse::default());
         assert!(matches!(lookup, Err(Error::Internal { .. })));
-        let batch = v1::BatchGetResponse { replica: Some(v1::Replica::default()), ..Default::default() };
-        assert!(matches!(Batch::from_wire(batch, 1), Err(Error::Internal { .. })));
+        let batch = v1::BatchGetResponse {
+            replica: Some(v1::Replica::default()),
+            ..Default::default()
+        };
+        assert!(matches!(
+            Batch::from_wire(batch, 1),
+            Err(Error::Internal { .. })
+        ));
         assert!(token(b"\xff", true).is_err());
         assert!(token(b"", true).unwrap().is_empty());
     }

@@ -10,7 +10,8 @@ use crate::{
     session::Session,
 };
 
-/// Longer than a handshake around the world takes, and short enough that a dead endpoint leaves most of a call's time.
+/// Longer than a handshake around the world takes, and short enough that a dead endpoint leaves
+/// most of a call's time.
 const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
 /// About four seconds of pauses: an election and more.
 const RETRIES_DEFAULT: u32 = 16;
@@ -49,8 +50,8 @@ impl Builder {
         }
     }
 
-    /// Adds nodes to ask, `host:port` or `http://host:port`, in the order of preference. One is enough, but only others can
-    /// stand in for it.
+    /// Adds nodes to ask, `host:port` or `http://host:port`, in the order of preference. One is
+    /// enough, but only others can stand in for it.
     pub fn endpoints<E: Into<String>>(mut self, endpoints: impl IntoIterator<Item = E>) -> Self {
         self.endpoints.extend(endpoints.into_iter().map(Into::into));
         self
@@ -68,7 +69,8 @@ impl Builder {
         self
     }
 
-    /// How often a call may ask all nodes again after a pause, inside its time. 0: each node once. 16 if not said.
+    /// How often a call may ask all nodes again after a pause, inside its time. 0: each node once.
+    /// 16 if not said.
     pub fn retries(mut self, rounds: u32) -> Self {
         self.retries = rounds;
         self
@@ -110,7 +112,13 @@ mod tests {
     #[test]
     fn a_client_without_a_good_endpoint_is_not_built() {
         assert_eq!(Builder::new().build().unwrap_err(), BuildError::NoEndpoint);
-        let error = Builder::new().endpoints(["a:1", "nonsense"]).build().unwrap_err();
-        assert_eq!(error.to_string(), "endpoint `nonsense` is not host:port or http://host:port");
+        let error = Builder::new()
+            .endpoints(["a:1", "nonsense"])
+            .build()
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "endpoint `nonsense` is not host:port or http://host:port"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! One call through its tries: a node, a connection, an answer or the decision what follows. Holds the deadline over all of it,
-//! and remembers whether any try may have happened.
+//! One call through its tries: a node, a connection, an answer or the decision what follows. Holds
+//! the deadline over all of it, and remembers whether any try may have happened.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,8 +32,15 @@ pub(crate) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// `rounds`: how often all nodes may be asked again; `unreachable`: how often if none can be connected to.
-    pub(crate) fn new(routes: &'a Routes, kind: Kind, deadline: Deadline, rounds: u32, unreachable: u32) -> Self {
+    /// `rounds`: how often all nodes may be asked again; `unreachable`: how often if none can be
+    /// connected to.
+    pub(crate) fn new(
+        routes: &'a Routes,
+        kind: Kind,
+        deadline: Deadline,
+        rounds: u32,
+        unreachable: u32,
+    ) -> Self {
         Self {
             routes,
             kind,
@@ -77,14 +84,21 @@ impl<'a> Call<'a> {
         let others = self.routes.has_other(self.kind, &self.tried);
         let half = |left: Duration| if others { left / 2 } else { left };
         let connect_limit = half(self.deadline.left()).min(self.routes.connect_timeout());
-        let connected = node.connected(connect_limit).await.map_err(|why| Error::connect(node.address(), &why, mutation))?;
+        let connected = node
+            .connected(connect_limit)
+            .await
+            .map_err(|why| Error::connect(node.address(), &why, mutation))?;
         self.asked = true;
 
         let left = self.deadline.left();
         if left.is_zero() {
-            return Err(Error::deadline(self.deadline.total(), mutation.then_some(Applied::No)));
+            return Err(Error::deadline(
+                self.deadline.total(),
+                mutation.then_some(Applied::No),
+            ));
         }
-        // A read gives a silent node half of its time. A mutation stays: a cut would turn the node's `no` into our `unknown`.
+        // A read gives a silent node half of its time. A mutation stays: a cut would turn the
+        // node's `no` into our `unknown`.
         let limit = if mutation { left } else { half(left) };
         match tokio::time::timeout(limit, send(connected.channel, left)).await {
             Ok(Ok(response)) => Ok(response),
@@ -102,7 +116,10 @@ impl<'a> Call<'a> {
                 self.routes.doubt(node);
                 Err(Error::no_answer(node.address(), limit))
             }
-            Err(_) => Err(Error::deadline(self.deadline.total(), mutation.then_some(Applied::Unknown))),
+            Err(_) => Err(Error::deadline(
+                self.deadline.total(),
+                mutation.then_some(Applied::Unknown),
+            )),
         }
     }
 
@@ -118,7 +135,8 @@ impl<'a> Call<'a> {
     async fn failed(&mut self, node: &Arc<Node>, error: Error) -> Result<(), Error> {
         self.note(node, &error);
         let verdict = self.kind.verdict(&error, self.overloaded);
-        // A node's word says more than a connection refused elsewhere, and than the end of the time in a read's next try.
+        // A node's word says more than a connection refused elsewhere, and than the end of the time
+        // in a read's next try.
         let says_less = match error {
             Error::Connect { .. } => verdict != Verdict::GiveUp,
             Error::Deadline { .. } => !self.kind.is_mutation(),
@@ -142,7 +160,9 @@ impl<'a> Call<'a> {
         match error {
             Error::Deadline { .. } => self.routes.doubt(node),
             Error::Overloaded { .. } => self.overloaded += 1,
-            Error::Unavailable { retry_after, .. } => self.pause_asked = self.pause_asked.max(*retry_after),
+            Error::Unavailable { retry_after, .. } => {
+                self.pause_asked = self.pause_asked.max(*retry_after)
+            }
             _ => {}
         }
         if retry::speaks_against_leading(error) {
@@ -154,17 +174,22 @@ impl<'a> Call<'a> {
         self.unknown |= self.kind.is_mutation() && error.applied() == Applied::Unknown;
     }
 
-    /// Ok after a pause; the last error at once if no pause is left or the time would run out in it.
+    /// Ok after a pause; the last error at once if no pause is left or the time would run out in
+    /// it.
     async fn next_round(&mut self) -> Result<(), Error> {
         if !self.asked {
-            let Some(left) = self.unreachable_left.checked_sub(1) else { return Err(self.settled()) };
+            let Some(left) = self.unreachable_left.checked_sub(1) else {
+                return Err(self.settled());
+            };
             self.unreachable_left = left;
         }
         let pause = match self.pause_asked.take() {
             Some(asked) => self.backoff.pause_asked(asked),
             None => self.backoff.pause(),
         };
-        let Some(pause) = pause.filter(|pause| *pause < self.deadline.left()) else { return Err(self.settled()) };
+        let Some(pause) = pause.filter(|pause| *pause < self.deadline.left()) else {
+            return Err(self.settled());
+        };
         tokio::time::sleep(pause).await;
         self.tried.clear();
         self.asked = false;
@@ -174,7 +199,14 @@ impl<'a> Call<'a> {
     /// The error to report. It never says `no` of a mutation of which any try may have happened.
     fn settled(&mut self) -> Error {
         let nothing_sent = self.kind.is_mutation().then_some(Applied::No);
-        let error = self.last.take().unwrap_or_else(|| Error::deadline(self.deadline.total(), nothing_sent));
-        if self.unknown { error.after_unknown_try() } else { error }
+        let error = self
+            .last
+            .take()
+            .unwrap_or_else(|| Error::deadline(self.deadline.total(), nothing_sent));
+        if self.unknown {
+            error.after_unknown_try()
+        } else {
+            error
+        }
     }
 }

@@ -59,7 +59,8 @@ impl Client {
         Delete::new(self.clone(), key_bytes(key))
     }
 
-    /// Makes a key stale now: still served inside its stale windows, and refreshed from its upstream.
+    /// Makes a key stale now: still served inside its stale windows, and refreshed from its
+    /// upstream.
     pub fn invalidate(&self, key: impl AsRef<[u8]>) -> Invalidate {
         Invalidate::new(self.clone(), key_bytes(key))
     }
@@ -94,19 +95,33 @@ impl Client {
         Deadline::after(timeout.unwrap_or(self.0.timeout))
     }
 
-    pub(crate) async fn call<T, F, S>(&self, kind: Kind, deadline: Deadline, send: F) -> Result<T, Error>
+    pub(crate) async fn call<T, F, S>(
+        &self,
+        kind: Kind,
+        deadline: Deadline,
+        send: F,
+    ) -> Result<T, Error>
     where
         F: Fn(Channel, Duration) -> S,
         S: Future<Output = Result<Response<T>, Status>>,
     {
-        let Shared { routes, retries, unreachable_retries, .. } = &*self.0;
-        Call::new(routes, kind, deadline, *retries, *unreachable_retries).run(send).await
+        let Shared {
+            routes,
+            retries,
+            unreachable_retries,
+            ..
+        } = &*self.0;
+        Call::new(routes, kind, deadline, *retries, *unreachable_retries)
+            .run(send)
+            .await
     }
 }
 
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Client").field("timeout", &self.0.timeout).finish_non_exhaustive()
+        f.debug_struct("Client")
+            .field("timeout", &self.0.timeout)
+            .finish_non_exhaustive()
     }
 }
 

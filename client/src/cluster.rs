@@ -1,5 +1,5 @@
-//! What operators call: the cluster's status and its members. Mutations carry no request id here, so one whose outcome is unknown
-//! is not tried again.
+//! What operators call: the cluster's status and its members. Mutations carry no request id here,
+//! so one whose outcome is unknown is not tried again.
 
 use holdfast_proto::{Revision, limits::CLIENT_MESSAGE_BYTES_MAX, v1};
 use tonic::transport::Channel;
@@ -67,66 +67,101 @@ impl<'a> Cluster<'a> {
 
     /// Answers without leader or quorum.
     pub async fn status(self) -> Result<ClusterStatus, Error> {
-        let response = self.client.call(Kind::Read, self.client.deadline(None), |channel, left| async move {
-            cluster(channel).status(timed(v1::StatusRequest {}, left)).await
-        });
+        let response = self.client.call(
+            Kind::Read,
+            self.client.deadline(None),
+            |channel, left| async move {
+                cluster(channel)
+                    .status(timed(v1::StatusRequest {}, left))
+                    .await
+            },
+        );
         Ok(response.await?.into())
     }
 
     /// Admits a node as a learner and answers its id. Usually nodes join by themselves.
     pub async fn add_member(self, name: &str, peer_address: &str) -> Result<u64, Error> {
-        let request = v1::AddMemberRequest { name: name.to_owned(), peer_address: peer_address.to_owned() };
-        let response = self.client.call(Kind::Write, self.client.deadline(None), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cluster(channel).add_member(request).await }
-        });
+        let request = v1::AddMemberRequest {
+            name: name.to_owned(),
+            peer_address: peer_address.to_owned(),
+        };
+        let response =
+            self.client
+                .call(Kind::Write, self.client.deadline(None), |channel, left| {
+                    let request = timed(request.clone(), left);
+                    async move { cluster(channel).add_member(request).await }
+                });
         Ok(response.await?.id)
     }
 
     /// Makes a learner a voter, once it has caught up.
     pub async fn promote(self, name: &str) -> Result<(), Error> {
-        let request = v1::PromoteRequest { name: name.to_owned() };
-        let response = self.client.call(Kind::Write, self.client.deadline(None), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cluster(channel).promote(request).await }
-        });
+        let request = v1::PromoteRequest {
+            name: name.to_owned(),
+        };
+        let response =
+            self.client
+                .call(Kind::Write, self.client.deadline(None), |channel, left| {
+                    let request = timed(request.clone(), left);
+                    async move { cluster(channel).promote(request).await }
+                });
         response.await.map(|_| ())
     }
 
     /// Removes a member. Its id is never used again.
     pub async fn remove(self, name: &str) -> Result<(), Error> {
-        let request = v1::RemoveRequest { name: name.to_owned() };
-        let response = self.client.call(Kind::Write, self.client.deadline(None), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cluster(channel).remove(request).await }
-        });
+        let request = v1::RemoveRequest {
+            name: name.to_owned(),
+        };
+        let response =
+            self.client
+                .call(Kind::Write, self.client.deadline(None), |channel, left| {
+                    let request = timed(request.clone(), left);
+                    async move { cluster(channel).remove(request).await }
+                });
         response.await.map(|_| ())
     }
 
-    /// Hands leadership on, to the voter named or to the one that is furthest. Answers the new leader's name.
+    /// Hands leadership on, to the voter named or to the one that is furthest. Answers the new
+    /// leader's name.
     pub async fn transfer_leader(self, to: Option<&str>) -> Result<String, Error> {
-        let request = v1::TransferLeaderRequest { to: to.unwrap_or_default().to_owned() };
-        let response = self.client.call(Kind::Write, self.client.deadline(None), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cluster(channel).transfer_leader(request).await }
-        });
+        let request = v1::TransferLeaderRequest {
+            to: to.unwrap_or_default().to_owned(),
+        };
+        let response =
+            self.client
+                .call(Kind::Write, self.client.deadline(None), |channel, left| {
+                    let request = timed(request.clone(), left);
+                    async move { cluster(channel).transfer_leader(request).await }
+                });
         Ok(response.await?.leader)
     }
 }
 
 impl ClusterStatus {
-    /// What keeps the cluster from its promises: a shard without leader, a voter that is not heard from. Empty if nothing.
+    /// What keeps the cluster from its promises: a shard without leader, a voter that is not heard
+    /// from. Empty if nothing.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.leader.is_none() && self.per_shard.iter().all(|shard| shard.shard != 0) {
             problems.push("shard 0 has no leader".to_owned());
         }
-        let leaderless = self.per_shard.iter().filter(|shard| shard.leader.is_none() || (shard.shard == 0 && self.leader.is_none()));
+        let leaderless = self
+            .per_shard
+            .iter()
+            .filter(|shard| shard.leader.is_none() || (shard.shard == 0 && self.leader.is_none()));
         problems.extend(leaderless.map(|shard| format!("shard {} has no leader", shard.shard)));
         let votes = |node: &NodeStatus| {
-            matches!(node.role, Role::Leader | Role::Voter) || self.per_shard.iter().any(|shard| shard.voters.contains(&node.name))
+            matches!(node.role, Role::Leader | Role::Voter)
+                || self
+                    .per_shard
+                    .iter()
+                    .any(|shard| shard.voters.contains(&node.name))
         };
-        let silent = self.nodes.iter().filter(|node| !node.healthy && votes(node));
+        let silent = self
+            .nodes
+            .iter()
+            .filter(|node| !node.healthy && votes(node));
         problems.extend(silent.map(|node| format!("voter {} is not heard from", node.name)));
         problems
     }
@@ -196,15 +231,41 @@ mod tests {
             healthy,
             ..Default::default()
         };
-        let per_shard = vec![v1::ShardStatus { leader: leader.into(), ..Default::default() }];
-        v1::StatusResponse { leader: leader.into(), nodes: nodes.iter().map(node).collect(), per_shard, ..Default::default() }.into()
+        let per_shard = vec![v1::ShardStatus {
+            leader: leader.into(),
+            ..Default::default()
+        }];
+        v1::StatusResponse {
+            leader: leader.into(),
+            nodes: nodes.iter().map(node).collect(),
+            per_shard,
+            ..Default::default()
+        }
+        .into()
     }
 
     #[test]
     fn a_cluster_is_degraded_without_a_leader_or_with_a_silent_voter_only() {
         use v1::Role::{Leader, Learner, Voter};
-        assert!(status("a", &[("a", Leader, true), ("b", Voter, true), ("c", Learner, false)]).problems().is_empty());
-        assert_eq!(status("", &[("a", Voter, true)]).problems(), ["shard 0 has no leader"]);
-        assert_eq!(status("a", &[("a", Leader, true), ("b", Voter, false)]).problems(), ["voter b is not heard from"]);
+        assert!(
+            status(
+                "a",
+                &[
+                    ("a", Leader, true),
+                    ("b", Voter, true),
+                    ("c", Learner, false)
+                ]
+            )
+            .problems()
+            .is_empty()
+        );
+        assert_eq!(
+            status("", &[("a", Voter, true)]).problems(),
+            ["shard 0 has no leader"]
+        );
+        assert_eq!(
+            status("a", &[("a", Leader, true), ("b", Voter, false)]).problems(),
+            ["voter b is not heard from"]
+        );
     }
 }

@@ -10,7 +10,8 @@ pub(crate) struct Deadline {
     total: Duration,
 }
 
-/// The client's only clock: real time spent waiting for the network, monotonic, never compared with anything of a node's.
+/// The client's only clock: real time spent waiting for the network, monotonic, never compared with
+/// anything of a node's.
 #[allow(
     clippy::disallowed_methods,
     reason = "a deadline of real waiting on the network; the client has no Clock handed down, and depends on no raft"
@@ -23,7 +24,10 @@ impl Deadline {
     /// A longer time than a century is cut to it, so that adding cannot overflow.
     pub(crate) fn after(total: Duration) -> Self {
         const CENTURY: Duration = Duration::from_secs(100 * 366 * 86_400);
-        Self { at: now() + total.min(CENTURY), total }
+        Self {
+            at: now() + total.min(CENTURY),
+            total,
+        }
     }
 
     pub(crate) fn left(&self) -> Duration {

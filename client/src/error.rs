@@ -1,5 +1,6 @@
-//! What can go wrong with a call, typed. Answers the two questions every caller has: may I try again, and did it happen?
-//! Made from `google.rpc.Status` and its details; must never know how a call was routed.
+//! What can go wrong with a call, typed. Answers the two questions every caller has: may I try
+//! again, and did it happen? Made from `google.rpc.Status` and its details; must never know how a
+//! call was routed.
 
 use std::time::Duration;
 
@@ -13,13 +14,22 @@ use tonic_types::StatusExt as _;
 pub enum Error {
     /// The request is wrong; `field` names where, by its name in the `.proto`.
     #[error("{context}")]
-    InvalidArgument { field: Option<String>, context: Context },
+    InvalidArgument {
+        field: Option<String>,
+        context: Context,
+    },
     /// A field or method whose feature is not built.
     #[error("{context}")]
-    NotBuilt { field: Option<String>, context: Context },
+    NotBuilt {
+        field: Option<String>,
+        context: Context,
+    },
     /// A value, page or batch over its bound.
     #[error("{context}")]
-    TooLarge { field: Option<String>, context: Context },
+    TooLarge {
+        field: Option<String>,
+        context: Context,
+    },
     /// `if_version` or `if_absent` did not hold.
     #[error("{context}")]
     Conflict { context: Context },
@@ -29,21 +39,35 @@ pub enum Error {
     /// The membership cannot change that way now.
     #[error("{context}")]
     Membership { context: Context },
-    /// The session's token is from before a restore. The client has let go of its own: the next call begins a new session.
+    /// The session's token is from before a restore. The client has let go of its own: the next
+    /// call begins a new session.
     #[error("{context}")]
     TokenEpoch { context: Context },
     /// Too many requests in flight or waiting. `retry_after` is the node's advice.
     #[error("{context}")]
-    Overloaded { retry_after: Option<Duration>, context: Context },
+    Overloaded {
+        retry_after: Option<Duration>,
+        context: Context,
+    },
     /// The cluster's disks are at their limit.
     #[error("{context}")]
     DiskFull { context: Context },
-    /// The node cannot answer now: no leader, no quorum, not ready, connection lost. `reason` says which.
+    /// The node cannot answer now: no leader, no quorum, not ready, connection lost. `reason` says
+    /// which.
     #[error("{context}")]
-    Unavailable { retry_after: Option<Duration>, context: Context },
-    /// The upstream behind the key failed and nothing is stored. `class` and `status` say how, never in the upstream's words.
+    Unavailable {
+        retry_after: Option<Duration>,
+        context: Context,
+    },
+    /// The upstream behind the key failed and nothing is stored. `class` and `status` say how,
+    /// never in the upstream's words.
     #[error("{context}")]
-    UpstreamFailed { upstream: Option<String>, class: Option<String>, status: Option<u16>, context: Context },
+    UpstreamFailed {
+        upstream: Option<String>,
+        class: Option<String>,
+        status: Option<u16>,
+        context: Context,
+    },
     /// The call's time ran out.
     #[error("{context}")]
     Deadline { context: Context },
@@ -98,14 +122,25 @@ impl std::fmt::Display for Context {
 }
 
 impl Context {
-    fn new(code: Code, reason: impl Into<String>, message: impl Into<String>, applied: Option<Applied>) -> Self {
-        Self(Box::new(Words { code, reason: reason.into(), message: message.into(), leader: None, applied }))
+    fn new(
+        code: Code,
+        reason: impl Into<String>,
+        message: impl Into<String>,
+        applied: Option<Applied>,
+    ) -> Self {
+        Self(Box::new(Words {
+            code,
+            reason: reason.into(),
+            message: message.into(),
+            leader: None,
+            applied,
+        }))
     }
 }
 
 impl Error {
-    /// Whether the same call may succeed later. For a mutation whose [`applied`](Self::applied) is `Unknown`, trying again
-    /// may do it twice.
+    /// Whether the same call may succeed later. For a mutation whose [`applied`](Self::applied) is
+    /// `Unknown`, trying again may do it twice.
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,
@@ -141,7 +176,9 @@ impl Error {
     /// What was wrong with the request, by its name in the `.proto`.
     pub fn field(&self) -> Option<&str> {
         match self {
-            Self::InvalidArgument { field, .. } | Self::NotBuilt { field, .. } | Self::TooLarge { field, .. } => field.as_deref(),
+            Self::InvalidArgument { field, .. }
+            | Self::NotBuilt { field, .. }
+            | Self::TooLarge { field, .. } => field.as_deref(),
             _ => None,
         }
     }
@@ -209,17 +246,37 @@ impl Error {
         }
         let details = status.get_error_details();
         let retry_after = details.retry_info().and_then(|info| info.retry_delay);
-        let info = details.error_info().filter(|info| info.domain == reason::DOMAIN);
-        let metadata = |name: &str| info.and_then(|info| info.metadata.get(name)).filter(|value| !value.is_empty()).cloned();
+        let info = details
+            .error_info()
+            .filter(|info| info.domain == reason::DOMAIN);
+        let metadata = |name: &str| {
+            info.and_then(|info| info.metadata.get(name))
+                .filter(|value| !value.is_empty())
+                .cloned()
+        };
         let why = info.map_or("", |info| info.reason.as_str());
 
-        // Only a node's own word makes it a No: a proxy's error says nothing of what became of the request.
+        // Only a node's own word makes it a No: a proxy's error says nothing of what became of the
+        // request.
         let applied = mutation.then(|| match metadata(reason::APPLIED) {
             Some(word) if word == reason::APPLIED_NO => Applied::No,
             _ => Applied::Unknown,
         });
-        let message = if status.message().is_empty() { status.code().description() } else { status.message() };
-        let mut context = Context::new(status.code(), if why.is_empty() { word(status.code()) } else { why }, message, applied);
+        let message = if status.message().is_empty() {
+            status.code().description()
+        } else {
+            status.message()
+        };
+        let mut context = Context::new(
+            status.code(),
+            if why.is_empty() {
+                word(status.code())
+            } else {
+                why
+            },
+            message,
+            applied,
+        );
         context.0.leader = metadata(reason::LEADER).or_else(|| header(status.metadata()));
         let field = metadata(reason::FIELD);
 
@@ -231,17 +288,26 @@ impl Error {
             (reason::MEMBERSHIP, _) => Self::Membership { context },
             (reason::TOKEN_EPOCH, _) => Self::TokenEpoch { context },
             (reason::DISK_FULL, _) => Self::DiskFull { context },
-            (reason::OVERLOADED, _) | (_, Code::ResourceExhausted) => Self::Overloaded { retry_after, context },
+            (reason::OVERLOADED, _) | (_, Code::ResourceExhausted) => Self::Overloaded {
+                retry_after,
+                context,
+            },
             (reason::UPSTREAM_FAILED, _) => Self::UpstreamFailed {
                 upstream: metadata(reason::UPSTREAM),
                 class: metadata(reason::CLASS),
                 status: metadata(reason::STATUS).and_then(|status| status.parse().ok()),
                 context,
             },
-            (reason::INVALID_FIELD, _) | (_, Code::InvalidArgument) => Self::InvalidArgument { field, context },
+            (reason::INVALID_FIELD, _) | (_, Code::InvalidArgument) => {
+                Self::InvalidArgument { field, context }
+            }
             (reason::DEADLINE, _) | (_, Code::DeadlineExceeded) => Self::Deadline { context },
-            // CANCELLED without our having cancelled: the node let go of the call, as when it stops.
-            (_, Code::Unavailable | Code::Cancelled) => Self::Unavailable { retry_after, context },
+            // CANCELLED without our having cancelled: the node let go of the call, as when it
+            // stops.
+            (_, Code::Unavailable | Code::Cancelled) => Self::Unavailable {
+                retry_after,
+                context,
+            },
             (_, Code::FailedPrecondition | Code::Aborted) => Self::Conflict { context },
             (_, Code::Unauthenticated) => Self::Unauthenticated { context },
             (_, Code::PermissionDenied) => Self::PermissionDenied { context },
@@ -254,25 +320,43 @@ impl Error {
     /// From how the connection ended while a request may have been on it.
     fn lost(status: &Status, mutation: bool) -> Self {
         if never_connected(status) {
-            return Self::unconnected(format!("cannot connect again: {}", status.message()), mutation);
+            return Self::unconnected(
+                format!("cannot connect again: {}", status.message()),
+                mutation,
+            );
         }
         let applied = mutation.then_some(Applied::Unknown);
         if is_timeout(status) {
-            return Self::Deadline { context: Context::new(Code::DeadlineExceeded, reason::DEADLINE, "the call's time ran out", applied) };
+            return Self::Deadline {
+                context: Context::new(
+                    Code::DeadlineExceeded,
+                    reason::DEADLINE,
+                    "the call's time ran out",
+                    applied,
+                ),
+            };
         }
         let message = format!("the connection was lost: {}", status.message());
-        Self::Unavailable { retry_after: None, context: Context::new(Code::Unavailable, CONNECTION, message, applied) }
+        Self::Unavailable {
+            retry_after: None,
+            context: Context::new(Code::Unavailable, CONNECTION, message, applied),
+        }
     }
 
     pub(crate) fn deadline(timeout: Duration, applied: Option<Applied>) -> Self {
         let message = format!("no answer within {timeout:?}");
-        Self::Deadline { context: Context::new(Code::DeadlineExceeded, reason::DEADLINE, message, applied) }
+        Self::Deadline {
+            context: Context::new(Code::DeadlineExceeded, reason::DEADLINE, message, applied),
+        }
     }
 
     /// A read that is taken elsewhere.
     pub(crate) fn no_answer(address: &str, within: Duration) -> Self {
         let message = format!("{address} did not answer within {within:?}");
-        Self::Unavailable { retry_after: None, context: Context::new(Code::Unavailable, NO_ANSWER, message, None) }
+        Self::Unavailable {
+            retry_after: None,
+            context: Context::new(Code::Unavailable, NO_ANSWER, message, None),
+        }
     }
 
     /// No connection was made, so nothing was sent.
@@ -281,23 +365,47 @@ impl Error {
     }
 
     fn unconnected(message: String, mutation: bool) -> Self {
-        Self::Connect { context: Context::new(Code::Unavailable, CONNECT, message, mutation.then_some(Applied::No)) }
+        Self::Connect {
+            context: Context::new(
+                Code::Unavailable,
+                CONNECT,
+                message,
+                mutation.then_some(Applied::No),
+            ),
+        }
     }
 
     /// Refused here: it would not fit a message.
     pub(crate) fn too_large(field: Option<&str>, message: &str, mutation: bool) -> Self {
-        let context = Context::new(Code::ResourceExhausted, reason::TOO_LARGE, message, mutation.then_some(Applied::No));
-        Self::TooLarge { field: field.map(str::to_owned), context }
+        let context = Context::new(
+            Code::ResourceExhausted,
+            reason::TOO_LARGE,
+            message,
+            mutation.then_some(Applied::No),
+        );
+        Self::TooLarge {
+            field: field.map(str::to_owned),
+            context,
+        }
     }
 
-    /// An answer that the contract does not allow. A mutation so answered was acknowledged, but not in words we can read.
+    /// An answer that the contract does not allow. A mutation so answered was acknowledged, but not
+    /// in words we can read.
     pub(crate) fn malformed(what: &str, mutation: bool) -> Self {
         let message = format!("the node's answer is not understood: {what}");
-        Self::Internal { context: Context::new(Code::Internal, reason::INTERNAL, message, mutation.then_some(Applied::Unknown)) }
+        Self::Internal {
+            context: Context::new(
+                Code::Internal,
+                reason::INTERNAL,
+                message,
+                mutation.then_some(Applied::Unknown),
+            ),
+        }
     }
 
-    /// An earlier try of the same mutation may have happened, whatever became of this one. A lost precondition stands: the
-    /// state remembers the outcome of the request id, so it is the first try's outcome too.
+    /// An earlier try of the same mutation may have happened, whatever became of this one. A lost
+    /// precondition stands: the state remembers the outcome of the request id, so it is the first
+    /// try's outcome too.
     pub(crate) fn after_unknown_try(mut self) -> Self {
         if !matches!(self, Self::Conflict { .. }) {
             self.context_mut().0.applied = Some(Applied::Unknown);
@@ -356,59 +464,121 @@ mod tests {
     use super::*;
 
     fn status(code: Code, why: &str, metadata: &[(&str, &str)]) -> Status {
-        let metadata: HashMap<String, String> = metadata.iter().map(|&(k, v)| (k.into(), v.into())).collect();
-        Status::with_error_details(code, "words", ErrorDetails::with_error_info(why, reason::DOMAIN, metadata))
+        let metadata: HashMap<String, String> = metadata
+            .iter()
+            .map(|&(k, v)| (k.into(), v.into()))
+            .collect();
+        Status::with_error_details(
+            code,
+            "words",
+            ErrorDetails::with_error_info(why, reason::DOMAIN, metadata),
+        )
     }
 
     #[test]
     fn an_invalid_argument_names_its_field_and_is_not_retryable() {
-        let error = Error::from_status(&status(Code::InvalidArgument, reason::INVALID_FIELD, &[("field", "ttl"), ("applied", "no")]), true);
-        assert!(matches!(&error, Error::InvalidArgument { field: Some(field), .. } if field == "ttl"));
+        let error = Error::from_status(
+            &status(
+                Code::InvalidArgument,
+                reason::INVALID_FIELD,
+                &[("field", "ttl"), ("applied", "no")],
+            ),
+            true,
+        );
+        assert!(
+            matches!(&error, Error::InvalidArgument { field: Some(field), .. } if field == "ttl")
+        );
         assert!(!error.is_retryable());
-        assert_eq!((error.applied(), error.code(), error.reason()), (Applied::No, Code::InvalidArgument, reason::INVALID_FIELD));
+        assert_eq!(
+            (error.applied(), error.code(), error.reason()),
+            (Applied::No, Code::InvalidArgument, reason::INVALID_FIELD)
+        );
     }
 
     #[test]
     fn an_upstreams_failure_names_it_its_class_and_status() {
-        let metadata = [("upstream", "profiles"), ("class", "STATUS"), ("status", "503")];
-        let error = Error::from_status(&status(Code::Unavailable, reason::UPSTREAM_FAILED, &metadata), false);
-        let Error::UpstreamFailed { upstream, class, status, .. } = &error else { panic!("{error:?}") };
-        assert_eq!((upstream.as_deref(), class.as_deref(), *status), (Some("profiles"), Some("STATUS"), Some(503)));
+        let metadata = [
+            ("upstream", "profiles"),
+            ("class", "STATUS"),
+            ("status", "503"),
+        ];
+        let error = Error::from_status(
+            &status(Code::Unavailable, reason::UPSTREAM_FAILED, &metadata),
+            false,
+        );
+        let Error::UpstreamFailed {
+            upstream,
+            class,
+            status,
+            ..
+        } = &error
+        else {
+            panic!("{error:?}")
+        };
+        assert_eq!(
+            (upstream.as_deref(), class.as_deref(), *status),
+            (Some("profiles"), Some("STATUS"), Some(503))
+        );
     }
 
     #[test]
     fn only_a_nodes_own_word_makes_a_failed_mutation_not_applied() {
-        let applied =
-            |metadata: &[(&str, &str)]| Error::from_status(&status(Code::Unavailable, reason::NO_QUORUM, metadata), true).applied();
+        let applied = |metadata: &[(&str, &str)]| {
+            Error::from_status(
+                &status(Code::Unavailable, reason::NO_QUORUM, metadata),
+                true,
+            )
+            .applied()
+        };
         assert_eq!(applied(&[("applied", "no")]), Applied::No);
         assert_eq!(applied(&[("applied", "unknown")]), Applied::Unknown);
         assert_eq!(applied(&[]), Applied::Unknown);
-        assert_eq!(Error::from_status(&Status::unavailable("from a proxy"), true).applied(), Applied::Unknown);
-        assert_eq!(Error::from_status(&Status::unavailable("from a proxy"), false).applied(), Applied::No);
+        assert_eq!(
+            Error::from_status(&Status::unavailable("from a proxy"), true).applied(),
+            Applied::Unknown
+        );
+        assert_eq!(
+            Error::from_status(&Status::unavailable("from a proxy"), false).applied(),
+            Applied::No
+        );
     }
 
     #[test]
     fn the_leader_is_read_from_the_details_or_else_the_header() {
-        let error = Error::from_status(&status(Code::Unavailable, reason::NO_LEADER, &[("leader", "a:1")]), true);
+        let error = Error::from_status(
+            &status(Code::Unavailable, reason::NO_LEADER, &[("leader", "a:1")]),
+            true,
+        );
         assert_eq!(error.leader(), Some("a:1"));
         let mut status = Status::unavailable("");
-        status.metadata_mut().insert(reason::LEADER_HEADER, "b:1".parse().unwrap());
+        status
+            .metadata_mut()
+            .insert(reason::LEADER_HEADER, "b:1".parse().unwrap());
         assert_eq!(Error::from_status(&status, true).leader(), Some("b:1"));
     }
 
     #[test]
     fn overload_carries_the_nodes_advice() {
-        let mut details = ErrorDetails::with_error_info(reason::OVERLOADED, reason::DOMAIN, HashMap::new());
+        let mut details =
+            ErrorDetails::with_error_info(reason::OVERLOADED, reason::DOMAIN, HashMap::new());
         details.set_retry_info(Some(Duration::from_millis(70)));
-        let error = Error::from_status(&Status::with_error_details(Code::ResourceExhausted, "full", details), false);
-        assert!(matches!(error, Error::Overloaded { retry_after: Some(after), .. } if after == Duration::from_millis(70)));
+        let error = Error::from_status(
+            &Status::with_error_details(Code::ResourceExhausted, "full", details),
+            false,
+        );
+        assert!(
+            matches!(error, Error::Overloaded { retry_after: Some(after), .. } if after == Duration::from_millis(70))
+        );
     }
 
     #[test]
     fn another_domains_reason_is_not_ours() {
         let metadata = HashMap::from([("applied".to_owned(), "no".to_owned())]);
         let details = ErrorDetails::with_error_info(reason::DISK_FULL, "elsewhere", metadata);
-        let error = Error::from_status(&Status::with_error_details(Code::Unavailable, "", details), true);
+        let error = Error::from_status(
+            &Status::with_error_details(Code::Unavailable, "", details),
+            true,
+        );
         assert!(matches!(error, Error::Unavailable { .. }));
         assert_eq!(error.applied(), Applied::Unknown);
     }
@@ -418,7 +588,14 @@ mod tests {
         let connect = Error::connect("a:1", "refused", true);
         assert_eq!(connect.applied(), Applied::No);
         assert_eq!(connect.after_unknown_try().applied(), Applied::Unknown);
-        let conflict = Error::from_status(&status(Code::FailedPrecondition, reason::VERSION_CONFLICT, &[("applied", "no")]), true);
+        let conflict = Error::from_status(
+            &status(
+                Code::FailedPrecondition,
+                reason::VERSION_CONFLICT,
+                &[("applied", "no")],
+            ),
+            true,
+        );
         assert_eq!(conflict.after_unknown_try().applied(), Applied::No);
     }
 
@@ -432,7 +609,11 @@ mod tests {
             (Code::Unimplemented, reason::NOT_BUILT, "NotBuilt"),
             (Code::ResourceExhausted, reason::TOO_LARGE, "TooLarge"),
             (Code::ResourceExhausted, reason::DISK_FULL, "DiskFull"),
-            (Code::FailedPrecondition, reason::VERSION_CONFLICT, "Conflict"),
+            (
+                Code::FailedPrecondition,
+                reason::VERSION_CONFLICT,
+                "Conflict",
+            ),
             (Code::FailedPrecondition, reason::TOKEN_EPOCH, "TokenEpoch"),
             (Code::FailedPrecondition, reason::MEMBERSHIP, "Membership"),
             (Code::NotFound, reason::NO_MEMBER, "NoMember"),

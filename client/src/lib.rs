@@ -1,5 +1,6 @@
-//! The Holdfast client: one handle on a whole cluster, cheap to clone, with every call's time bounded.
-//! Knows the contract (`holdfast-proto`) and nothing of how a cluster keeps it: no consensus, no storage.
+//! The Holdfast client: one handle on a whole cluster, cheap to clone, with every call's time
+//! bounded. Knows the contract (`holdfast-proto`) and nothing of how a cluster keeps it: no
+//! consensus, no storage.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -26,8 +27,9 @@
 //! ```
 //!
 //! **What was seen stays seen.** Every answer carries a token of what the answering replica reflects. The client merges them and
-//! sends the result with each [`Consistency::Session`] read, so that it reads its own writes and never goes backwards, whichever
-//! node answers. To carry that to another service, pass the token on:
+//! sends the result with each [`Consistency::Session`] read, so that it reads its own writes and
+//! never goes backwards, whichever node answers. To carry that to another service, pass the token
+//! on:
 //!
 //! ```no_run
 //! # use holdfast_client::{Client, Token};
@@ -56,9 +58,10 @@
 //! ```
 //!
 //! **Tries.** A call is tried on further endpoints, and again after a pause, until its time runs out or its rounds are used up.
-//! Reads are tried again when a node is unavailable or its connection is lost. A mutation is tried again if the node said that
-//! it did not happen, if no connection was made, or because it carries a request id, which makes it happen once however often it
-//! is sent; the client gives every mutation of values one ([`Builder::request_ids`]).
+//! Reads are tried again when a node is unavailable or its connection is lost. A mutation is tried
+//! again if the node said that it did not happen, if no connection was made, or because it carries
+//! a request id, which makes it happen once however often it is sent; the client gives every
+//! mutation of values one ([`Builder::request_ids`]).
 
 mod answer;
 mod builder;
@@ -79,8 +82,8 @@ mod session;
 mod write;
 
 pub use answer::{
-    Answer, Batch, Consistency, Done, Inspection, KeyError, LastError, Lookup, MatchedPolicy, Page, Replica, Role, Scanned, State, Stored,
-    StoredEntry, Ttl,
+    Answer, Batch, Consistency, Done, Inspection, KeyError, LastError, Lookup, MatchedPolicy, Page,
+    Replica, Role, Scanned, State, Stored, StoredEntry, Ttl,
 };
 pub use builder::{BuildError, Builder};
 pub use client::Client;

@@ -50,7 +50,11 @@ pub(crate) struct ReadOptions {
 
 impl Get {
     pub(crate) fn new(client: Client, key: Bytes) -> Self {
-        Self { client, key, options: ReadOptions::default() }
+        Self {
+            client,
+            key,
+            options: ReadOptions::default(),
+        }
     }
 
     /// SESSION if not said.
@@ -72,14 +76,26 @@ impl Get {
     }
 
     async fn send(self) -> Result<Lookup, Error> {
-        let Self { client, key, options } = self;
+        let Self {
+            client,
+            key,
+            options,
+        } = self;
         let token = options.token_for(&client);
-        let request =
-            v1::GetRequest { key, consistency: options.consistency.to_wire(), token: encoded(token.as_ref()), ..Default::default() };
-        let response = client.call(Kind::Read, client.deadline(options.timeout), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cache(channel).get(request).await }
-        });
+        let request = v1::GetRequest {
+            key,
+            consistency: options.consistency.to_wire(),
+            token: encoded(token.as_ref()),
+            ..Default::default()
+        };
+        let response = client.call(
+            Kind::Read,
+            client.deadline(options.timeout),
+            |channel, left| {
+                let request = timed(request.clone(), left);
+                async move { cache(channel).get(request).await }
+            },
+        );
         let found = Lookup::from_wire(client.session_of(token, response.await)?)?;
         client.see(&found.token);
         Ok(found)
@@ -88,7 +104,11 @@ impl Get {
 
 impl BatchGet {
     pub(crate) fn new(client: Client, keys: Vec<Bytes>) -> Self {
-        Self { client, keys, options: ReadOptions::default() }
+        Self {
+            client,
+            keys,
+            options: ReadOptions::default(),
+        }
     }
 
     /// SESSION if not said.
@@ -110,18 +130,34 @@ impl BatchGet {
     }
 
     async fn send(self) -> Result<Batch, Error> {
-        let Self { client, keys, options } = self;
+        let Self {
+            client,
+            keys,
+            options,
+        } = self;
         let asked = keys.len();
         // Refused here only because so many might not fit a message; the node's bound is the same.
         if asked > BATCH_KEYS_MAX {
-            return Err(Error::too_large(Some("keys"), &format!("{asked} keys are more than {BATCH_KEYS_MAX}"), false));
+            return Err(Error::too_large(
+                Some("keys"),
+                &format!("{asked} keys are more than {BATCH_KEYS_MAX}"),
+                false,
+            ));
         }
         let token = options.token_for(&client);
-        let request = v1::BatchGetRequest { keys, consistency: options.consistency.to_wire(), token: encoded(token.as_ref()) };
-        let response = client.call(Kind::Read, client.deadline(options.timeout), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cache(channel).batch_get(request).await }
-        });
+        let request = v1::BatchGetRequest {
+            keys,
+            consistency: options.consistency.to_wire(),
+            token: encoded(token.as_ref()),
+        };
+        let response = client.call(
+            Kind::Read,
+            client.deadline(options.timeout),
+            |channel, left| {
+                let request = timed(request.clone(), left);
+                async move { cache(channel).batch_get(request).await }
+            },
+        );
         let batch = Batch::from_wire(client.session_of(token, response.await)?, asked)?;
         client.see(&batch.token);
         Ok(batch)
@@ -130,7 +166,11 @@ impl BatchGet {
 
 impl Inspect {
     pub(crate) fn new(client: Client, key: Bytes) -> Self {
-        Self { client, key, options: ReadOptions::default() }
+        Self {
+            client,
+            key,
+            options: ReadOptions::default(),
+        }
     }
 
     /// SESSION if not said.
@@ -152,13 +192,25 @@ impl Inspect {
     }
 
     async fn send(self) -> Result<Inspection, Error> {
-        let Self { client, key, options } = self;
+        let Self {
+            client,
+            key,
+            options,
+        } = self;
         let token = options.token_for(&client);
-        let request = v1::InspectRequest { key, consistency: options.consistency.to_wire(), token: encoded(token.as_ref()) };
-        let response = client.call(Kind::Read, client.deadline(options.timeout), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { cache(channel).inspect(request).await }
-        });
+        let request = v1::InspectRequest {
+            key,
+            consistency: options.consistency.to_wire(),
+            token: encoded(token.as_ref()),
+        };
+        let response = client.call(
+            Kind::Read,
+            client.deadline(options.timeout),
+            |channel, left| {
+                let request = timed(request.clone(), left);
+                async move { cache(channel).inspect(request).await }
+            },
+        );
         let inspection = Inspection::from_wire(client.session_of(token, response.await)?)?;
         client.see(&inspection.token);
         Ok(inspection)
@@ -190,7 +242,8 @@ impl IntoFuture for Inspect {
 }
 
 impl ReadOptions {
-    /// What to send: with SESSION all that the client has seen, and always what the caller has named.
+    /// What to send: with SESSION all that the client has seen, and always what the caller has
+    /// named.
     pub(crate) fn token_for(&self, client: &Client) -> Option<Token> {
         let kept = Some(client.token()).filter(|_| self.consistency == Consistency::Session);
         let mut token = kept.filter(|token| !token.is_empty());
@@ -202,9 +255,13 @@ impl ReadOptions {
 }
 
 impl Client {
-    /// Lets go of the session's token if the node says it is from before a restore; without that, no session read of this
-    /// client would ever succeed again.
-    pub(crate) fn session_of<T>(&self, sent: Option<Token>, outcome: Result<T, Error>) -> Result<T, Error> {
+    /// Lets go of the session's token if the node says it is from before a restore; without that,
+    /// no session read of this client would ever succeed again.
+    pub(crate) fn session_of<T>(
+        &self,
+        sent: Option<Token>,
+        outcome: Result<T, Error>,
+    ) -> Result<T, Error> {
         if let (Err(Error::TokenEpoch { .. }), Some(sent)) = (&outcome, sent) {
             self.0.session.forget_epoch(sent.epoch());
         }
@@ -227,7 +284,10 @@ mod tests {
     }
 
     fn client() -> Client {
-        Client::builder().endpoints(["127.0.0.1:1"]).build().unwrap()
+        Client::builder()
+            .endpoints(["127.0.0.1:1"])
+            .build()
+            .unwrap()
     }
 
     #[test]
@@ -235,10 +295,22 @@ mod tests {
         let client = client();
         assert_eq!(client.get("k").options.token_for(&client), None);
         client.see(&token(0, 5));
-        assert_eq!(client.get("k").options.token_for(&client), Some(token(0, 5)));
-        let merged = client.get("k").token(token(1, 9)).options.token_for(&client).unwrap();
+        assert_eq!(
+            client.get("k").options.token_for(&client),
+            Some(token(0, 5))
+        );
+        let merged = client
+            .get("k")
+            .token(token(1, 9))
+            .options
+            .token_for(&client)
+            .unwrap();
         assert_eq!((merged.revision(0), merged.revision(1)), (5, 9));
-        assert_eq!(client.token().revision(1), 0, "a token for one call stays with that call");
+        assert_eq!(
+            client.token().revision(1),
+            0,
+            "a token for one call stays with that call"
+        );
     }
 
     #[test]
@@ -247,6 +319,9 @@ mod tests {
         client.see(&token(0, 5));
         let local = client.get("k").consistency(Consistency::Local);
         assert_eq!(local.options.token_for(&client), None);
-        assert_eq!(local.token(token(0, 2)).options.token_for(&client), Some(token(0, 2)));
+        assert_eq!(
+            local.token(token(0, 2)).options.token_for(&client),
+            Some(token(0, 2))
+        );
     }
 }

@@ -43,26 +43,36 @@ impl Kind {
         self != Self::Write
     }
 
-    /// What to do after a try has failed with `error`; `overloaded` counts the refusals of full nodes so far, this one too.
+    /// What to do after a try has failed with `error`; `overloaded` counts the refusals of full
+    /// nodes so far, this one too.
     pub(crate) fn verdict(self, error: &Error, overloaded: u32) -> Verdict {
         if self.is_mutation() && error.applied() == Applied::Unknown && !self.repeats_safely() {
             return Verdict::GiveUp;
         }
         match error {
             Error::Connect { .. } => Verdict::Elsewhere,
-            // The cluster as a whole cannot, until then; any other cause is the node's own, and another may answer now.
-            Error::Unavailable { retry_after: Some(after), .. } if matches!(error.reason(), reason::NO_LEADER | reason::NO_QUORUM) => {
+            // The cluster as a whole cannot, until then; any other cause is the node's own, and
+            // another may answer now.
+            Error::Unavailable {
+                retry_after: Some(after),
+                ..
+            } if matches!(error.reason(), reason::NO_LEADER | reason::NO_QUORUM) => {
                 Verdict::After(*after)
             }
             Error::Unavailable { .. } => Verdict::Elsewhere,
-            // Only when it says when, and then not for long: a crowd that comes back at once keeps a full node full.
-            Error::Overloaded { retry_after: Some(after), .. } if overloaded < OVERLOADED_MAX => Verdict::After(*after),
+            // Only when it says when, and then not for long: a crowd that comes back at once keeps
+            // a full node full.
+            Error::Overloaded {
+                retry_after: Some(after),
+                ..
+            } if overloaded < OVERLOADED_MAX => Verdict::After(*after),
             _ => Verdict::GiveUp,
         }
     }
 }
 
-/// Pauses that double, each with half of it left to chance so that callers who failed together do not return together.
+/// Pauses that double, each with half of it left to chance so that callers who failed together do
+/// not return together.
 pub(crate) struct Backoff {
     rounds_left: u32,
     next: Duration,
@@ -70,7 +80,10 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     pub(crate) fn new(rounds: u32) -> Self {
-        Self { rounds_left: rounds, next: BACKOFF_FIRST }
+        Self {
+            rounds_left: rounds,
+            next: BACKOFF_FIRST,
+        }
     }
 
     /// None when the rounds are used up.
@@ -84,7 +97,13 @@ impl Backoff {
     /// What a node asked for, and up to a quarter more.
     pub(crate) fn pause_asked(&mut self, asked: Duration) -> Option<Duration> {
         self.rounds_left = self.rounds_left.checked_sub(1)?;
-        Some(asked.saturating_add(asked.min(BACKOFF_MAX).mul_f64(rand::random_range(0.0..=0.25))))
+        Some(
+            asked.saturating_add(
+                asked
+                    .min(BACKOFF_MAX)
+                    .mul_f64(rand::random_range(0.0..=0.25)),
+            ),
+        )
     }
 }
 
@@ -106,24 +125,47 @@ mod tests {
 
     use super::*;
 
-    fn error(code: Code, why: &str, applied: Option<&str>, retry_after: Option<Duration>, kind: Kind) -> Error {
-        let metadata: HashMap<String, String> = applied.iter().map(|&word| (reason::APPLIED.to_owned(), word.to_owned())).collect();
+    fn error(
+        code: Code,
+        why: &str,
+        applied: Option<&str>,
+        retry_after: Option<Duration>,
+        kind: Kind,
+    ) -> Error {
+        let metadata: HashMap<String, String> = applied
+            .iter()
+            .map(|&word| (reason::APPLIED.to_owned(), word.to_owned()))
+            .collect();
         let mut details = ErrorDetails::with_error_info(why, reason::DOMAIN, metadata);
         if retry_after.is_some() {
             details.set_retry_info(retry_after);
         }
-        Error::from_status(&Status::with_error_details(code, "", details), kind.is_mutation())
+        Error::from_status(
+            &Status::with_error_details(code, "", details),
+            kind.is_mutation(),
+        )
     }
 
     #[test]
     fn a_write_without_a_name_is_sent_again_only_if_it_did_not_happen() {
-        let verdict = |kind: Kind, applied| kind.verdict(&error(Code::Unavailable, reason::NO_LEADER, applied, None, kind), 0);
+        let verdict = |kind: Kind, applied| {
+            kind.verdict(
+                &error(Code::Unavailable, reason::NO_LEADER, applied, None, kind),
+                0,
+            )
+        };
         assert_eq!(verdict(Kind::Write, Some("no")), Verdict::Elsewhere);
         assert_eq!(verdict(Kind::Write, Some("unknown")), Verdict::GiveUp);
         assert_eq!(verdict(Kind::Write, None), Verdict::GiveUp);
-        assert_eq!(verdict(Kind::NamedWrite, Some("unknown")), Verdict::Elsewhere);
+        assert_eq!(
+            verdict(Kind::NamedWrite, Some("unknown")),
+            Verdict::Elsewhere
+        );
         assert_eq!(verdict(Kind::Read, None), Verdict::Elsewhere);
-        assert_eq!(Kind::Write.verdict(&Error::connect("a", "refused", true), 0), Verdict::Elsewhere);
+        assert_eq!(
+            Kind::Write.verdict(&Error::connect("a", "refused", true), 0),
+            Verdict::Elsewhere
+        );
     }
 
     #[test]
@@ -139,7 +181,11 @@ mod tests {
             (Code::DeadlineExceeded, reason::DEADLINE),
         ] {
             for kind in [Kind::Read, Kind::NamedWrite, Kind::Write] {
-                assert_eq!(kind.verdict(&error(code, why, Some("no"), None, kind), 0), Verdict::GiveUp, "{why}");
+                assert_eq!(
+                    kind.verdict(&error(code, why, Some("no"), None, kind), 0),
+                    Verdict::GiveUp,
+                    "{why}"
+                );
             }
         }
     }
@@ -147,10 +193,25 @@ mod tests {
     #[test]
     fn a_full_node_is_asked_again_when_it_says_and_not_for_ever() {
         let said = Some(Duration::from_millis(40));
-        let full = error(Code::ResourceExhausted, reason::OVERLOADED, None, said, Kind::Read);
-        assert_eq!(Kind::Read.verdict(&full, 1), Verdict::After(Duration::from_millis(40)));
+        let full = error(
+            Code::ResourceExhausted,
+            reason::OVERLOADED,
+            None,
+            said,
+            Kind::Read,
+        );
+        assert_eq!(
+            Kind::Read.verdict(&full, 1),
+            Verdict::After(Duration::from_millis(40))
+        );
         assert_eq!(Kind::Read.verdict(&full, OVERLOADED_MAX), Verdict::GiveUp);
-        let silent = error(Code::ResourceExhausted, reason::OVERLOADED, None, None, Kind::Read);
+        let silent = error(
+            Code::ResourceExhausted,
+            reason::OVERLOADED,
+            None,
+            None,
+            Kind::Read,
+        );
         assert_eq!(Kind::Read.verdict(&silent, 1), Verdict::GiveUp);
     }
 
@@ -163,7 +224,9 @@ mod tests {
         assert!(pauses.iter().all(|pause| *pause <= BACKOFF_MAX));
         assert!(pauses[7] >= BACKOFF_MAX / 2);
         assert!(Backoff::new(0).pause().is_none());
-        let asked = Backoff::new(1).pause_asked(Duration::from_millis(100)).unwrap();
+        let asked = Backoff::new(1)
+            .pause_asked(Duration::from_millis(100))
+            .unwrap();
         assert!(asked >= Duration::from_millis(100) && asked <= Duration::from_millis(125));
     }
 }

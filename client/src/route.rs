@@ -1,5 +1,5 @@
-//! Which node to ask: the endpoints in order beginning with the last good one, and for mutations the leader first, once a node
-//! has named it. Knows connections and nothing of requests.
+//! Which node to ask: the endpoints in order beginning with the last good one, and for mutations
+//! the leader first, once a node has named it. Knows connections and nothing of requests.
 //!
 //! ```text
 //! read     last good ─► the next ─► … (round over)
@@ -20,8 +20,8 @@ const REST_FIRST: Duration = Duration::from_millis(250);
 const REST_MAX: Duration = Duration::from_secs(10);
 /// Leaders named by nodes that are not among the endpoints; shards may have different ones.
 const LEARNED_MAX: usize = 8;
-/// While a call waits, its connection is probed this often and given up when a probe stays unanswered for so long: a frozen
-/// node must not eat a call's whole time.
+/// While a call waits, its connection is probed this often and given up when a probe stays
+/// unanswered for so long: a frozen node must not eat a call's whole time.
 const PROBE_EVERY: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -68,7 +68,10 @@ pub struct InvalidEndpoint(pub String);
 
 impl Routes {
     /// `endpoints` must not be empty.
-    pub(crate) fn new(endpoints: &[String], connect_timeout: Duration) -> Result<Self, InvalidEndpoint> {
+    pub(crate) fn new(
+        endpoints: &[String],
+        connect_timeout: Duration,
+    ) -> Result<Self, InvalidEndpoint> {
         let mut nodes: Vec<Arc<Node>> = Vec::with_capacity(endpoints.len());
         for endpoint in endpoints {
             let node = Node::new(endpoint, connect_timeout)?;
@@ -77,31 +80,47 @@ impl Routes {
             }
         }
         assert!(!nodes.is_empty(), "the builder refuses an empty list");
-        Ok(Self { nodes, connect_timeout, state: Mutex::new(State { preferred: 0, leader: None, learned: VecDeque::new() }) })
+        Ok(Self {
+            nodes,
+            connect_timeout,
+            state: Mutex::new(State {
+                preferred: 0,
+                leader: None,
+                learned: VecDeque::new(),
+            }),
+        })
     }
 
-    /// The next node to ask in this round, or none if the round is over. A resting node is asked only while no other has been
-    /// (`asked`).
+    /// The next node to ask in this round, or none if the round is over. A resting node is asked
+    /// only while no other has been (`asked`).
     pub(crate) fn pick(&self, kind: Kind, tried: &[Arc<Node>], asked: bool) -> Option<Arc<Node>> {
         let candidates = self.candidates(kind);
         let mut untried = candidates.iter().filter(|node| !contains(tried, node));
         let ready = untried.clone().find(|node| !node.rests());
-        ready.or_else(|| if asked { None } else { untried.next() }).cloned()
+        ready
+            .or_else(|| if asked { None } else { untried.next() })
+            .cloned()
     }
 
     /// Whether a further node would be asked after those tried.
     pub(crate) fn has_other(&self, kind: Kind, tried: &[Arc<Node>]) -> bool {
-        self.candidates(kind).iter().any(|node| !contains(tried, node) && !node.rests())
+        self.candidates(kind)
+            .iter()
+            .any(|node| !contains(tried, node) && !node.rests())
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {
         self.connect_timeout
     }
 
-    /// The node has answered. Reads stay with it; a write to the leader says nothing of where to read.
+    /// The node has answered. Reads stay with it; a write to the leader says nothing of where to
+    /// read.
     pub(crate) fn answered(&self, kind: Kind, node: &Arc<Node>) {
         let mut state = self.state.lock();
-        let led = state.leader.as_ref().is_some_and(|leader| Arc::ptr_eq(leader, node));
+        let led = state
+            .leader
+            .as_ref()
+            .is_some_and(|leader| Arc::ptr_eq(leader, node));
         if kind.is_mutation() && led {
             return;
         }
@@ -120,18 +139,39 @@ impl Routes {
     }
 
     pub(crate) fn not_leader(&self, node: &Arc<Node>) {
-        self.state.lock().leader.take_if(|leader| Arc::ptr_eq(leader, node));
+        self.state
+            .lock()
+            .leader
+            .take_if(|leader| Arc::ptr_eq(leader, node));
     }
 
-    /// A node has named the leader by its client address. An address that cannot be one is ignored: it is advice.
+    /// A node has named the leader by its client address. An address that cannot be one is ignored:
+    /// it is advice.
     pub(crate) fn learn_leader(&self, address: &str) {
         let mut state = self.state.lock();
-        if state.leader.as_ref().is_some_and(|leader| leader.address == address) {
+        if state
+            .leader
+            .as_ref()
+            .is_some_and(|leader| leader.address == address)
+        {
             return;
         }
-        let known = self.nodes.iter().chain(&state.learned).find(|node| node.address == address).cloned();
-        let Some(leader) = known.or_else(|| Node::new(address, self.connect_timeout).ok().map(Arc::new)) else { return };
-        let listed = self.nodes.iter().chain(&state.learned).any(|node| Arc::ptr_eq(node, &leader));
+        let known = self
+            .nodes
+            .iter()
+            .chain(&state.learned)
+            .find(|node| node.address == address)
+            .cloned();
+        let Some(leader) =
+            known.or_else(|| Node::new(address, self.connect_timeout).ok().map(Arc::new))
+        else {
+            return;
+        };
+        let listed = self
+            .nodes
+            .iter()
+            .chain(&state.learned)
+            .any(|node| Arc::ptr_eq(node, &leader));
         if !listed {
             if state.learned.len() == LEARNED_MAX {
                 state.learned.pop_front();
@@ -158,23 +198,37 @@ impl Routes {
 impl Node {
     fn new(text: &str, connect_timeout: Duration) -> Result<Self, InvalidEndpoint> {
         let invalid = || InvalidEndpoint(text.to_owned());
-        let address = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+        let address = text
+            .strip_prefix("http://")
+            .unwrap_or(text)
+            .trim_end_matches('/');
         let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| invalid())?;
         let uri = endpoint.uri();
         // The whole of it is host and port: no path, no user, no other scheme hidden in the host.
-        let plain = uri.authority().is_some_and(|authority| authority.as_str() == address && !address.contains('@'));
-        if !plain || uri.port_u16().is_none_or(|port| port == 0) || uri.host().is_none_or(str::is_empty) {
+        let plain = uri
+            .authority()
+            .is_some_and(|authority| authority.as_str() == address && !address.contains('@'));
+        if !plain
+            || uri.port_u16().is_none_or(|port| port == 0)
+            || uri.host().is_none_or(str::is_empty)
+        {
             return Err(invalid());
         }
         let endpoint = endpoint
             .user_agent(concat!("holdfast-client/", env!("CARGO_PKG_VERSION")))
             .map_err(|_| invalid())?
-            // For the connection that tonic makes anew by itself when an idle one was lost; ours is bounded by the call too.
+            // For the connection that tonic makes anew by itself when an idle one was lost; ours is
+            // bounded by the call too.
             .connect_timeout(connect_timeout)
             .http2_keep_alive_interval(PROBE_EVERY)
             .keep_alive_timeout(PROBE_TIMEOUT);
         let address = address.to_owned();
-        Ok(Self { address, endpoint, link: Mutex::new(Link::default()), dialing: tokio::sync::Mutex::new(()) })
+        Ok(Self {
+            address,
+            endpoint,
+            link: Mutex::new(Link::default()),
+            dialing: tokio::sync::Mutex::new(()),
+        })
     }
 
     pub(crate) fn address(&self) -> &str {
@@ -196,7 +250,8 @@ impl Node {
         }
     }
 
-    /// The connection was lost. The next call makes a new one, and knows for sure whether that succeeded.
+    /// The connection was lost. The next call makes a new one, and knows for sure whether that
+    /// succeeded.
     pub(crate) fn lost(&self, generation: u64) {
         let mut link = self.link.lock();
         if link.generation == generation {
@@ -204,7 +259,8 @@ impl Node {
         }
     }
 
-    /// `failures` as they were before waiting for a neighbour's attempt: if that failed meanwhile, so has this one.
+    /// `failures` as they were before waiting for a neighbour's attempt: if that failed meanwhile,
+    /// so has this one.
     async fn dial(&self, failures: u32) -> Result<Connected, String> {
         let _one_at_a_time = self.dialing.lock().await;
         if let Some(connected) = self.current() {
@@ -224,7 +280,10 @@ impl Node {
 
     fn current(&self) -> Option<Connected> {
         let link = self.link.lock();
-        link.channel.clone().map(|channel| Connected { channel, generation: link.generation })
+        link.channel.clone().map(|channel| Connected {
+            channel,
+            generation: link.generation,
+        })
     }
 
     fn joined(&self, channel: Channel) -> Connected {
@@ -233,11 +292,17 @@ impl Node {
         link.failures = 0;
         link.rests_until = None;
         link.channel = Some(channel.clone());
-        Connected { channel, generation: link.generation }
+        Connected {
+            channel,
+            generation: link.generation,
+        }
     }
 
     fn rests(&self) -> bool {
-        self.link.lock().rests_until.is_some_and(|until| now() < until)
+        self.link
+            .lock()
+            .rests_until
+            .is_some_and(|until| now() < until)
     }
 
     /// It could not be connected to.
@@ -256,7 +321,9 @@ fn contains(nodes: &[Arc<Node>], node: &Arc<Node>) -> bool {
 
 /// "Connection refused (os error 111)" says more than "transport error".
 fn last_cause(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).last().map_or_else(String::new, ToString::to_string)
+    std::iter::successors(Some(error), |error| error.source())
+        .last()
+        .map_or_else(String::new, ToString::to_string)
 }
 
 #[cfg(test)]
@@ -264,7 +331,10 @@ mod tests {
     use super::*;
 
     fn routes(endpoints: &[&str]) -> Routes {
-        let endpoints: Vec<String> = endpoints.iter().map(|&endpoint| endpoint.to_owned()).collect();
+        let endpoints: Vec<String> = endpoints
+            .iter()
+            .map(|&endpoint| endpoint.to_owned())
+            .collect();
         Routes::new(&endpoints, Duration::from_secs(1)).unwrap()
     }
 
@@ -278,19 +348,39 @@ mod tests {
 
     #[test]
     fn endpoints_are_host_and_port_with_or_without_http() {
-        for good in ["127.0.0.1:7400", "http://a:1", "http://a:1/", "[::1]:7400", "holdfast-0.holdfast:7400"] {
+        for good in [
+            "127.0.0.1:7400",
+            "http://a:1",
+            "http://a:1/",
+            "[::1]:7400",
+            "holdfast-0.holdfast:7400",
+        ] {
             assert!(Node::new(good, PROBE_EVERY).is_ok(), "{good}");
         }
-        for bad in
-            ["", "a", "a:", "a:0", ":7400", "a:70000", "https://a:1", "ftp://a:1", "a:1/path", "user@a:1", "http://http://a:1", "a b:1"]
-        {
+        for bad in [
+            "",
+            "a",
+            "a:",
+            "a:0",
+            ":7400",
+            "a:70000",
+            "https://a:1",
+            "ftp://a:1",
+            "a:1/path",
+            "user@a:1",
+            "http://http://a:1",
+            "a b:1",
+        ] {
             assert!(Node::new(bad, PROBE_EVERY).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn the_same_endpoint_twice_is_one_node() {
-        assert_eq!(order(&routes(&["a:1", "http://a:1/", "b:1"]), Kind::Read), ["a:1", "b:1"]);
+        assert_eq!(
+            order(&routes(&["a:1", "http://a:1/", "b:1"]), Kind::Read),
+            ["a:1", "b:1"]
+        );
     }
 
     #[test]
@@ -340,8 +430,15 @@ mod tests {
         routes.nodes[0].rest();
         let first = routes.pick(Kind::Read, &[], false).unwrap();
         assert_eq!(first.address(), "b:1");
-        assert!(routes.pick(Kind::Read, std::slice::from_ref(&first), true).is_none());
-        assert_eq!(routes.pick(Kind::Read, &[first], false).unwrap().address(), "a:1");
+        assert!(
+            routes
+                .pick(Kind::Read, std::slice::from_ref(&first), true)
+                .is_none()
+        );
+        assert_eq!(
+            routes.pick(Kind::Read, &[first], false).unwrap().address(),
+            "a:1"
+        );
         assert!(!routes.has_other(Kind::Read, &routes.nodes[1..]));
     }
 

@@ -1,4 +1,5 @@
-//! Scan: one page of keys in order. A page comes in several messages; a try that loses one begins the page anew.
+//! Scan: one page of keys in order. A page comes in several messages; a try that loses one begins
+//! the page anew.
 
 use std::time::Duration;
 
@@ -26,7 +27,11 @@ pub struct Scan {
 
 impl Scan {
     pub(crate) fn new(client: Client) -> Self {
-        Self { client, request: v1::ScanRequest::default(), options: ReadOptions::default() }
+        Self {
+            client,
+            request: v1::ScanRequest::default(),
+            options: ReadOptions::default(),
+        }
     }
 
     /// Only keys that begin with this.
@@ -72,14 +77,22 @@ impl Scan {
     }
 
     async fn send(self) -> Result<Page, Error> {
-        let Self { client, mut request, options } = self;
+        let Self {
+            client,
+            mut request,
+            options,
+        } = self;
         let token = options.token_for(&client);
         request.consistency = options.consistency.to_wire();
         request.token = encoded(token.as_ref());
-        let response = client.call(Kind::Read, client.deadline(options.timeout), |channel, left| {
-            let request = timed(request.clone(), left);
-            async move { whole_page(cache(channel).scan(request).await?).await }
-        });
+        let response = client.call(
+            Kind::Read,
+            client.deadline(options.timeout),
+            |channel, left| {
+                let request = timed(request.clone(), left);
+                async move { whole_page(cache(channel).scan(request).await?).await }
+            },
+        );
         let page = page(client.session_of(token, response.await)?)?;
         client.see(&page.token);
         Ok(page)
@@ -95,7 +108,9 @@ impl IntoFuture for Scan {
 }
 
 /// The messages of a page as one. Stops reading at more entries than a page may have.
-async fn whole_page(response: Response<Streaming<v1::ScanResponse>>) -> Result<Response<v1::ScanResponse>, Status> {
+async fn whole_page(
+    response: Response<Streaming<v1::ScanResponse>>,
+) -> Result<Response<v1::ScanResponse>, Status> {
     let (metadata, mut messages, extensions) = response.into_parts();
     let mut page = v1::ScanResponse::default();
     while let Some(message) = messages.message().await? {
@@ -104,20 +119,32 @@ async fn whole_page(response: Response<Streaming<v1::ScanResponse>>) -> Result<R
         page.replica = message.replica;
         page.token = message.token;
         if page.entries.len() > SCAN_LIMIT_MAX as usize {
-            return Err(Status::internal("a scan page has more entries than the contract allows"));
+            return Err(Status::internal(
+                "a scan page has more entries than the contract allows",
+            ));
         }
     }
     Ok(Response::from_parts(metadata, page, extensions))
 }
 
-/// Without its last message a page would end early and look complete; the last one says who answered.
+/// Without its last message a page would end early and look complete; the last one says who
+/// answered.
 fn page(response: v1::ScanResponse) -> Result<Page, Error> {
     let scanned = |entry: v1::ScanEntry| {
-        let answer = entry.answer.ok_or_else(|| Error::malformed("a scanned key without an answer", false))?;
-        Ok(Scanned { key: entry.key, answer: answer.into() })
+        let answer = entry
+            .answer
+            .ok_or_else(|| Error::malformed("a scanned key without an answer", false))?;
+        Ok(Scanned {
+            key: entry.key,
+            answer: answer.into(),
+        })
     };
     Ok(Page {
-        entries: response.entries.into_iter().map(scanned).collect::<Result<_, Error>>()?,
+        entries: response
+            .entries
+            .into_iter()
+            .map(scanned)
+            .collect::<Result<_, Error>>()?,
         next_cursor: Some(response.next_cursor).filter(|cursor| !cursor.is_empty()),
         replica: answer::replica(response.replica, false)?,
         token: answer::token(&response.token, false)?,

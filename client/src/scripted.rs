@@ -1,5 +1,6 @@
-//! Real servers that answer by script, and the rules of routing and retrying held against them. Only for what no cluster can be
-//! made to say on demand; how a cluster behaves is tested with clusters.
+//! Real servers that answer by script, and the rules of routing and retrying held against them.
+//! Only for what no cluster can be made to say on demand; how a cluster behaves is tested with
+//! clusters.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -57,14 +58,25 @@ struct Service(Arc<Script>);
 
 impl Node {
     pub(crate) async fn start(steps: impl IntoIterator<Item = Step>) -> Self {
-        let script = Arc::new(Script { steps: Mutex::new(steps.into_iter().collect()), ..Script::default() });
+        let script = Arc::new(Script {
+            steps: Mutex::new(steps.into_iter().collect()),
+            ..Script::default()
+        });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let service = CacheServiceServer::new(Service(script.clone()));
         let server = tokio::spawn(async move {
-            tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpIncoming::from(listener)).await.unwrap();
+            tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming(TcpIncoming::from(listener))
+                .await
+                .unwrap();
         });
-        Self { address, script, server }
+        Self {
+            address,
+            script,
+            server,
+        }
     }
 
     pub(crate) fn answer(&self, answer: v1::Answer) {
@@ -92,8 +104,16 @@ impl Drop for Node {
 }
 
 impl Service {
-    async fn step<M, R>(&self, request: &Request<M>, seen: Seen, answer: R) -> Result<Response<R>, Status> {
-        let timeout = request.metadata().get("grpc-timeout").map(|value| value.to_str().unwrap().to_owned());
+    async fn step<M, R>(
+        &self,
+        request: &Request<M>,
+        seen: Seen,
+        answer: R,
+    ) -> Result<Response<R>, Status> {
+        let timeout = request
+            .metadata()
+            .get("grpc-timeout")
+            .map(|value| value.to_str().unwrap().to_owned());
         self.0.seen.lock().push(Seen { timeout, ..seen });
         let step = self.0.steps.lock().pop_front();
         match step {
@@ -101,7 +121,9 @@ impl Service {
             Some(Step::Fail(status)) => Err(status),
             Some(Step::Hint(leader)) => {
                 let mut response = Response::new(answer);
-                response.metadata_mut().insert(reason::LEADER_HEADER, leader.parse().unwrap());
+                response
+                    .metadata_mut()
+                    .insert(reason::LEADER_HEADER, leader.parse().unwrap());
                 Ok(response)
             }
             Some(Step::Hang) => std::future::pending().await,
@@ -110,7 +132,11 @@ impl Service {
 }
 
 fn seen(request_id: Option<v1::RequestId>, token: Bytes) -> Seen {
-    Seen { request_id, token, timeout: None }
+    Seen {
+        request_id,
+        token,
+        timeout: None,
+    }
 }
 
 pub(crate) fn token(revision: u64) -> Token {
@@ -125,49 +151,94 @@ fn not_scripted<R>() -> Result<Response<R>, Status> {
 
 #[tonic::async_trait]
 impl v1::cache_service_server::CacheService for Service {
-    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
         let seen = seen(None, request.get_ref().token.clone());
-        let miss = || v1::Answer { state: v1::State::Miss as i32, ..Default::default() };
+        let miss = || v1::Answer {
+            state: v1::State::Miss as i32,
+            ..Default::default()
+        };
         let answer = self.0.answer.lock().clone().unwrap_or_else(miss);
-        let response = v1::GetResponse { answer: Some(answer), replica: Some(v1::Replica::default()), token: token(1).encode() };
+        let response = v1::GetResponse {
+            answer: Some(answer),
+            replica: Some(v1::Replica::default()),
+            token: token(1).encode(),
+        };
         self.step(&request, seen, response).await
     }
 
-    async fn set(&self, request: Request<v1::SetRequest>) -> Result<Response<v1::SetResponse>, Status> {
+    async fn set(
+        &self,
+        request: Request<v1::SetRequest>,
+    ) -> Result<Response<v1::SetResponse>, Status> {
         let seen = seen(request.get_ref().request_id.clone(), Bytes::new());
-        let response = v1::SetResponse { version: 7, replica: Some(v1::Replica::default()), token: token(7).encode() };
+        let response = v1::SetResponse {
+            version: 7,
+            replica: Some(v1::Replica::default()),
+            token: token(7).encode(),
+        };
         self.step(&request, seen, response).await
     }
 
-    async fn delete(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteResponse>, Status> {
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
         let seen = seen(request.get_ref().request_id.clone(), Bytes::new());
-        let response = v1::DeleteResponse { existed: true, replica: Some(v1::Replica::default()), token: token(8).encode() };
+        let response = v1::DeleteResponse {
+            existed: true,
+            replica: Some(v1::Replica::default()),
+            token: token(8).encode(),
+        };
         self.step(&request, seen, response).await
     }
 
-    async fn batch_get(&self, _: Request<v1::BatchGetRequest>) -> Result<Response<v1::BatchGetResponse>, Status> {
+    async fn batch_get(
+        &self,
+        _: Request<v1::BatchGetRequest>,
+    ) -> Result<Response<v1::BatchGetResponse>, Status> {
         not_scripted()
     }
 
-    async fn invalidate(&self, _: Request<v1::InvalidateRequest>) -> Result<Response<v1::InvalidateResponse>, Status> {
+    async fn invalidate(
+        &self,
+        _: Request<v1::InvalidateRequest>,
+    ) -> Result<Response<v1::InvalidateResponse>, Status> {
         not_scripted()
     }
 
-    async fn inspect(&self, _: Request<v1::InspectRequest>) -> Result<Response<v1::InspectResponse>, Status> {
+    async fn inspect(
+        &self,
+        _: Request<v1::InspectRequest>,
+    ) -> Result<Response<v1::InspectResponse>, Status> {
         not_scripted()
     }
 
     type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Status>>;
 
-    async fn scan(&self, _: Request<v1::ScanRequest>) -> Result<Response<Self::ScanStream>, Status> {
+    async fn scan(
+        &self,
+        _: Request<v1::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
         let messages = self.0.pages.lock().pop_front().unwrap_or_default();
-        Ok(Response::new(Box::pin(futures::stream::iter(messages.into_iter().map(Ok)))))
+        Ok(Response::new(Box::pin(futures::stream::iter(
+            messages.into_iter().map(Ok),
+        ))))
     }
 }
 
 fn unavailable(why: &str, metadata: &[(&str, &str)]) -> Step {
-    let metadata: HashMap<String, String> = metadata.iter().map(|&(k, v)| (k.into(), v.into())).collect();
-    Step::Fail(Status::with_error_details(Code::Unavailable, "words", ErrorDetails::with_error_info(why, reason::DOMAIN, metadata)))
+    let metadata: HashMap<String, String> = metadata
+        .iter()
+        .map(|&(k, v)| (k.into(), v.into()))
+        .collect();
+    Step::Fail(Status::with_error_details(
+        Code::Unavailable,
+        "words",
+        ErrorDetails::with_error_info(why, reason::DOMAIN, metadata),
+    ))
 }
 
 fn no() -> Step {
@@ -175,7 +246,10 @@ fn no() -> Step {
 }
 
 fn unknown() -> Step {
-    unavailable(reason::NO_QUORUM, &[(reason::APPLIED, reason::APPLIED_UNKNOWN)])
+    unavailable(
+        reason::NO_QUORUM,
+        &[(reason::APPLIED, reason::APPLIED_UNKNOWN)],
+    )
 }
 
 fn builder(nodes: &[&Node]) -> Builder {
@@ -199,7 +273,10 @@ async fn breaks_off() -> String {
     tokio::spawn(async move {
         let (mut connection, _) = listener.accept().await.unwrap();
         let mut start_of_the_request = [0; 128];
-        connection.read_exact(&mut start_of_the_request).await.unwrap();
+        connection
+            .read_exact(&mut start_of_the_request)
+            .await
+            .unwrap();
     });
     address
 }
@@ -207,8 +284,17 @@ async fn breaks_off() -> String {
 #[tokio::test]
 async fn a_write_without_request_id_is_not_sent_again_when_its_outcome_is_unknown() {
     let (a, b) = (Node::start([unknown()]).await, Node::start([]).await);
-    let error = builder(&[&a, &b]).request_ids(false).build().unwrap().set("k", "v").await.unwrap_err();
-    assert_eq!((error.applied(), error.reason()), (Applied::Unknown, reason::NO_QUORUM));
+    let error = builder(&[&a, &b])
+        .request_ids(false)
+        .build()
+        .unwrap()
+        .set("k", "v")
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (error.applied(), error.reason()),
+        (Applied::Unknown, reason::NO_QUORUM)
+    );
     assert_eq!((a.calls(), b.calls()), (1, 0));
     assert_eq!(a.seen()[0].request_id, None);
 }
@@ -216,7 +302,13 @@ async fn a_write_without_request_id_is_not_sent_again_when_its_outcome_is_unknow
 #[tokio::test]
 async fn a_write_without_request_id_is_sent_again_when_it_did_not_happen() {
     let (a, b) = (Node::start([no()]).await, Node::start([]).await);
-    let stored = builder(&[&a, &b]).request_ids(false).build().unwrap().set("k", "v").await.unwrap();
+    let stored = builder(&[&a, &b])
+        .request_ids(false)
+        .build()
+        .unwrap()
+        .set("k", "v")
+        .await
+        .unwrap();
     assert_eq!((stored.version, a.calls(), b.calls()), (7, 1, 1));
 }
 
@@ -225,7 +317,11 @@ async fn every_try_of_a_mutation_carries_the_same_request_id() {
     let a = Node::start([unknown(), no(), unknown()]).await;
     let client = client(&[&a]);
     client.delete("k").await.unwrap();
-    let ids: Vec<_> = a.seen().into_iter().map(|seen| seen.request_id.unwrap()).collect();
+    let ids: Vec<_> = a
+        .seen()
+        .into_iter()
+        .map(|seen| seen.request_id.unwrap())
+        .collect();
     assert_eq!(ids.len(), 4);
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
 
@@ -238,8 +334,17 @@ async fn every_try_of_a_mutation_carries_the_same_request_id() {
 #[tokio::test]
 async fn once_unknown_a_mutation_is_never_reported_as_not_applied() {
     let a = Node::start([unknown(), no(), no()]).await;
-    let error = builder(&[&a]).retries(2).build().unwrap().set("k", "v").await.unwrap_err();
-    assert_eq!((error.reason(), error.applied()), (reason::NO_LEADER, Applied::Unknown));
+    let error = builder(&[&a])
+        .retries(2)
+        .build()
+        .unwrap()
+        .set("k", "v")
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (error.reason(), error.applied()),
+        (reason::NO_LEADER, Applied::Unknown)
+    );
     assert_eq!(a.calls(), 3);
 }
 
@@ -247,11 +352,29 @@ async fn once_unknown_a_mutation_is_never_reported_as_not_applied() {
 async fn a_lost_connection_leaves_a_write_unknown_and_a_named_one_is_taken_elsewhere() {
     let b = Node::start([]).await;
     let to = |address: String| Client::builder().endpoints([address, b.address.clone()]);
-    let error = to(breaks_off().await).request_ids(false).build().unwrap().set("k", "v").await.unwrap_err();
+    let error = to(breaks_off().await)
+        .request_ids(false)
+        .build()
+        .unwrap()
+        .set("k", "v")
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
-    assert_eq!((error.applied(), error.reason(), b.calls()), (Applied::Unknown, "CONNECTION", 0));
+    assert_eq!(
+        (error.applied(), error.reason(), b.calls()),
+        (Applied::Unknown, "CONNECTION", 0)
+    );
 
-    assert_eq!(to(breaks_off().await).build().unwrap().set("k", "v").await.unwrap().version, 7);
+    assert_eq!(
+        to(breaks_off().await)
+            .build()
+            .unwrap()
+            .set("k", "v")
+            .await
+            .unwrap()
+            .version,
+        7
+    );
     assert_eq!(b.calls(), 1);
 }
 
@@ -269,7 +392,10 @@ async fn writes_follow_the_leader_named_by_an_answer_and_reads_stay() {
 #[tokio::test]
 async fn a_write_goes_at_once_to_the_leader_that_its_refusal_names() {
     let leader = Node::start([]).await;
-    let metadata = [(reason::APPLIED, reason::APPLIED_NO), (reason::LEADER, leader.address.as_str())];
+    let metadata = [
+        (reason::APPLIED, reason::APPLIED_NO),
+        (reason::LEADER, leader.address.as_str()),
+    ];
     let a = Node::start([unavailable(reason::NO_LEADER, &metadata)]).await;
     let client = builder(&[&a]).retries(0).build().unwrap();
     client.set("k", "v").await.unwrap();
@@ -288,7 +414,11 @@ async fn a_leader_that_cannot_be_reached_costs_no_write() {
 #[tokio::test]
 async fn a_dead_first_endpoint_fails_over() {
     let b = Node::start([]).await;
-    let client = Client::builder().endpoints([nobody().await, b.address.clone()]).retries(0).build().unwrap();
+    let client = Client::builder()
+        .endpoints([nobody().await, b.address.clone()])
+        .retries(0)
+        .build()
+        .unwrap();
     client.get("k").await.unwrap();
     client.set("k", "v").await.unwrap();
     assert_eq!(b.calls(), 2);
@@ -297,7 +427,11 @@ async fn a_dead_first_endpoint_fails_over() {
 #[tokio::test]
 async fn a_node_that_dies_between_two_calls_costs_neither_reads_nor_writes() {
     let b = Node::start([]).await;
-    let mortal = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let mortal = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
     let a = mortal.spawn(Node::start([])).await.unwrap();
     let client = builder(&[&a, &b]).retries(0).build().unwrap();
     client.get("k").await.unwrap();
@@ -310,7 +444,10 @@ async fn a_node_that_dies_between_two_calls_costs_neither_reads_nor_writes() {
 #[tokio::test]
 async fn a_silent_node_takes_only_half_of_a_reads_time_and_comes_last_afterwards() {
     let (a, b) = (Node::start([Step::Hang]).await, Node::start([]).await);
-    let client = builder(&[&a, &b]).timeout(Duration::from_millis(600)).build().unwrap();
+    let client = builder(&[&a, &b])
+        .timeout(Duration::from_millis(600))
+        .build()
+        .unwrap();
     client.get("k").await.unwrap();
     client.get("k").await.unwrap();
     assert_eq!((a.calls(), b.calls()), (1, 2));
@@ -318,17 +455,32 @@ async fn a_silent_node_takes_only_half_of_a_reads_time_and_comes_last_afterwards
 
 #[tokio::test]
 async fn a_read_goes_on_to_the_next_node_when_one_is_unavailable() {
-    let (a, b) = (Node::start([unavailable(reason::NOT_READY, &[])]).await, Node::start([]).await);
+    let (a, b) = (
+        Node::start([unavailable(reason::NOT_READY, &[])]).await,
+        Node::start([]).await,
+    );
     let client = builder(&[&a, &b]).retries(0).build().unwrap();
     client.get("k").await.unwrap();
     client.get("k").await.unwrap();
-    assert_eq!((a.calls(), b.calls()), (1, 2), "the last good node is asked first");
+    assert_eq!(
+        (a.calls(), b.calls()),
+        (1, 2),
+        "the last good node is asked first"
+    );
 }
 
 #[tokio::test]
 async fn a_permanent_error_is_not_tried_again() {
-    let details = ErrorDetails::with_error_info(reason::INVALID_FIELD, reason::DOMAIN, HashMap::from([("field".into(), "key".into())]));
-    let fail = Step::Fail(Status::with_error_details(Code::InvalidArgument, "the key is empty", details));
+    let details = ErrorDetails::with_error_info(
+        reason::INVALID_FIELD,
+        reason::DOMAIN,
+        HashMap::from([("field".into(), "key".into())]),
+    );
+    let fail = Step::Fail(Status::with_error_details(
+        Code::InvalidArgument,
+        "the key is empty",
+        details,
+    ));
     let (a, b) = (Node::start([fail]).await, Node::start([]).await);
     let error = client(&[&a, &b]).get("").await.unwrap_err();
     assert_eq!(error.field(), Some("key"));
@@ -338,30 +490,52 @@ async fn a_permanent_error_is_not_tried_again() {
 #[tokio::test]
 async fn rounds_are_bounded_and_the_nodes_word_is_what_is_reported() {
     let a = Node::start(std::iter::repeat_with(no).take(10)).await;
-    let client = Client::builder().endpoints([a.address.clone(), nobody().await]).retries(2).build().unwrap();
+    let client = Client::builder()
+        .endpoints([a.address.clone(), nobody().await])
+        .retries(2)
+        .build()
+        .unwrap();
     let error = client.set("k", "v").await.unwrap_err();
-    assert_eq!((error.reason(), error.applied(), a.calls()), (reason::NO_LEADER, Applied::No, 3));
+    assert_eq!(
+        (error.reason(), error.applied(), a.calls()),
+        (reason::NO_LEADER, Applied::No, 3)
+    );
 }
 
 #[tokio::test]
 async fn each_try_carries_what_is_left_of_the_time() {
     let a = Node::start([no(), no()]).await;
-    client(&[&a]).set("k", "v").timeout(Duration::from_secs(3)).await.unwrap();
+    client(&[&a])
+        .set("k", "v")
+        .timeout(Duration::from_secs(3))
+        .await
+        .unwrap();
     let sent: Vec<u64> = a
         .seen()
         .iter()
         .map(|seen| {
             let timeout = seen.timeout.clone().unwrap();
-            timeout.strip_suffix('u').expect("between 0.1 s and 100 s it is in microseconds").parse().unwrap()
+            timeout
+                .strip_suffix('u')
+                .expect("between 0.1 s and 100 s it is in microseconds")
+                .parse()
+                .unwrap()
         })
         .collect();
-    assert!(sent[0] <= 3_000_000 && sent[0] > sent[1] && sent[1] > sent[2], "{sent:?}");
+    assert!(
+        sent[0] <= 3_000_000 && sent[0] > sent[1] && sent[1] > sent[2],
+        "{sent:?}"
+    );
 }
 
 #[tokio::test]
 async fn time_that_runs_out_after_a_write_was_sent_leaves_it_unknown() {
     let a = Node::start([Step::Hang]).await;
-    let error = client(&[&a]).set("k", "v").timeout(Duration::from_millis(100)).await.unwrap_err();
+    let error = client(&[&a])
+        .set("k", "v")
+        .timeout(Duration::from_millis(100))
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Deadline { .. }), "{error:?}");
     assert_eq!(error.applied(), Applied::Unknown);
 }
@@ -369,13 +543,21 @@ async fn time_that_runs_out_after_a_write_was_sent_leaves_it_unknown() {
 #[tokio::test]
 async fn a_read_whose_time_runs_out_in_the_next_try_reports_what_the_node_said() {
     let a = Node::start([unavailable(reason::NO_LEADER, &[]), Step::Hang]).await;
-    let error = client(&[&a]).get("k").timeout(Duration::from_millis(500)).await.unwrap_err();
+    let error = client(&[&a])
+        .get("k")
+        .timeout(Duration::from_millis(500))
+        .await
+        .unwrap_err();
     assert_eq!((error.reason(), a.calls()), (reason::NO_LEADER, 2));
 }
 
 #[tokio::test]
 async fn a_write_that_never_found_a_connection_did_not_happen() {
-    let client = Client::builder().endpoints([nobody().await]).timeout(Duration::from_millis(100)).build().unwrap();
+    let client = Client::builder()
+        .endpoints([nobody().await])
+        .timeout(Duration::from_millis(100))
+        .build()
+        .unwrap();
     let error = client.set("k", "v").await.unwrap_err();
     assert!(matches!(error, Error::Connect { .. }), "{error:?}");
     assert_eq!(error.applied(), Applied::No);
@@ -388,27 +570,50 @@ async fn what_a_write_answered_is_sent_with_the_next_session_read() {
     let client = client(&[&a]);
     client.set("k", "v").await.unwrap();
     client.get("k").await.unwrap();
-    client.get("k").consistency(Consistency::Local).await.unwrap();
+    client
+        .get("k")
+        .consistency(Consistency::Local)
+        .await
+        .unwrap();
     assert_eq!(Token::decode(&a.seen()[1].token), Ok(Some(token(7))));
     assert!(a.seen()[2].token.is_empty());
-    assert_eq!(client.token(), token(7), "an answer that saw less takes nothing away");
+    assert_eq!(
+        client.token(),
+        token(7),
+        "an answer that saw less takes nothing away"
+    );
 }
 
 #[tokio::test]
 async fn a_token_from_before_a_restore_fails_one_read_and_is_let_go() {
-    let details = ErrorDetails::with_error_info(reason::TOKEN_EPOCH, reason::DOMAIN, HashMap::new());
-    let a = Node::start([Step::Fail(Status::with_error_details(Code::FailedPrecondition, "", details))]).await;
+    let details =
+        ErrorDetails::with_error_info(reason::TOKEN_EPOCH, reason::DOMAIN, HashMap::new());
+    let a = Node::start([Step::Fail(Status::with_error_details(
+        Code::FailedPrecondition,
+        "",
+        details,
+    ))])
+    .await;
     let client = client(&[&a]);
     client.see(&token(9));
-    assert!(matches!(client.get("k").await, Err(Error::TokenEpoch { .. })));
+    assert!(matches!(
+        client.get("k").await,
+        Err(Error::TokenEpoch { .. })
+    ));
     client.get("k").await.unwrap();
     assert!(a.seen()[1].token.is_empty());
 }
 
 #[tokio::test]
 async fn a_page_is_whole_or_an_error() {
-    let entry = |key: &'static str| v1::ScanEntry { key: key.into(), answer: Some(v1::Answer::default()) };
-    let first = v1::ScanResponse { entries: vec![entry("a"), entry("b")], ..Default::default() };
+    let entry = |key: &'static str| v1::ScanEntry {
+        key: key.into(),
+        answer: Some(v1::Answer::default()),
+    };
+    let first = v1::ScanResponse {
+        entries: vec![entry("a"), entry("b")],
+        ..Default::default()
+    };
     let last = v1::ScanResponse {
         entries: vec![entry("c")],
         next_cursor: "next".into(),
@@ -421,7 +626,13 @@ async fn a_page_is_whole_or_an_error() {
     a.page(vec![first.clone(), last]);
     let page = client.scan().prefix("").await.unwrap();
     let keys: Vec<_> = page.entries.iter().map(|entry| entry.key.clone()).collect();
-    assert_eq!((keys, page.next_cursor), (vec!["a".into(), "b".into(), "c".into()], Some("next".into())));
+    assert_eq!(
+        (keys, page.next_cursor),
+        (
+            vec!["a".into(), "b".into(), "c".into()],
+            Some("next".into())
+        )
+    );
     assert_eq!(client.token(), token(3));
 
     a.page(vec![first]);

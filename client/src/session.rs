@@ -1,5 +1,5 @@
-//! What one client remembers between calls: what it has seen (its token), and which of its mutations are in flight.
-//! Knows no network.
+//! What one client remembers between calls: what it has seen (its token), and which of its
+//! mutations are in flight. Knows no network.
 
 use std::collections::BTreeSet;
 
@@ -26,7 +26,8 @@ struct Mutations {
     in_flight: BTreeSet<u64>,
 }
 
-/// A mutation in flight. Dropped when its outcome is known or nobody waits for it any more: it is never sent again.
+/// A mutation in flight. Dropped when its outcome is known or nobody waits for it any more: it is
+/// never sent again.
 pub(crate) struct Mutation<'a> {
     session: &'a Session,
     seq: u64,
@@ -38,7 +39,10 @@ impl Session {
         Self {
             token: Mutex::new(Token::default()),
             client: Bytes::copy_from_slice(&rand::random::<[u8; CLIENT_ID_BYTES]>()),
-            mutations: Mutex::new(Mutations { next_seq: 1, in_flight: BTreeSet::new() }),
+            mutations: Mutex::new(Mutations {
+                next_seq: 1,
+                in_flight: BTreeSet::new(),
+            }),
             ended: Notify::new(),
         }
     }
@@ -51,7 +55,8 @@ impl Session {
         self.token.lock().merge(token);
     }
 
-    /// The token is from before a restore: what it has seen can be seen no more. One that was renewed meanwhile stays.
+    /// The token is from before a restore: what it has seen can be seen no more. One that was
+    /// renewed meanwhile stays.
     pub(crate) fn forget_epoch(&self, epoch: u64) {
         let mut token = self.token.lock();
         if token.epoch() == epoch {
@@ -59,8 +64,9 @@ impl Session {
         }
     }
 
-    /// A name for a new mutation. Waits while the oldest in flight is a window behind: the state remembers only so many
-    /// outcomes of a client, and forgetting that one's would let its retry happen twice.
+    /// A name for a new mutation. Waits while the oldest in flight is a window behind: the state
+    /// remembers only so many outcomes of a client, and forgetting that one's would let its retry
+    /// happen twice.
     pub(crate) async fn begin(&self) -> Mutation<'_> {
         loop {
             // Before the look, so that an end between look and wait is not missed.
@@ -72,7 +78,8 @@ impl Session {
         }
     }
 
-    /// Counter and set are under one lock: a seq drawn but not yet in the set could otherwise be declared done by a neighbour.
+    /// Counter and set are under one lock: a seq drawn but not yet in the set could otherwise be
+    /// declared done by a neighbour.
     fn begin_now(&self) -> Option<Mutation<'_>> {
         let mut mutations = self.mutations.lock();
         let seq = mutations.next_seq;
@@ -82,14 +89,22 @@ impl Session {
         }
         mutations.next_seq += 1;
         mutations.in_flight.insert(seq);
-        Some(Mutation { session: self, seq, done_below })
+        Some(Mutation {
+            session: self,
+            seq,
+            done_below,
+        })
     }
 }
 
 impl Mutation<'_> {
     /// The same on every try.
     pub(crate) fn id(&self) -> RequestId {
-        RequestId { client: self.session.client.clone(), seq: self.seq, done_below: self.done_below }
+        RequestId {
+            client: self.session.client.clone(),
+            seq: self.seq,
+            done_below: self.done_below,
+        }
     }
 }
 
@@ -117,7 +132,10 @@ mod tests {
         session.see(&token(1, 3));
         assert_eq!(session.token().revision(0), 7);
         session.see(&token(2, 1));
-        assert_eq!((session.token().epoch(), session.token().revision(0)), (2, 1));
+        assert_eq!(
+            (session.token().epoch(), session.token().revision(0)),
+            (2, 1)
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Set, Delete and Invalidate: each a small builder that is awaited, with one request id over all its tries.
+//! Set, Delete and Invalidate: each a small builder that is awaited, with one request id over all
+//! its tries.
 
 use std::time::{Duration, SystemTime};
 
@@ -47,7 +48,15 @@ pub struct Invalidate {
 
 impl Set {
     pub(crate) fn new(client: Client, key: Bytes, value: Bytes) -> Self {
-        Self { client, request: v1::SetRequest { key, value, ..Default::default() }, timeout: None }
+        Self {
+            client,
+            request: v1::SetRequest {
+                key,
+                value,
+                ..Default::default()
+            },
+            timeout: None,
+        }
     }
 
     /// Lifetime from now. Takes the place of `expires_at`.
@@ -108,10 +117,18 @@ impl Set {
     }
 
     async fn send(self) -> Result<Stored, Error> {
-        let Self { client, mut request, timeout } = self;
-        // Refused here only because it might not fit a message; the node's bound is the same or lower.
+        let Self {
+            client,
+            mut request,
+            timeout,
+        } = self;
+        // Refused here only because it might not fit a message; the node's bound is the same or
+        // lower.
         if request.value.len() > VALUE_BYTES_MAX {
-            let message = format!("the value has {} bytes, more than {VALUE_BYTES_MAX}", request.value.len());
+            let message = format!(
+                "the value has {} bytes, more than {VALUE_BYTES_MAX}",
+                request.value.len()
+            );
             return Err(Error::too_large(Some("value"), &message, true));
         }
         let deadline = client.deadline(timeout);
@@ -124,13 +141,21 @@ impl Set {
         let response = response.await?;
         let token = answer::token(&response.token, true)?;
         client.see(&token);
-        Ok(Stored { version: response.version, replica: answer::replica(response.replica, true)?, token })
+        Ok(Stored {
+            version: response.version,
+            replica: answer::replica(response.replica, true)?,
+            token,
+        })
     }
 }
 
 impl Delete {
     pub(crate) fn new(client: Client, key: Bytes) -> Self {
-        Self { client, key, timeout: None }
+        Self {
+            client,
+            key,
+            timeout: None,
+        }
     }
 
     /// This call's total time instead of the client's.
@@ -140,11 +165,18 @@ impl Delete {
     }
 
     async fn send(self) -> Result<Done, Error> {
-        let Self { client, key, timeout } = self;
+        let Self {
+            client,
+            key,
+            timeout,
+        } = self;
         let deadline = client.deadline(timeout);
         let mutation = client.mutation(deadline).await?;
         let target = Some(v1::delete_request::Target::Key(key));
-        let request = v1::DeleteRequest { target, request_id: mutation.as_ref().map(Mutation::id) };
+        let request = v1::DeleteRequest {
+            target,
+            request_id: mutation.as_ref().map(Mutation::id),
+        };
         let response = client.call(kind(mutation.as_ref()), deadline, |channel, left| {
             let request = timed(request.clone(), left);
             async move { cache(channel).delete(request).await }
@@ -156,7 +188,11 @@ impl Delete {
 
 impl Invalidate {
     pub(crate) fn new(client: Client, key: Bytes) -> Self {
-        Self { client, key, timeout: None }
+        Self {
+            client,
+            key,
+            timeout: None,
+        }
     }
 
     /// This call's total time instead of the client's.
@@ -166,11 +202,18 @@ impl Invalidate {
     }
 
     async fn send(self) -> Result<Done, Error> {
-        let Self { client, key, timeout } = self;
+        let Self {
+            client,
+            key,
+            timeout,
+        } = self;
         let deadline = client.deadline(timeout);
         let mutation = client.mutation(deadline).await?;
         let target = Some(v1::invalidate_request::Target::Key(key));
-        let request = v1::InvalidateRequest { target, request_id: mutation.as_ref().map(Mutation::id) };
+        let request = v1::InvalidateRequest {
+            target,
+            request_id: mutation.as_ref().map(Mutation::id),
+        };
         let response = client.call(kind(mutation.as_ref()), deadline, |channel, left| {
             let request = timed(request.clone(), left);
             async move { cache(channel).invalidate(request).await }
@@ -205,24 +248,40 @@ impl IntoFuture for Invalidate {
 }
 
 impl Client {
-    /// A name for a mutation, if this client gives names. Waiting for one is part of the call's time.
+    /// A name for a mutation, if this client gives names. Waiting for one is part of the call's
+    /// time.
     async fn mutation(&self, deadline: Deadline) -> Result<Option<Mutation<'_>>, Error> {
         if !self.0.request_ids {
             return Ok(None);
         }
         let begun = tokio::time::timeout(deadline.left(), self.0.session.begin()).await;
-        begun.map(Some).map_err(|_| Error::deadline(deadline.total(), Some(Applied::No)))
+        begun
+            .map(Some)
+            .map_err(|_| Error::deadline(deadline.total(), Some(Applied::No)))
     }
 }
 
 fn kind(mutation: Option<&Mutation<'_>>) -> Kind {
-    if mutation.is_some() { Kind::NamedWrite } else { Kind::Write }
+    if mutation.is_some() {
+        Kind::NamedWrite
+    } else {
+        Kind::Write
+    }
 }
 
-fn done(client: &Client, existed: bool, replica: Option<v1::Replica>, token: &[u8]) -> Result<Done, Error> {
+fn done(
+    client: &Client,
+    existed: bool,
+    replica: Option<v1::Replica>,
+    token: &[u8],
+) -> Result<Done, Error> {
     let token = answer::token(token, true)?;
     client.see(&token);
-    Ok(Done { existed, replica: answer::replica(replica, true)?, token })
+    Ok(Done {
+        existed,
+        replica: answer::replica(replica, true)?,
+        token,
+    })
 }
 
 /// Longer than for ever is for ever.

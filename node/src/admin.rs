@@ -1,7 +1,7 @@
 //! The admin listener: probes, metrics and the version, over plain HTTP.
 //!
-//! Promises that `/livez` says only that the process turns: a node without leader or quorum must not be restarted for it.
-//! Must never know a key, a value or a credential.
+//! Promises that `/livez` says only that the process turns: a node without leader or quorum must
+//! not be restarted for it. Must never know a key, a value or a credential.
 
 use std::sync::Arc;
 
@@ -30,15 +30,27 @@ pub(crate) struct Shown {
 pub(crate) fn router(shown: Shown) -> Router {
     Router::new()
         .route("/livez", get(|| async { "alive" }))
-        .route("/readyz", get(|State(shown): State<Arc<Shown>>| async move { probe(&shown.readiness.to_read()) }))
-        .route("/readyz/write", get(|State(shown): State<Arc<Shown>>| async move { probe(&shown.readiness.to_write()) }))
+        .route(
+            "/readyz",
+            get(|State(shown): State<Arc<Shown>>| async move { probe(&shown.readiness.to_read()) }),
+        )
+        .route(
+            "/readyz/write",
+            get(
+                |State(shown): State<Arc<Shown>>| async move { probe(&shown.readiness.to_write()) },
+            ),
+        )
         .route("/metrics", get(scrape))
         .route("/version", get(version))
         .with_state(Arc::new(shown))
 }
 
 fn probe(checks: &Checks) -> Response {
-    let status = if checks.all_hold() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let status = if checks.all_hold() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
     (status, format!("{checks}\n")).into_response()
 }
 
@@ -46,7 +58,11 @@ async fn scrape(State(shown): State<Arc<Shown>>) -> Response {
     // Sizes are read from the disk.
     let scraped = holdfast_raft::task::blocking(move || {
         let is_ready = shown.readiness.to_read().all_hold();
-        shown.metrics.scrape(Seen { replicas: &shown.replicas, is_insecure: shown.is_insecure, is_ready })
+        shown.metrics.scrape(Seen {
+            replicas: &shown.replicas,
+            is_insecure: shown.is_insecure,
+            is_ready,
+        })
     });
     match scraped.await {
         Ok(Ok(text)) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
@@ -66,7 +82,10 @@ mod tests {
 
     #[test]
     fn a_probe_fails_with_503() {
-        let bad = Checks(vec![Check { name: "leader", problem: Some("nobody leads: shard 0".into()) }]);
+        let bad = Checks(vec![Check {
+            name: "leader",
+            problem: Some("nobody leads: shard 0".into()),
+        }]);
         assert_eq!(probe(&bad).status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(probe(&Checks(Vec::new())).status(), StatusCode::OK);
     }

@@ -1,4 +1,5 @@
-//! The commands of `holdfastd`, and the life of its process: configuration, telemetry, the node, signals, exit codes.
+//! The commands of `holdfastd`, and the life of its process: configuration, telemetry, the node,
+//! signals, exit codes.
 //!
 //! | exit code | why |
 //! |--|--|
@@ -28,8 +29,8 @@ const MISCONFIGURED: u8 = 2;
 /// For tasks that still run when everything is stopped.
 const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Holdfast, a replicated durable cache: one node. Without a command it runs, on loopback from ./holdfast-data unless told
-/// otherwise.
+/// Holdfast, a replicated durable cache: one node. Without a command it runs, on loopback from
+/// ./holdfast-data unless told otherwise.
 #[derive(Debug, Parser)]
 #[command(name = "holdfastd", version, args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -99,7 +100,12 @@ pub(crate) struct Signals {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let ended = match arguments.command {
-        None => arguments.run.config().map_err(StartError::from).map_err(Failure::from).and_then(|config| running(run(config))),
+        None => arguments
+            .run
+            .config()
+            .map_err(StartError::from)
+            .map_err(Failure::from)
+            .and_then(|config| running(run(config))),
         Some(Command::CheckConfig { file }) => check(&file),
         Some(Command::DefaultConfig) => {
             print!("{DEFAULT_YAML}");
@@ -141,9 +147,13 @@ fn check(file: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Everything from here on happens inside a runtime, with telemetry set up before and flushed after.
+/// Everything from here on happens inside a runtime, with telemetry set up before and flushed
+/// after.
 fn running(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::Runtime)?;
     let ended = runtime.block_on(async {
         let telemetry = Telemetry::init()?;
         let ended = work.await;
@@ -156,7 +166,8 @@ fn running(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failur
 
 /// With the process's variables.
 pub(crate) fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Config, ConfigError> {
-    let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let variables = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     Config::load(file, variables, overrides)
 }
 
@@ -169,8 +180,12 @@ impl Run {
             ("--listen-peer", "listen.peer", &self.listen_peer),
             ("--listen-admin", "listen.admin", &self.listen_admin),
         ];
-        let set = flags.into_iter().filter_map(|(flag, path, value)| Some((flag, path, value.as_ref()?)));
-        let overrides = set.fold(Overrides::default(), |overrides, (flag, path, value)| overrides.text(flag, path, value));
+        let set = flags
+            .into_iter()
+            .filter_map(|(flag, path, value)| Some((flag, path, value.as_ref()?)));
+        let overrides = set.fold(Overrides::default(), |overrides, (flag, path, value)| {
+            overrides.text(flag, path, value)
+        });
         load(self.config.as_deref(), &overrides)
     }
 }
@@ -178,7 +193,10 @@ impl Run {
 impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Start(StartError::Config(_)) | Self::Telemetry(TelemetryError::Filter(_) | TelemetryError::Exporter(_)) => MISCONFIGURED,
+            Self::Start(StartError::Config(_))
+            | Self::Telemetry(TelemetryError::Filter(_) | TelemetryError::Exporter(_)) => {
+                MISCONFIGURED
+            }
             _ => FAILED,
         }
     }
@@ -187,7 +205,10 @@ impl Failure {
 impl Signals {
     pub(crate) fn new() -> Result<Self, Failure> {
         let one = |kind| signal(kind).map_err(Failure::Signals);
-        Ok(Self { terminate: one(SignalKind::terminate())?, interrupt: one(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: one(SignalKind::terminate())?,
+            interrupt: one(SignalKind::interrupt())?,
+        })
     }
 
     pub(crate) async fn received(&mut self) {
@@ -209,10 +230,19 @@ mod tests {
 
     #[test]
     fn flags_go_over_everything_and_errors_name_them() {
-        let run = |arguments: &[&str]| Arguments::parse_from([&["holdfastd"], arguments].concat()).run.config();
+        let run = |arguments: &[&str]| {
+            Arguments::parse_from([&["holdfastd"], arguments].concat())
+                .run
+                .config()
+        };
         let config = run(&["--name", "a", "--listen-client", "127.0.0.1:0"]).unwrap();
-        assert_eq!((config.node.name.as_str(), config.listen.client.port()), ("a", 0));
-        let error = run(&["--listen-client", "nowhere"]).unwrap_err().to_string();
+        assert_eq!(
+            (config.node.name.as_str(), config.listen.client.port()),
+            ("a", 0)
+        );
+        let error = run(&["--listen-client", "nowhere"])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--listen-client"), "{error}");
     }
 }

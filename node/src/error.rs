@@ -1,8 +1,10 @@
-//! Why a request has no answer, as every door tells it: one table from reasons to codes, one shape for what goes with them.
+//! Why a request has no answer, as every door tells it: one table from reasons to codes, one shape
+//! for what goes with them.
 //!
-//! Promises that an error names what the caller can act on (the field, the leader, whether a write was applied, how long
-//! to wait), that a caller's mistake is never INTERNAL, and that nothing an upstream said is in it: only its name, the class
-//! of its failure and its status. Must never know which door the request came through, or what the request was.
+//! Promises that an error names what the caller can act on (the field, the leader, whether a write
+//! was applied, how long to wait), that a caller's mistake is never INTERNAL, and that nothing an
+//! upstream said is in it: only its name, the class of its failure and its status. Must never know
+//! which door the request came through, or what the request was.
 
 use std::{borrow::Cow, collections::HashMap, io, time::Duration};
 
@@ -18,7 +20,15 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 pub const VERSION: &str = "version";
 
 /// The names of metadata that go with an error.
-const METADATA: [&str; 7] = [reason::FIELD, reason::LEADER, reason::APPLIED, reason::UPSTREAM, reason::CLASS, reason::STATUS, VERSION];
+const METADATA: [&str; 7] = [
+    reason::FIELD,
+    reason::LEADER,
+    reason::APPLIED,
+    reason::UPSTREAM,
+    reason::CLASS,
+    reason::STATUS,
+    VERSION,
+];
 
 /// What holds for a reason: its code, and how long to wait where waiting helps.
 struct Rule {
@@ -28,14 +38,23 @@ struct Rule {
 }
 
 const fn rule(reason: &'static str, code: Code) -> Rule {
-    Rule { reason, code, wait: None }
+    Rule {
+        reason,
+        code,
+        wait: None,
+    }
 }
 
 const fn waiting(reason: &'static str, code: Code, wait_ms: u64) -> Rule {
-    Rule { reason, code, wait: Some(Duration::from_millis(wait_ms)) }
+    Rule {
+        reason,
+        code,
+        wait: Some(Duration::from_millis(wait_ms)),
+    }
 }
 
-/// Waits are about what each trouble usually takes: an election 300 ms, a compaction that frees the disk seconds.
+/// Waits are about what each trouble usually takes: an election 300 ms, a compaction that frees the
+/// disk seconds.
 const RULES: [Rule; 16] = [
     rule(reason::INVALID_FIELD, Code::InvalidArgument),
     rule(reason::NOT_BUILT, Code::Unimplemented),
@@ -82,7 +101,12 @@ impl Error {
     pub fn new(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
         let reason = reason.into();
         let retry_after = find(&reason).and_then(|rule| rule.wait);
-        Self(Box::new(Told { reason, message: message.into(), metadata: HashMap::new(), retry_after }))
+        Self(Box::new(Told {
+            reason,
+            message: message.into(),
+            metadata: HashMap::new(),
+            retry_after,
+        }))
     }
 
     /// The request is wrong, and where.
@@ -91,7 +115,11 @@ impl Error {
     }
 
     pub fn not_built(field: &'static str) -> Self {
-        Self::new(reason::NOT_BUILT, format!("{field}: this version does not have it")).with(reason::FIELD, field)
+        Self::new(
+            reason::NOT_BUILT,
+            format!("{field}: this version does not have it"),
+        )
+        .with(reason::FIELD, field)
     }
 
     pub fn too_large(field: &'static str, message: impl std::fmt::Display) -> Self {
@@ -107,16 +135,29 @@ impl Error {
             0 => "the key has no value that would be served".to_owned(),
             version => format!("the key's version is {version}"),
         };
-        Self::new(reason::VERSION_CONFLICT, message).with(VERSION, version).not_applied()
+        Self::new(reason::VERSION_CONFLICT, message)
+            .with(VERSION, version)
+            .not_applied()
     }
 
     pub fn upstream_failed(failure: UpstreamFailure<'_>) -> Self {
-        let UpstreamFailure { upstream, class, status, next_attempt } = failure;
+        let UpstreamFailure {
+            upstream,
+            class,
+            status,
+            next_attempt,
+        } = failure;
         let name = class.as_str_name();
         let class = name.strip_prefix("FAILURE_CLASS_").unwrap_or(name);
-        let said = if status == 0 { String::new() } else { format!(" {status}") };
+        let said = if status == 0 {
+            String::new()
+        } else {
+            format!(" {status}")
+        };
         let message = format!("upstream `{upstream}` failed ({class}{said}) and nothing is stored");
-        let mut error = Self::new(reason::UPSTREAM_FAILED, message).with(reason::UPSTREAM, upstream).with(reason::CLASS, class);
+        let mut error = Self::new(reason::UPSTREAM_FAILED, message)
+            .with(reason::UPSTREAM, upstream)
+            .with(reason::CLASS, class);
         if status != 0 {
             error = error.with(reason::STATUS, status);
         }
@@ -137,7 +178,10 @@ impl Error {
     }
 
     pub fn not_ready() -> Self {
-        Self::new(reason::NOT_READY, "this node does not belong to a cluster yet")
+        Self::new(
+            reason::NOT_READY,
+            "this node does not belong to a cluster yet",
+        )
     }
 
     pub fn no_leader() -> Self {
@@ -185,22 +229,49 @@ impl Error {
         find(&self.0.reason).map_or(Code::Unknown, |rule| rule.code)
     }
 
-    /// As another node's door told it; `None` if the status is not of ours, as those of a broken connection.
+    /// As another node's door told it; `None` if the status is not of ours, as those of a broken
+    /// connection.
     pub fn from_status(status: &Status) -> Option<Self> {
         let details = status.get_error_details();
-        let info = details.error_info().filter(|info| info.domain == reason::DOMAIN)?;
-        let metadata = METADATA.into_iter().filter_map(|name| Some((name, info.metadata.get(name)?.clone()))).collect();
+        let info = details
+            .error_info()
+            .filter(|info| info.domain == reason::DOMAIN)?;
+        let metadata = METADATA
+            .into_iter()
+            .filter_map(|name| Some((name, info.metadata.get(name)?.clone())))
+            .collect();
         let retry_after = details.retry_info().and_then(|retry| retry.retry_delay);
-        Some(Self(Box::new(Told { reason: info.reason.clone().into(), message: status.message().to_owned(), metadata, retry_after })))
+        Some(Self(Box::new(Told {
+            reason: info.reason.clone().into(),
+            message: status.message().to_owned(),
+            metadata,
+            retry_after,
+        })))
     }
 
     /// As a peer tells it of one key.
     pub fn from_key_error(error: KeyError) -> Self {
-        let KeyError { reason, message, upstream, mut metadata, retry_after, .. } = error;
+        let KeyError {
+            reason,
+            message,
+            upstream,
+            mut metadata,
+            retry_after,
+            ..
+        } = error;
         let mut told = Self::new(reason, message);
-        told.0.metadata = METADATA.into_iter().filter_map(|name| Some((name, metadata.remove(name)?))).collect();
-        told.0.retry_after = retry_after.and_then(|wait| Duration::try_from(wait).ok()).or(told.0.retry_after);
-        if upstream.is_empty() { told } else { told.with(reason::UPSTREAM, upstream) }
+        told.0.metadata = METADATA
+            .into_iter()
+            .filter_map(|name| Some((name, metadata.remove(name)?)))
+            .collect();
+        told.0.retry_after = retry_after
+            .and_then(|wait| Duration::try_from(wait).ok())
+            .or(told.0.retry_after);
+        if upstream.is_empty() {
+            told
+        } else {
+            told.with(reason::UPSTREAM, upstream)
+        }
     }
 }
 
@@ -211,9 +282,19 @@ fn find(reason: &str) -> Option<&'static Rule> {
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = error.code();
-        let Told { reason, message, metadata, retry_after } = *error.0;
-        let leader = metadata.get(reason::LEADER).and_then(|leader| MetadataValue::try_from(leader.as_str()).ok());
-        let metadata: HashMap<String, String> = metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let Told {
+            reason,
+            message,
+            metadata,
+            retry_after,
+        } = *error.0;
+        let leader = metadata
+            .get(reason::LEADER)
+            .and_then(|leader| MetadataValue::try_from(leader.as_str()).ok());
+        let metadata: HashMap<String, String> = metadata
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
         let mut details = ErrorDetails::with_error_info(reason, reason::DOMAIN, metadata);
         if retry_after.is_some() {
             details.set_retry_info(retry_after);
@@ -229,13 +310,21 @@ impl From<Error> for Status {
 impl From<Error> for KeyError {
     fn from(error: Error) -> Self {
         let code = error.code().into();
-        let Told { reason, message, mut metadata, retry_after } = *error.0;
+        let Told {
+            reason,
+            message,
+            mut metadata,
+            retry_after,
+        } = *error.0;
         Self {
             code,
             reason: reason.into_owned(),
             message,
             upstream: metadata.remove(reason::UPSTREAM).unwrap_or_default(),
-            metadata: metadata.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            metadata: metadata
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
             retry_after: retry_after.and_then(|wait| wait.try_into().ok()),
         }
     }
@@ -253,7 +342,10 @@ impl From<ReadError> for Error {
             ReadError::NoLeader => reason::NO_LEADER,
             ReadError::NoQuorum => reason::NO_QUORUM,
             ReadError::Behind { .. } => reason::BEHIND,
-            ReadError::TokenEpoch { .. } => return Self::new(reason::TOKEN_EPOCH, error.to_string()).with(reason::FIELD, "token"),
+            ReadError::TokenEpoch { .. } => {
+                return Self::new(reason::TOKEN_EPOCH, error.to_string())
+                    .with(reason::FIELD, "token");
+            }
             ReadError::Overloaded => reason::OVERLOADED,
             ReadError::Deadline => reason::DEADLINE,
         };
@@ -264,7 +356,11 @@ impl From<ReadError> for Error {
 impl From<WriteError> for Error {
     fn from(error: WriteError) -> Self {
         let told = Self::new(error.reason().to_owned(), error.to_string());
-        if error.not_applied() { told.not_applied() } else { told.maybe_applied() }
+        if error.not_applied() {
+            told.not_applied()
+        } else {
+            told.maybe_applied()
+        }
     }
 }
 
@@ -294,10 +390,20 @@ mod tests {
         ];
         assert_eq!(reasons.len(), RULES.len());
         for (reason, code) in reasons {
-            assert_eq!(RULES.iter().filter(|rule| rule.reason == reason).count(), 1, "{reason}");
+            assert_eq!(
+                RULES.iter().filter(|rule| rule.reason == reason).count(),
+                1,
+                "{reason}"
+            );
             assert_eq!(Error::new(reason, "").code(), code, "{reason}");
         }
-        assert_eq!(RULES.iter().filter(|rule| rule.code == Code::Internal).count(), 1);
+        assert_eq!(
+            RULES
+                .iter()
+                .filter(|rule| rule.code == Code::Internal)
+                .count(),
+            1
+        );
     }
 
     /// The reasons that `holdfast_proto` has and this table forgot would be told as UNKNOWN.
@@ -305,7 +411,9 @@ mod tests {
     fn no_reason_of_the_contract_is_missing() {
         let source = include_str!("../../proto/src/reason.rs");
         let (reasons, _) = source.split_once("/// Metadata names.").unwrap();
-        let named = reasons.lines().filter_map(|line| line.strip_prefix("pub const ")?.split(':').next());
+        let named = reasons
+            .lines()
+            .filter_map(|line| line.strip_prefix("pub const ")?.split(':').next());
         for name in named.filter(|&name| name != "DOMAIN") {
             assert!(find(name).is_some(), "{name}");
         }
@@ -313,18 +421,32 @@ mod tests {
 
     #[test]
     fn an_error_tells_all_it_knows_and_survives_a_hop() {
-        let error = Error::new(reason::NO_QUORUM, "no quorum").with_leader(Some("10.0.0.1:7400".into())).maybe_applied();
+        let error = Error::new(reason::NO_QUORUM, "no quorum")
+            .with_leader(Some("10.0.0.1:7400".into()))
+            .maybe_applied();
         let status = Status::from(error);
-        assert_eq!(status.metadata().get(reason::LEADER_HEADER).unwrap(), "10.0.0.1:7400");
+        assert_eq!(
+            status.metadata().get(reason::LEADER_HEADER).unwrap(),
+            "10.0.0.1:7400"
+        );
         let details = status.get_error_details();
         let info = details.error_info().unwrap();
-        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("NO_QUORUM", "holdfast"));
+        assert_eq!(
+            (info.reason.as_str(), info.domain.as_str()),
+            ("NO_QUORUM", "holdfast")
+        );
         assert_eq!(info.metadata["leader"], "10.0.0.1:7400");
         assert_eq!(info.metadata["applied"], "unknown");
-        assert_eq!(details.retry_info().unwrap().retry_delay, Some(Duration::from_millis(500)));
+        assert_eq!(
+            details.retry_info().unwrap().retry_delay,
+            Some(Duration::from_millis(500))
+        );
 
         let hopped = Error::from_status(&status).unwrap();
-        assert_eq!((hopped.reason(), hopped.code()), ("NO_QUORUM", Code::Unavailable));
+        assert_eq!(
+            (hopped.reason(), hopped.code()),
+            ("NO_QUORUM", Code::Unavailable)
+        );
         assert_eq!(hopped.metadata("applied"), Some("unknown"));
         assert!(Error::from_status(&Status::unavailable("connection refused")).is_none());
     }
@@ -338,11 +460,24 @@ mod tests {
             next_attempt: Some(Duration::from_millis(1234)),
         };
         let status = Status::from(Error::upstream_failed(failure));
-        assert_eq!(status.message(), "upstream `profiles` failed (STATUS 503) and nothing is stored");
+        assert_eq!(
+            status.message(),
+            "upstream `profiles` failed (STATUS 503) and nothing is stored"
+        );
         let details = status.get_error_details();
         let metadata = &details.error_info().unwrap().metadata;
-        assert_eq!((metadata["upstream"].as_str(), metadata["class"].as_str(), metadata["status"].as_str()), ("profiles", "STATUS", "503"));
-        assert_eq!(details.retry_info().unwrap().retry_delay, Some(Duration::from_millis(1234)));
+        assert_eq!(
+            (
+                metadata["upstream"].as_str(),
+                metadata["class"].as_str(),
+                metadata["status"].as_str()
+            ),
+            ("profiles", "STATUS", "503")
+        );
+        assert_eq!(
+            details.retry_info().unwrap().retry_delay,
+            Some(Duration::from_millis(1234))
+        );
     }
 
     #[test]
@@ -356,17 +491,35 @@ mod tests {
         let error = Error::upstream_failed(failure).with_leader(Some("10.0.0.1:7400".into()));
         let told = Status::from(Error::from_key_error(error.clone().into())).get_error_details();
         let before = Status::from(error).get_error_details();
-        assert_eq!(told.error_info().unwrap().metadata, before.error_info().unwrap().metadata);
-        assert_eq!(told.retry_info().unwrap().retry_delay, Some(Duration::from_millis(1234)));
+        assert_eq!(
+            told.error_info().unwrap().metadata,
+            before.error_info().unwrap().metadata
+        );
+        assert_eq!(
+            told.retry_info().unwrap().retry_delay,
+            Some(Duration::from_millis(1234))
+        );
     }
 
     #[test]
     fn a_write_says_no_only_when_it_is_certain() {
-        let applied = |error: WriteError| Error::from(error).metadata(reason::APPLIED).map(str::to_owned);
-        for certain in [WriteError::NoLeader, WriteError::DiskFull, WriteError::Overloaded, WriteError::DeadlineBefore] {
+        let applied = |error: WriteError| {
+            Error::from(error)
+                .metadata(reason::APPLIED)
+                .map(str::to_owned)
+        };
+        for certain in [
+            WriteError::NoLeader,
+            WriteError::DiskFull,
+            WriteError::Overloaded,
+            WriteError::DeadlineBefore,
+        ] {
             assert_eq!(applied(certain).as_deref(), Some("no"));
         }
-        for uncertain in [WriteError::DeadlineAfter, WriteError::Unknown("the leader is gone".into())] {
+        for uncertain in [
+            WriteError::DeadlineAfter,
+            WriteError::Unknown("the leader is gone".into()),
+        ] {
             assert_eq!(applied(uncertain).as_deref(), Some("unknown"));
         }
     }
@@ -375,7 +528,11 @@ mod tests {
     fn a_mistake_names_its_field() {
         let error = Error::key("key", InvalidKey::Empty);
         assert_eq!(
-            (error.code(), error.metadata("field"), error.to_string().as_str()),
+            (
+                error.code(),
+                error.metadata("field"),
+                error.to_string().as_str()
+            ),
             (Code::InvalidArgument, Some("key"), "key: the key is empty")
         );
         assert_eq!(Error::not_built("lease").code(), Code::Unimplemented);

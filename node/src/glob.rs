@@ -7,9 +7,9 @@
 //! \x      the byte x itself
 //! ```
 //!
-//! Promises a match in time `key × pattern` at worst, whatever the pattern: between two stars everything has a fixed
-//! length, and if the pieces fit anywhere they fit at their leftmost places, so nothing is ever tried again. Must never
-//! know what a pattern is for.
+//! Promises a match in time `key × pattern` at worst, whatever the pattern: between two stars
+//! everything has a fixed length, and if the pieces fit anywhere they fit at their leftmost places,
+//! so nothing is ever tried again. Must never know what a pattern is for.
 
 use std::fmt;
 
@@ -52,7 +52,10 @@ pub enum GlobError {
 enum Unit {
     Byte(u8),
     Any,
-    Set { ranges: Vec<(u8, u8)>, negated: bool },
+    Set {
+        ranges: Vec<(u8, u8)>,
+        negated: bool,
+    },
 }
 
 impl Glob {
@@ -76,7 +79,10 @@ impl Glob {
             }
         }
         pieces.push(piece);
-        Ok(Self { text: text.to_owned(), pieces })
+        Ok(Self {
+            text: text.to_owned(),
+            pieces,
+        })
     }
 
     /// What it captures, counted.
@@ -112,7 +118,8 @@ impl Glob {
         };
         let mut at = first.len();
         for piece in middle {
-            let skipped = (at..=key.len().checked_sub(piece.len())?).find(|&start| starts_with(&key[start..], piece))?;
+            let skipped = (at..=key.len().checked_sub(piece.len())?)
+                .find(|&start| starts_with(&key[start..], piece))?;
             capture(&key[at..skipped]);
             at = skipped + piece.len();
         }
@@ -154,13 +161,22 @@ impl Unit {
         match self {
             Self::Byte(own) => *own == byte,
             Self::Any => true,
-            Self::Set { ranges, negated } => ranges.iter().any(|(low, high)| (*low..=*high).contains(&byte)) != *negated,
+            Self::Set { ranges, negated } => {
+                ranges
+                    .iter()
+                    .any(|(low, high)| (*low..=*high).contains(&byte))
+                    != *negated
+            }
         }
     }
 }
 
 fn starts_with(key: &[u8], piece: &[Unit]) -> bool {
-    key.len() >= piece.len() && piece.iter().zip(key).all(|(unit, byte)| unit.matches(*byte))
+    key.len() >= piece.len()
+        && piece
+            .iter()
+            .zip(key)
+            .all(|(unit, byte)| unit.matches(*byte))
 }
 
 fn push_literal(piece: &mut Vec<Unit>, char: char) {
@@ -201,7 +217,11 @@ fn set_byte(chars: &mut std::str::Chars<'_>) -> Result<Option<u8>, GlobError> {
         '\\' => chars.next().ok_or(GlobError::LoneEscape)?,
         char => char,
     };
-    if char.is_ascii() { Ok(Some(char as u8)) } else { Err(GlobError::WideInSet(char)) }
+    if char.is_ascii() {
+        Ok(Some(char as u8))
+    } else {
+        Err(GlobError::WideInSet(char))
+    }
 }
 
 #[cfg(test)]
@@ -213,7 +233,11 @@ mod tests {
     fn captured(pattern: &str, key: &str) -> Option<Vec<String>> {
         let glob = Glob::parse(pattern).unwrap();
         let captures = glob.captures(key.as_bytes())?;
-        Some((1..=glob.stars()).map(|n| String::from_utf8_lossy(captures.get(n).unwrap()).into_owned()).collect())
+        Some(
+            (1..=glob.stars())
+                .map(|n| String::from_utf8_lossy(captures.get(n).unwrap()).into_owned())
+                .collect(),
+        )
     }
 
     #[test]
@@ -232,8 +256,13 @@ mod tests {
             ("plain", "plainer", None),
             ("plain", "plai", None),
         ] {
-            let expected = expected.map(|all| all.into_iter().map(str::to_owned).collect::<Vec<_>>());
-            assert_eq!(Glob::parse(pattern).unwrap().matches(key.as_bytes()), expected.is_some(), "{pattern} on {key}");
+            let expected =
+                expected.map(|all| all.into_iter().map(str::to_owned).collect::<Vec<_>>());
+            assert_eq!(
+                Glob::parse(pattern).unwrap().matches(key.as_bytes()),
+                expected.is_some(),
+                "{pattern} on {key}"
+            );
             assert_eq!(captured(pattern, key), expected, "{pattern} on {key}");
         }
     }
@@ -256,14 +285,21 @@ mod tests {
             ("é", "é", true),
             ("??", "é", true),
         ] {
-            assert_eq!(captured(pattern, key), matches.then(Vec::new), "{pattern} on {key}");
+            assert_eq!(
+                captured(pattern, key),
+                matches.then(Vec::new),
+                "{pattern} on {key}"
+            );
         }
     }
 
     #[test]
     fn keys_that_are_not_text_match_too() {
         let glob = Glob::parse("a*b").unwrap();
-        assert_eq!(glob.captures(b"a\xff\x00b").unwrap().as_slice(), [b"\xff\x00".as_slice()]);
+        assert_eq!(
+            glob.captures(b"a\xff\x00b").unwrap().as_slice(),
+            [b"\xff\x00".as_slice()]
+        );
         assert_eq!(glob.captures(b"a\xffb").unwrap().get(0), None);
         assert_eq!(glob.captures(b"a\xffb").unwrap().get(2), None);
     }
@@ -291,12 +327,20 @@ mod tests {
         // Trying again at each star would take more steps than there are atoms.
         let glob = Glob::parse(&format!("{}b", "*a".repeat(500))).unwrap();
         assert!(glob.captures(&[b'a'; 1024]).is_none());
-        assert!(Glob::parse("*a*a*a*a*b").unwrap().captures(&[b'a'; 1024]).is_none());
+        assert!(
+            Glob::parse("*a*a*a*a*b")
+                .unwrap()
+                .captures(&[b'a'; 1024])
+                .is_none()
+        );
     }
 
-    /// What a lazy regular expression does: each star as short as the rest allows, the first one first.
+    /// What a lazy regular expression does: each star as short as the rest allows, the first one
+    /// first.
     fn naive(pieces: &[Token], key: &[u8]) -> Option<Vec<Vec<u8>>> {
-        let Some((first, rest)) = pieces.split_first() else { return key.is_empty().then(Vec::new) };
+        let Some((first, rest)) = pieces.split_first() else {
+            return key.is_empty().then(Vec::new);
+        };
         if let Token::Star = first {
             return (0..=key.len()).find_map(|length| {
                 let mut found = naive(rest, &key[length..])?;
@@ -324,7 +368,12 @@ mod tests {
 
     fn token() -> impl Strategy<Value = Token> {
         let byte = || prop_oneof![Just(b'a'), Just(b'b'), Just(b'/')];
-        prop_oneof![Just(Token::Star), Just(Token::Any), byte().prop_map(Token::Byte), byte().prop_map(Token::Not)]
+        prop_oneof![
+            Just(Token::Star),
+            Just(Token::Any),
+            byte().prop_map(Token::Byte),
+            byte().prop_map(Token::Not)
+        ]
     }
 
     fn written(tokens: &[Token]) -> String {

@@ -1,7 +1,9 @@
-//! What holds for the keys that match a pattern, and the arithmetic of a fetched value's life and of retries.
+//! What holds for the keys that match a pattern, and the arithmetic of a fetched value's life and
+//! of retries.
 //!
-//! Promises that the first policy that matches decides alone, and that the arithmetic is pure: chance and what is known
-//! of the upstream come in as arguments. Must never know a clock, a random source or how values are fetched.
+//! Promises that the first policy that matches decides alone, and that the arithmetic is pure:
+//! chance and what is known of the upstream come in as arguments. Must never know a clock, a random
+//! source or how values are fetched.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,11 +14,11 @@ use holdfast_proto::timeline::{FOREVER, Millis};
 use crate::glob::{Captures, Glob};
 use crate::upstream::template::TextTemplate;
 
-/// How many usual fetch times before a value goes stale its refresh begins at the latest: room for one slow fetch and
-/// one that has to be repeated.
+/// How many usual fetch times before a value goes stale its refresh begins at the latest: room for
+/// one slow fetch and one that has to be repeated.
 const FETCH_TIMES_AHEAD: u32 = 4;
-/// Where in its life the first refresh of a value that a miss brought falls, so that keys loaded together do not come
-/// due together.
+/// Where in its life the first refresh of a value that a miss brought falls, so that keys loaded
+/// together do not come due together.
 const FIRST_REFRESH: std::ops::Range<f64> = 0.3..0.8;
 
 /// In the order of the configuration.
@@ -69,7 +71,12 @@ pub struct Matched<'a> {
 
 impl Policies {
     pub fn find<'a>(&'a self, key: &'a [u8]) -> Option<Matched<'a>> {
-        self.0.iter().find_map(|policy| Some(Matched { policy, captures: policy.pattern.captures(key)? }))
+        self.0.iter().find_map(|policy| {
+            Some(Matched {
+                policy,
+                captures: policy.pattern.captures(key)?,
+            })
+        })
     }
 
     /// As `find`, for every read: without captures, which have to be collected.
@@ -89,8 +96,8 @@ impl FromIterator<Policy> for Policies {
 }
 
 impl Policy {
-    /// The life of a value fetched just now. `random` is uniform in 0 to 1; `usual_fetch` what a fetch from this upstream
-    /// usually takes; `after_miss` whether nothing was stored before.
+    /// The life of a value fetched just now. `random` is uniform in 0 to 1; `usual_fetch` what a
+    /// fetch from this upstream usually takes; `after_miss` whether nothing was stored before.
     pub fn lifetime(&self, random: f64, usual_fetch: Duration, after_miss: bool) -> Lifetime {
         let random = random.clamp(0.0, 1.0);
         let fresh_ms = scaled(self.ttl, 1.0 - self.ttl_jitter * random);
@@ -111,7 +118,13 @@ impl Policy {
         Duration::from_secs_f64(delay * (0.5 + 0.5 * random.clamp(0.0, 1.0)))
     }
 
-    fn refresh_after(&self, fresh_ms: Millis, random: f64, usual_fetch: Duration, after_miss: bool) -> Millis {
+    fn refresh_after(
+        &self,
+        fresh_ms: Millis,
+        random: f64,
+        usual_fetch: Duration,
+        after_miss: bool,
+    ) -> Millis {
         if self.eager_refresh_threshold == 0.0 {
             return FOREVER;
         }
@@ -121,7 +134,8 @@ impl Policy {
             self.eager_refresh_threshold
         };
         let eager = scaled(Duration::from_millis(fresh_ms), share);
-        let in_time = fresh_ms.saturating_sub(millis(usual_fetch.saturating_mul(FETCH_TIMES_AHEAD)));
+        let in_time =
+            fresh_ms.saturating_sub(millis(usual_fetch.saturating_mul(FETCH_TIMES_AHEAD)));
         eager.min(in_time).max(millis(self.min_refresh_interval))
     }
 }
@@ -175,15 +189,32 @@ mod tests {
 
     #[test]
     fn the_first_policy_that_matches_decides() {
-        let policies = Policies::from_iter([policy("user/*/profile"), policy("user/*"), policy("*.json")]);
+        let policies =
+            Policies::from_iter([policy("user/*/profile"), policy("user/*"), policy("*.json")]);
         let matched = policies.find(b"user/7/profile").unwrap();
-        assert_eq!((matched.policy.pattern.as_str(), matched.captures.get(1)), ("user/*/profile", Some(b"7".as_slice())));
-        assert_eq!(policies.find(b"user/7").unwrap().policy.pattern.as_str(), "user/*");
-        assert_eq!(policies.find(b"a.json").unwrap().policy.pattern.as_str(), "*.json");
+        assert_eq!(
+            (matched.policy.pattern.as_str(), matched.captures.get(1)),
+            ("user/*/profile", Some(b"7".as_slice()))
+        );
+        assert_eq!(
+            policies.find(b"user/7").unwrap().policy.pattern.as_str(),
+            "user/*"
+        );
+        assert_eq!(
+            policies.find(b"a.json").unwrap().policy.pattern.as_str(),
+            "*.json"
+        );
         assert!(policies.find(b"other").is_none());
         for key in ["user/7/profile", "user/7", "a.json", "other"] {
-            let found = policies.find(key.as_bytes()).map(|matched| matched.policy.pattern.as_str());
-            assert_eq!(policies.of(key.as_bytes()).map(|policy| policy.pattern.as_str()), found);
+            let found = policies
+                .find(key.as_bytes())
+                .map(|matched| matched.policy.pattern.as_str());
+            assert_eq!(
+                policies
+                    .of(key.as_bytes())
+                    .map(|policy| policy.pattern.as_str()),
+                found
+            );
         }
     }
 
@@ -191,27 +222,59 @@ mod tests {
     fn a_lifetime_is_what_the_defaults_say() {
         let policy = policy("*");
         let lifetime = policy.lifetime(0.0, Duration::from_millis(50), false);
-        assert_eq!((lifetime.fresh_ms, lifetime.refresh_after_ms), (60_000, 48_000));
-        assert_eq!((lifetime.stale_while_revalidate_ms, lifetime.stale_if_error_ms), (600_000, FOREVER));
+        assert_eq!(
+            (lifetime.fresh_ms, lifetime.refresh_after_ms),
+            (60_000, 48_000)
+        );
+        assert_eq!(
+            (
+                lifetime.stale_while_revalidate_ms,
+                lifetime.stale_if_error_ms
+            ),
+            (600_000, FOREVER)
+        );
         assert_eq!(policy.lifetime(1.0, Duration::ZERO, false).fresh_ms, 54_000);
         // A slow upstream is asked earlier, and after a miss chance decides.
-        assert_eq!(policy.lifetime(0.0, Duration::from_secs(5), false).refresh_after_ms, 40_000);
-        assert_eq!(policy.lifetime(0.0, Duration::ZERO, true).refresh_after_ms, 18_000);
-        assert_eq!(policy.lifetime(1.0, Duration::ZERO, true).refresh_after_ms, 43_200);
+        assert_eq!(
+            policy
+                .lifetime(0.0, Duration::from_secs(5), false)
+                .refresh_after_ms,
+            40_000
+        );
+        assert_eq!(
+            policy.lifetime(0.0, Duration::ZERO, true).refresh_after_ms,
+            18_000
+        );
+        assert_eq!(
+            policy.lifetime(1.0, Duration::ZERO, true).refresh_after_ms,
+            43_200
+        );
     }
 
     #[test]
     fn a_threshold_of_nothing_never_refreshes_ahead() {
-        let policy = Policy { eager_refresh_threshold: 0.0, ..policy("*") };
-        assert_eq!(policy.lifetime(0.5, Duration::ZERO, false).refresh_after_ms, FOREVER);
-        assert_eq!(policy.lifetime(0.5, Duration::ZERO, true).refresh_after_ms, FOREVER);
+        let policy = Policy {
+            eager_refresh_threshold: 0.0,
+            ..policy("*")
+        };
+        assert_eq!(
+            policy.lifetime(0.5, Duration::ZERO, false).refresh_after_ms,
+            FOREVER
+        );
+        assert_eq!(
+            policy.lifetime(0.5, Duration::ZERO, true).refresh_after_ms,
+            FOREVER
+        );
     }
 
     #[test]
     fn retries_come_later_and_later_until_the_cap() {
         let policy = policy("*");
         let delays = [1, 2, 3, 100, u32::MAX].map(|count| policy.retry_delay(count, 1.0));
-        assert_eq!(delays, [3_000, 4_500, 6_750, 60_000, 60_000].map(Duration::from_millis));
+        assert_eq!(
+            delays,
+            [3_000, 4_500, 6_750, 60_000, 60_000].map(Duration::from_millis)
+        );
         assert_eq!(policy.retry_delay(1, 0.0), Duration::from_millis(1_500));
         assert_eq!(policy.retry_delay(0, 1.0), policy.retry_delay(1, 1.0));
     }

@@ -1,7 +1,8 @@
-//! Whether this node can do its work, and if not, why: for the probes and for gRPC's health service.
+//! Whether this node can do its work, and if not, why: for the probes and for gRPC's health
+//! service.
 //!
-//! Reading needs neither leader nor quorum nor upstream, only that this node has what the cluster had. Writing also needs a
-//! leader. Must never know who asks.
+//! Reading needs neither leader nor quorum nor upstream, only that this node has what the cluster
+//! had. Writing also needs a leader. Must never know who asks.
 
 use std::{
     fmt,
@@ -19,7 +20,11 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 /// How often gRPC's health service looks.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// What gRPC's health service speaks for: the node as a whole, and each service.
-const SERVICES: [&str; 3] = ["", cache_service_server::SERVICE_NAME, cluster_service_server::SERVICE_NAME];
+const SERVICES: [&str; 3] = [
+    "",
+    cache_service_server::SERVICE_NAME,
+    cluster_service_server::SERVICE_NAME,
+];
 
 pub struct Readiness {
     replicas: Arc<Replicas>,
@@ -40,7 +45,10 @@ pub struct Checks(pub Vec<Check>);
 
 impl Readiness {
     pub(crate) fn new(replicas: Arc<Replicas>) -> Arc<Self> {
-        Arc::new(Self { replicas, is_stopping: AtomicBool::new(false) })
+        Arc::new(Self {
+            replicas,
+            is_stopping: AtomicBool::new(false),
+        })
     }
 
     /// From now on this node is not ready, whatever else holds.
@@ -50,15 +58,20 @@ impl Readiness {
 
     /// Whether it can answer reads.
     pub fn to_read(&self) -> Checks {
-        let stopping = self.is_stopping.load(Ordering::Relaxed).then(|| "the node is stopping".to_owned());
+        let stopping = self
+            .is_stopping
+            .load(Ordering::Relaxed)
+            .then(|| "the node is stopping".to_owned());
         let member = match &*self.replicas.membership().borrow() {
             Membership::Member => None,
             Membership::Forming(why) | Membership::Failed(why) => Some(why.clone()),
         };
         let behind = self.shards_where(Replica::must_catch_up);
-        let caught_up = (!behind.is_empty()).then(|| format!("not level with the leader since it joined: {behind}"));
+        let caught_up = (!behind.is_empty())
+            .then(|| format!("not level with the leader since it joined: {behind}"));
         let replaced = self.shards_where(Replica::is_installing);
-        let installing = (!replaced.is_empty()).then(|| format!("a snapshot is being installed: {replaced}"));
+        let installing =
+            (!replaced.is_empty()).then(|| format!("a snapshot is being installed: {replaced}"));
         Checks(vec![
             Check::new("running", stopping),
             Check::new("member", member),
@@ -95,14 +108,23 @@ impl Readiness {
     }
 
     fn shards_where(&self, holds: impl Fn(&Replica) -> bool) -> String {
-        let shards = self.replicas.replicas().iter().filter(|replica| holds(replica)).map(|replica| format!("shard {}", replica.shard()));
+        let shards = self
+            .replicas
+            .replicas()
+            .iter()
+            .filter(|replica| holds(replica))
+            .map(|replica| format!("shard {}", replica.shard()));
         shards.collect::<Vec<_>>().join(", ")
     }
 }
 
 /// Says it to everybody who asks or watches.
 pub(crate) async fn tell(health: &HealthReporter, is_ready: bool) {
-    let status = if is_ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+    let status = if is_ready {
+        ServingStatus::Serving
+    } else {
+        ServingStatus::NotServing
+    };
     for service in SERVICES {
         health.set_service_status(service, status).await;
     }
@@ -129,7 +151,15 @@ impl fmt::Display for Checks {
                 Some(problem) => writeln!(f, "[-]{name} failed: {problem}")?,
             }
         }
-        write!(f, "{}", if self.all_hold() { "ready" } else { "not ready" })
+        write!(
+            f,
+            "{}",
+            if self.all_hold() {
+                "ready"
+            } else {
+                "not ready"
+            }
+        )
     }
 }
 
@@ -139,9 +169,15 @@ mod tests {
 
     #[test]
     fn a_probe_says_which_check_failed_and_why() {
-        let mut checks = Checks(vec![Check::new("running", None), Check::new("member", Some("it waits for 2 of 3 nodes".into()))]);
+        let mut checks = Checks(vec![
+            Check::new("running", None),
+            Check::new("member", Some("it waits for 2 of 3 nodes".into())),
+        ]);
         assert!(!checks.all_hold());
-        assert_eq!(checks.to_string(), "[+]running ok\n[-]member failed: it waits for 2 of 3 nodes\nnot ready");
+        assert_eq!(
+            checks.to_string(),
+            "[+]running ok\n[-]member failed: it waits for 2 of 3 nodes\nnot ready"
+        );
         checks.0[1].problem = None;
         assert!(checks.all_hold());
         assert_eq!(checks.to_string(), "[+]running ok\n[+]member ok\nready");

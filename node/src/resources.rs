@@ -1,4 +1,5 @@
-//! What the machine has, for the limits that nobody set: memory as the cgroup allows it, and the disk under a directory.
+//! What the machine has, for the limits that nobody set: memory as the cgroup allows it, and the
+//! disk under a directory.
 
 use std::{
     fs, io,
@@ -10,9 +11,17 @@ const MEMORY_BYTES_UNKNOWN: u64 = 2 << 30;
 
 /// The least limit of the cgroup and those above it, or all memory of the machine.
 pub(crate) fn memory_bytes() -> u64 {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| total_of_meminfo(&text));
-    let cgroup = fs::read_to_string("/proc/self/cgroup").ok().and_then(|text| least_limit(&text, Path::new("/sys/fs/cgroup")));
-    machine.into_iter().chain(cgroup).min().unwrap_or(MEMORY_BYTES_UNKNOWN)
+    let machine = fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| total_of_meminfo(&text));
+    let cgroup = fs::read_to_string("/proc/self/cgroup")
+        .ok()
+        .and_then(|text| least_limit(&text, Path::new("/sys/fs/cgroup")));
+    machine
+        .into_iter()
+        .chain(cgroup)
+        .min()
+        .unwrap_or(MEMORY_BYTES_UNKNOWN)
 }
 
 /// Size of the file system that holds `path`, which exists.
@@ -22,8 +31,14 @@ pub(crate) fn disk_bytes(path: &Path) -> io::Result<u64> {
 }
 
 fn total_of_meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace()
+        .next()?
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 /// Lines are `0::/path` for cgroup 2, `n:memory:/path` for the memory controller of cgroup 1.
@@ -36,14 +51,25 @@ fn limit_of(line: &str, root: &Path) -> Option<u64> {
     let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
     let (root, file): (PathBuf, &str) = match controllers {
         "" => (root.to_owned(), "memory.max"),
-        named if named.split(',').any(|name| name == "memory") => (root.join("memory"), "memory.limit_in_bytes"),
+        named if named.split(',').any(|name| name == "memory") => {
+            (root.join("memory"), "memory.limit_in_bytes")
+        }
         _ => return None,
     };
-    // Inside a container the path may be the host's, which is not there: then the root of what is mounted counts.
+    // Inside a container the path may be the host's, which is not there: then the root of what is
+    // mounted counts.
     let own = root.join(path);
     let levels = own.ancestors().take_while(|level| level.starts_with(&root));
     // `max` is no number, and is no limit.
-    levels.filter_map(|level| fs::read_to_string(level.join(file)).ok()?.trim().parse().ok()).min()
+    levels
+        .filter_map(|level| {
+            fs::read_to_string(level.join(file))
+                .ok()?
+                .trim()
+                .parse()
+                .ok()
+        })
+        .min()
 }
 
 #[cfg(test)]
@@ -66,12 +92,18 @@ mod tests {
         let version_1 = root.path().join("memory/docker");
         fs::create_dir_all(&version_1).unwrap();
         fs::write(version_1.join("memory.limit_in_bytes"), "700").unwrap();
-        assert_eq!(least_limit("5:cpu,memory:/docker\n4:pids:/docker\n", root.path()), Some(700));
+        assert_eq!(
+            least_limit("5:cpu,memory:/docker\n4:pids:/docker\n", root.path()),
+            Some(700)
+        );
     }
 
     #[test]
     fn the_machine_has_memory_and_disk() {
-        assert_eq!(total_of_meminfo("MemTotal:       4039588 kB\nMemFree: 1 kB\n"), Some(4_039_588 * 1024));
+        assert_eq!(
+            total_of_meminfo("MemTotal:       4039588 kB\nMemFree: 1 kB\n"),
+            Some(4_039_588 * 1024)
+        );
         assert!(memory_bytes() > 0 && disk_bytes(Path::new("/")).unwrap() > 0);
     }
 }

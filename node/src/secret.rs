@@ -1,7 +1,7 @@
 //! Credentials of upstreams: read once at start, kept in this node's memory, never printed.
 //!
-//! Promises that no formatting shows one: only `expose` does, and only what builds a request calls it. Must never know
-//! the log, a reply, an error, a trace or a metric (P8).
+//! Promises that no formatting shows one: only `expose` does, and only what builds a request calls
+//! it. Must never know the log, a reply, an error, a trace or a metric (P8).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -58,7 +58,13 @@ mod tests {
         secrets.insert("token", Secret::new("hunter2"));
         let secret = secrets.get("token").unwrap();
         assert_eq!(secret.expose(), "hunter2");
-        for shown in [format!("{secret}"), format!("{secret:?}"), format!("{secret:#?}"), format!("{secrets:?}"), format!("{secrets:#?}")] {
+        for shown in [
+            format!("{secret}"),
+            format!("{secret:?}"),
+            format!("{secret:#?}"),
+            format!("{secrets:?}"),
+            format!("{secrets:#?}"),
+        ] {
             assert!(!shown.contains("hunter2"), "{shown}");
             assert!(shown.contains("[redacted]"), "{shown}");
         }

@@ -1,7 +1,9 @@
-//! Listening: ports taken before anything else, connections counted, and all of them ended within a bounded time.
+//! Listening: ports taken before anything else, connections counted, and all of them ended within a
+//! bounded time.
 //!
-//! A port is bound first and opened later: so its address is known, and a port in use said, before the node's storage is
-//! touched, while nobody gets through to a node that turns out not to start. Must never know what is served.
+//! A port is bound first and opened later: so its address is known, and a port in use said, before
+//! the node's storage is touched, while nobody gets through to a node that turns out not to start.
+//! Must never know what is served.
 
 use std::{
     io,
@@ -90,13 +92,27 @@ impl Caller {
 impl Bound {
     /// `purpose` is for the error: `clients`.
     pub(crate) fn bind(purpose: &'static str, address: SocketAddr) -> Result<Self, ListenError> {
-        let failed = |error| ListenError { purpose, address, error };
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(failed)?;
-        // A restart must not wait for the old connections to be forgotten. A port that the kernel picks must be nobody's.
+        let failed = |error| ListenError {
+            purpose,
+            address,
+            error,
+        };
+        let socket = if address.is_ipv4() {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        }
+        .map_err(failed)?;
+        // A restart must not wait for the old connections to be forgotten. A port that the kernel
+        // picks must be nobody's.
         socket.set_reuseaddr(address.port() != 0).map_err(failed)?;
         socket.bind(address).map_err(failed)?;
         let address = socket.local_addr().map_err(failed)?;
-        Ok(Self { purpose, socket, address })
+        Ok(Self {
+            purpose,
+            socket,
+            address,
+        })
     }
 
     /// The port is the one that was bound, also where any would do.
@@ -105,13 +121,22 @@ impl Bound {
     }
 
     pub(crate) fn open(self) -> Result<TcpListener, ListenError> {
-        let Self { purpose, socket, address } = self;
-        socket.listen(BACKLOG).map_err(|error| ListenError { purpose, address, error })
+        let Self {
+            purpose,
+            socket,
+            address,
+        } = self;
+        socket.listen(BACKLOG).map_err(|error| ListenError {
+            purpose,
+            address,
+            error,
+        })
     }
 }
 
 impl Serving {
-    /// Starts what `serve` makes of the two tokens: the first means no new requests, the second no more connections.
+    /// Starts what `serve` makes of the two tokens: the first means no new requests, the second no
+    /// more connections.
     pub(crate) fn start<F>(serve: impl FnOnce(CancellationToken, CancellationToken) -> F) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -128,7 +153,10 @@ impl Serving {
             return;
         }
         self.close.cancel();
-        if tokio::time::timeout(CLOSE_TIMEOUT, &mut self.task).await.is_err() {
+        if tokio::time::timeout(CLOSE_TIMEOUT, &mut self.task)
+            .await
+            .is_err()
+        {
             self.task.abort();
         }
     }
@@ -144,16 +172,31 @@ pub(crate) fn server(windows: Windows) -> Server {
         .initial_connection_window_size(windows.connection)
 }
 
-/// The connections of a listener. Does not end and does not fail: an accept that fails is tried again.
-pub(crate) fn connections(listener: TcpListener, close: CancellationToken) -> impl Stream<Item = io::Result<Connection>> {
+/// The connections of a listener. Does not end and does not fail: an accept that fails is tried
+/// again.
+pub(crate) fn connections(
+    listener: TcpListener,
+    close: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection>> {
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    futures::stream::unfold((listener, room, close), |(listener, room, close)| async move {
-        let counted = room.clone().acquire_owned().await.ok()?;
-        let stream = accept(&listener).await;
-        let end = close.child_token();
-        let closed = Box::pin(end.clone().cancelled_owned());
-        Some((Ok(Connection { stream, end, closed, _counted: counted }), (listener, room, close)))
-    })
+    futures::stream::unfold(
+        (listener, room, close),
+        |(listener, room, close)| async move {
+            let counted = room.clone().acquire_owned().await.ok()?;
+            let stream = accept(&listener).await;
+            let end = close.child_token();
+            let closed = Box::pin(end.clone().cancelled_owned());
+            Some((
+                Ok(Connection {
+                    stream,
+                    end,
+                    closed,
+                    _counted: counted,
+                }),
+                (listener, room, close),
+            ))
+        },
+    )
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
@@ -173,7 +216,11 @@ async fn accept(listener: &TcpListener) -> TcpStream {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         // Looked at only where the connection would sleep: it is for waking it.
         if read.is_pending() && self.closed.as_mut().poll(context).is_ready() {
@@ -184,11 +231,19 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write_vectored(context, slices)
     }
 
@@ -209,7 +264,9 @@ impl Connected for Connection {
     type ConnectInfo = Caller;
 
     fn connect_info(&self) -> Caller {
-        Caller { end: self.end.clone() }
+        Caller {
+            end: self.end.clone(),
+        }
     }
 }
 
@@ -229,13 +286,21 @@ mod tests {
         let bound = Bound::bind("clients", loopback(0)).unwrap();
         let address = bound.address();
         assert_ne!(address.port(), 0);
-        assert!(TcpStream::connect(address).await.is_err(), "it must not be open yet");
+        assert!(
+            TcpStream::connect(address).await.is_err(),
+            "it must not be open yet"
+        );
         let _listener = bound.open().unwrap();
         TcpStream::connect(address).await.unwrap();
 
         let error = Bound::bind("peers", address).err().unwrap();
         assert_eq!(error.error.kind(), io::ErrorKind::AddrInUse);
-        assert!(error.to_string().starts_with(&format!("cannot listen for peers on {address}: ")), "{error}");
+        assert!(
+            error
+                .to_string()
+                .starts_with(&format!("cannot listen for peers on {address}: ")),
+            "{error}"
+        );
     }
 
     #[tokio::test]
@@ -248,7 +313,10 @@ mod tests {
         let mut connection = accepted.next().await.unwrap().unwrap();
         let reading = tokio::spawn(async move { connection.read_u8().await });
         close.cancel();
-        assert_eq!(reading.await.unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(
+            reading.await.unwrap().unwrap_err().kind(),
+            io::ErrorKind::ConnectionAborted
+        );
     }
 
     #[tokio::test]
@@ -257,6 +325,8 @@ mod tests {
         let close = serving.close.clone();
         serving.stop(Duration::ZERO).await;
         assert!(close.is_cancelled());
-        Serving::start(|_, _| std::future::pending()).stop(Duration::ZERO).await;
+        Serving::start(|_, _| std::future::pending())
+            .stop(Duration::ZERO)
+            .await;
     }
 }

@@ -1,8 +1,9 @@
 //! Logs and traces: where they go, and the trace context of W3C that travels with calls.
 //!
-//! Promises: logs as text on a terminal and JSON otherwise; spans leave the process only if `OTEL_EXPORTER_OTLP_ENDPOINT` is
-//! set; flushing them is bounded. Initialised once by `main`, never by a node: many nodes share a test process. Must never
-//! know a value or a credential, and shows no key (P8).
+//! Promises: logs as text on a terminal and JSON otherwise; spans leave the process only if
+//! `OTEL_EXPORTER_OTLP_ENDPOINT` is set; flushing them is bounded. Initialised once by `main`,
+//! never by a node: many nodes share a test process. Must never know a value or a credential, and
+//! shows no key (P8).
 
 use std::{io::IsTerminal, time::Duration};
 
@@ -17,15 +18,25 @@ use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::Sd
 use tonic::metadata::{MetadataKey, MetadataMap};
 use tracing::{Span, level_filters::LevelFilter};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
-use tracing_subscriber::{EnvFilter, Layer, Registry, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt,
+};
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const SERVICE_NAME: &str = "holdfastd";
-/// Unless `RUST_LOG` says otherwise. openraft warns of each message that a dead peer does not take; what it comes to, the
-/// replica says itself.
-const LOG_DEFAULT: &str = "info,openraft=error,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,reqwest=warn";
+/// Unless `RUST_LOG` says otherwise. openraft warns of each message that a dead peer does not take;
+/// what it comes to, the replica says itself.
+const LOG_DEFAULT: &str =
+    "info,openraft=error,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn,reqwest=warn";
 /// Crates that export spans with: their own spans would feed on themselves.
-const NOT_EXPORTED: [&str; 6] = ["h2", "hyper", "hyper_util", "tonic", "tower", "opentelemetry"];
+const NOT_EXPORTED: [&str; 6] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "tonic",
+    "tower",
+    "opentelemetry",
+];
 /// A collector that does not answer holds the stop up for so long, and no longer.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -53,23 +64,36 @@ impl Telemetry {
             Ok(directives) if !directives.trim().is_empty() => EnvFilter::try_new(directives)?,
             _ => EnvFilter::try_new(LOG_DEFAULT)?,
         };
-        let spans = std::env::var_os(ENDPOINT).filter(|endpoint| !endpoint.is_empty()).map(|_| exporting()).transpose()?;
+        let spans = std::env::var_os(ENDPOINT)
+            .filter(|endpoint| !endpoint.is_empty())
+            .map(|_| exporting())
+            .transpose()?;
         let exporting = spans.as_ref().map(|provider| {
             let unwanted = NOT_EXPORTED.map(|target| (target, LevelFilter::OFF));
-            let wanted = Targets::new().with_default(LevelFilter::INFO).with_targets(unwanted);
-            tracing_opentelemetry::layer().with_tracer(provider.tracer(SERVICE_NAME)).with_filter(wanted)
+            let wanted = Targets::new()
+                .with_default(LevelFilter::INFO)
+                .with_targets(unwanted);
+            tracing_opentelemetry::layer()
+                .with_tracer(provider.tracer(SERVICE_NAME))
+                .with_filter(wanted)
         });
-        tracing_subscriber::registry().with(logs().with_filter(filter)).with(exporting).try_init()?;
+        tracing_subscriber::registry()
+            .with(logs().with_filter(filter))
+            .with(exporting)
+            .try_init()?;
         Ok(Self { spans })
     }
 
     /// Sends what is left, within a bounded time.
     pub async fn flush(self) {
         let Some(spans) = self.spans else { return };
-        let flushed = holdfast_raft::task::blocking(move || spans.shutdown_with_timeout(FLUSH_TIMEOUT));
+        let flushed =
+            holdfast_raft::task::blocking(move || spans.shutdown_with_timeout(FLUSH_TIMEOUT));
         match tokio::time::timeout(FLUSH_TIMEOUT, flushed).await {
             Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::warn!(%error, "the last spans did not reach the collector"),
+            Ok(Ok(Err(error))) => {
+                tracing::warn!(%error, "the last spans did not reach the collector")
+            }
             Ok(Err(_)) | Err(_) => tracing::warn!("the last spans did not reach the collector"),
         }
     }
@@ -101,21 +125,34 @@ fn logs() -> Box<dyn Layer<Registry> + Send + Sync> {
     if std::io::stderr().is_terminal() {
         to_stderr.boxed()
     } else {
-        to_stderr.with_ansi(false).json().flatten_event(true).with_span_list(false).boxed()
+        to_stderr
+            .with_ansi(false)
+            .json()
+            .flatten_event(true)
+            .with_span_list(false)
+            .boxed()
     }
 }
 
 fn exporting() -> Result<SdkTracerProvider, ExporterBuildError> {
     let exporter = SpanExporter::builder().with_tonic().build()?;
-    Ok(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource()).build())
+    Ok(SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_resource(resource())
+        .build())
 }
 
 /// `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` go first.
 fn resource() -> Resource {
     let attributes = std::env::var("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default();
-    let is_named = std::env::var_os("OTEL_SERVICE_NAME").is_some_and(|name| !name.is_empty()) || attributes.contains("service.name=");
+    let is_named = std::env::var_os("OTEL_SERVICE_NAME").is_some_and(|name| !name.is_empty())
+        || attributes.contains("service.name=");
     let builder = Resource::builder();
-    if is_named { builder.build() } else { builder.with_service_name(SERVICE_NAME).build() }
+    if is_named {
+        builder.build()
+    } else {
+        builder.with_service_name(SERVICE_NAME).build()
+    }
 }
 
 struct Headers<'a>(&'a mut HeaderMap);
@@ -123,7 +160,10 @@ struct Headers<'a>(&'a mut HeaderMap);
 impl Injector for Headers<'_> {
     fn set(&mut self, name: &str, value: String) {
         // The propagator writes nothing that is no header; a state that a caller made up may be.
-        if let (Ok(name), Ok(value)) = (http::HeaderName::try_from(name), http::HeaderValue::try_from(value)) {
+        if let (Ok(name), Ok(value)) = (
+            http::HeaderName::try_from(name),
+            http::HeaderValue::try_from(value),
+        ) {
             self.0.insert(name, value);
         }
     }
@@ -133,7 +173,8 @@ struct Metadata<'a>(&'a mut MetadataMap);
 
 impl Injector for Metadata<'_> {
     fn set(&mut self, name: &str, value: String) {
-        if let (Ok(name), Ok(value)) = (MetadataKey::from_bytes(name.as_bytes()), value.try_into()) {
+        if let (Ok(name), Ok(value)) = (MetadataKey::from_bytes(name.as_bytes()), value.try_into())
+        {
             self.0.insert(name, value);
         }
     }
@@ -179,9 +220,18 @@ mod tests {
             outgoing(&mut metadata);
             trace_headers()
         });
-        for passed_on in [headers.get("traceparent").unwrap().to_str().unwrap(), metadata.get("traceparent").unwrap().to_str().unwrap()] {
-            assert!(passed_on.starts_with(&format!("00-{TRACE}-")) && passed_on.ends_with("-01"), "{passed_on}");
-            assert_ne!(passed_on, PARENT, "the parent is this node's span, not the caller's");
+        for passed_on in [
+            headers.get("traceparent").unwrap().to_str().unwrap(),
+            metadata.get("traceparent").unwrap().to_str().unwrap(),
+        ] {
+            assert!(
+                passed_on.starts_with(&format!("00-{TRACE}-")) && passed_on.ends_with("-01"),
+                "{passed_on}"
+            );
+            assert_ne!(
+                passed_on, PARENT,
+                "the parent is this node's span, not the caller's"
+            );
         }
     }
 
@@ -217,8 +267,14 @@ mod tests {
     #[tokio::test]
     async fn a_collector_that_hangs_holds_a_stop_up_for_a_second_at_most() {
         let (held, stuck) = std::sync::mpsc::channel();
-        let spans = SdkTracerProvider::builder().with_span_processor(Stuck(std::sync::Mutex::new(stuck))).build();
-        let flushed = tokio::time::timeout(Duration::from_millis(1500), Telemetry { spans: Some(spans) }.flush()).await;
+        let spans = SdkTracerProvider::builder()
+            .with_span_processor(Stuck(std::sync::Mutex::new(stuck)))
+            .build();
+        let flushed = tokio::time::timeout(
+            Duration::from_millis(1500),
+            Telemetry { spans: Some(spans) }.flush(),
+        )
+        .await;
         drop(held);
         flushed.expect("flushing is bounded");
     }

@@ -1,5 +1,11 @@
 //! What the build script made of the `.proto` files, nested as their packages are.
-#![allow(unreachable_pub, unused_qualifications, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
+#![allow(
+    unreachable_pub,
+    unused_qualifications,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code"
+)]
 
 pub mod holdfast {
     pub mod v1 {

@@ -1,8 +1,9 @@
-//! The contract: every byte that is sent or stored, and the types, limits and time arithmetic that all crates share.
-//! Knows nothing of its users: no openraft, no storage, no network but the generated stubs.
+//! The contract: every byte that is sent or stored, and the types, limits and time arithmetic that
+//! all crates share. Knows nothing of its users: no openraft, no storage, no network but the
+//! generated stubs.
 //!
-//! `v1` is what applications and operators see, `peer` what nodes say to each other and write down. The `.proto` files
-//! are the source; fields are never renumbered or reused.
+//! `v1` is what applications and operators see, `peer` what nodes say to each other and write down.
+//! The `.proto` files are the source; fields are never renumbered or reused.
 
 pub mod limits;
 pub mod reason;
@@ -26,7 +27,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 impl From<peer::outcome::Result> for peer::Outcome {
     fn from(result: peer::outcome::Result) -> Self {
-        Self { result: Some(result) }
+        Self {
+            result: Some(result),
+        }
     }
 }
 

@@ -15,11 +15,13 @@ pub const CLIENT_MESSAGE_BYTES_MAX: usize = VALUE_BYTES_MAX + MESSAGE_OVERHEAD_B
 /// A batch of log entries is cut here, though it carries at least one entry.
 pub const APPEND_BATCH_BYTES: usize = 2 << 20;
 /// Largest peer message: one batch at its bound plus one entry of the largest value.
-pub const PEER_MESSAGE_BYTES_MAX: usize = APPEND_BATCH_BYTES + VALUE_BYTES_MAX + MESSAGE_OVERHEAD_BYTES;
+pub const PEER_MESSAGE_BYTES_MAX: usize =
+    APPEND_BATCH_BYTES + VALUE_BYTES_MAX + MESSAGE_OVERHEAD_BYTES;
 
 /// Keys of one BatchGet.
 pub const BATCH_KEYS_MAX: usize = 1000;
-/// Values of one BatchGet answer together; keys beyond it are answered RESOURCE_EXHAUSTED one by one.
+/// Values of one BatchGet answer together; keys beyond it are answered RESOURCE_EXHAUSTED one by
+/// one.
 pub const BATCH_BYTES_MAX: usize = VALUE_BYTES_MAX;
 /// Entries of one Scan page.
 pub const SCAN_LIMIT_MAX: u32 = 1000;

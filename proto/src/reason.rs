@@ -1,4 +1,5 @@
-//! The stable words of `google.rpc.ErrorInfo.reason`, and the names of its metadata. Clients branch on them.
+//! The stable words of `google.rpc.ErrorInfo.reason`, and the names of its metadata. Clients branch
+//! on them.
 
 /// `ErrorInfo.domain` of every error.
 pub const DOMAIN: &str = "holdfast";
@@ -48,5 +49,6 @@ pub const STATUS: &str = "status";
 pub const APPLIED_NO: &str = "no";
 pub const APPLIED_UNKNOWN: &str = "unknown";
 
-/// Trailing and leading gRPC metadata that names the client address of the leader of the request's shard.
+/// Trailing and leading gRPC metadata that names the client address of the leader of the request's
+/// shard.
 pub const LEADER_HEADER: &str = "holdfast-leader";

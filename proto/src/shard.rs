@@ -26,7 +26,10 @@ pub struct SlotTable {
 impl SlotTable {
     pub fn even(shards: u32) -> Self {
         let shards = shards.clamp(1, u32::from(SLOTS));
-        Self { shards, table: (0..SLOTS).map(|slot| u32::from(slot) % shards).collect() }
+        Self {
+            shards,
+            table: (0..SLOTS).map(|slot| u32::from(slot) % shards).collect(),
+        }
     }
 
     pub fn shards(&self) -> u32 {

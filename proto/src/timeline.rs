@@ -5,8 +5,9 @@
 //!     |---- FRESH ----|---- FRESH, due ----|------ STALE ------|-- STALE_ON_ERROR --|  served no more
 //! ```
 //!
-//! Instants are absolute milliseconds since 1970 made from the leader's stamp. `now >= t` means past `t`, everywhere.
-//! Both stale windows count from `fresh_until` (RFC 5861): the entry expires at the later end of the two.
+//! Instants are absolute milliseconds since 1970 made from the leader's stamp. `now >= t` means
+//! past `t`, everywhere. Both stale windows count from `fresh_until` (RFC 5861): the entry expires
+//! at the later end of the two.
 
 use crate::peer::{EntryRecord, Lifetime};
 
@@ -43,7 +44,8 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// The life of a value stored at `stamp` that took `took` to come: it began to age when it was asked for.
+    /// The life of a value stored at `stamp` that took `took` to come: it began to age when it was
+    /// asked for.
     pub fn from_lifetime(stamp: Millis, took: Millis, lifetime: &Lifetime) -> Self {
         let fetched_at = stamp.saturating_sub(took);
         Self {
@@ -60,7 +62,10 @@ impl Timeline {
     }
 
     pub fn expires_at(&self) -> Millis {
-        after(self.fresh_until, self.stale_while_revalidate.max(self.stale_if_error))
+        after(
+            self.fresh_until,
+            self.stale_while_revalidate.max(self.stale_if_error),
+        )
     }
 
     pub fn phase(&self, now: Millis) -> Phase {
@@ -91,7 +96,11 @@ impl Timeline {
     pub fn ttl(&self, now: Millis) -> Option<i64> {
         (self.fresh_until != FOREVER).then(|| {
             let magnitude = |ms: Millis| i64::try_from(ms).unwrap_or(i64::MAX);
-            if now <= self.fresh_until { magnitude(self.fresh_until - now) } else { -magnitude(now - self.fresh_until) }
+            if now <= self.fresh_until {
+                magnitude(self.fresh_until - now)
+            } else {
+                -magnitude(now - self.fresh_until)
+            }
         })
     }
 

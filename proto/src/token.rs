@@ -21,7 +21,10 @@ pub struct InvalidToken;
 
 impl Token {
     pub fn new(epoch: u64) -> Self {
-        Self { epoch, seen: BTreeMap::new() }
+        Self {
+            epoch,
+            seen: BTreeMap::new(),
+        }
     }
 
     pub fn epoch(&self) -> u64 {
@@ -42,7 +45,8 @@ impl Token {
         *seen = revision.max(*seen);
     }
 
-    /// Takes in what another token has seen. A later epoch replaces an earlier one: revisions of different epochs do not compare.
+    /// Takes in what another token has seen. A later epoch replaces an earlier one: revisions of
+    /// different epochs do not compare.
     pub fn merge(&mut self, other: &Token) {
         if other.epoch > self.epoch {
             *self = other.clone();
@@ -72,7 +76,8 @@ impl Token {
         if bytes.get_u8() != FORMAT {
             return Err(InvalidToken);
         }
-        let varint = |bytes: &mut &[u8]| prost::encoding::decode_varint(bytes).map_err(|_| InvalidToken);
+        let varint =
+            |bytes: &mut &[u8]| prost::encoding::decode_varint(bytes).map_err(|_| InvalidToken);
         let mut token = Self::new(varint(&mut bytes)?);
         while !bytes.is_empty() {
             let shard = u32::try_from(varint(&mut bytes)?).map_err(|_| InvalidToken)?;
@@ -92,7 +97,11 @@ mod tests {
     use super::*;
 
     fn token() -> impl Strategy<Value = Token> {
-        (0..3u64, proptest::collection::btree_map(0..4096u32, any::<u64>(), 0..8)).prop_map(|(epoch, seen)| Token { epoch, seen })
+        (
+            0..3u64,
+            proptest::collection::btree_map(0..4096u32, any::<u64>(), 0..8),
+        )
+            .prop_map(|(epoch, seen)| Token { epoch, seen })
     }
 
     proptest! {

@@ -19,9 +19,13 @@ fn main() {
     let before = resident_bytes();
     let memory = Memory::new(1 << 40);
     let took = time(|| (0..ENTRIES).for_each(|n| memory.apply([(key(n), Some(entry()))])));
-    println!("apply     {:>10.0}/s, one thread", ENTRIES as f64 / took.as_secs_f64());
+    println!(
+        "apply     {:>10.0}/s, one thread",
+        ENTRIES as f64 / took.as_secs_f64()
+    );
 
-    // A read of a value shares it, which costs a few bytes more: as long-lived entries have been read, read all.
+    // A read of a value shares it, which costs a few bytes more: as long-lived entries have been
+    // read, read all.
     (0..ENTRIES).for_each(|n| drop(found(memory.get(&key(n))).map(|entry| entry.value.clone())));
     let own = ENTRIES * (VALUE_BYTES as u64 + key(0).len() as u64);
     let overhead = (resident_bytes() - before - own) / ENTRIES;
@@ -36,12 +40,19 @@ fn main() {
                 }
             });
         });
-        println!("get       {:>10.0}/s, {threads} threads", (threads * ENTRIES) as f64 / took.as_secs_f64());
+        println!(
+            "get       {:>10.0}/s, {threads} threads",
+            (threads * ENTRIES) as f64 / took.as_secs_f64()
+        );
     }
 
     let small = Memory::new(memory.bytes() / 10);
-    let took = time(|| (0..ENTRIES).for_each(|n| _ = small.fill(&key(n), small.ticket(&key(n)), entry())));
-    println!("fill      {:>10.0}/s, each evicting one, one thread", ENTRIES as f64 / took.as_secs_f64());
+    let took =
+        time(|| (0..ENTRIES).for_each(|n| _ = small.fill(&key(n), small.ticket(&key(n)), entry())));
+    println!(
+        "fill      {:>10.0}/s, each evicting one, one thread",
+        ENTRIES as f64 / took.as_secs_f64()
+    );
 }
 
 fn found(lookup: Lookup) -> Option<Arc<Entry>> {
@@ -87,5 +98,10 @@ fn time(work: impl FnOnce()) -> Duration {
 /// Linux only.
 fn resident_bytes() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
-    pages.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok()).expect("the second number is resident pages") * 4096
+    pages
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok())
+        .expect("the second number is resident pages")
+        * 4096
 }

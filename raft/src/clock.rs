@@ -1,5 +1,6 @@
-//! The one clock of a node: wall time for stamps, monotonic time for leases. Built at the composition root, handed down,
-//! moved by tests. Every other clock is banned by lint, so that nothing in the system can disagree about the time.
+//! The one clock of a node: wall time for stamps, monotonic time for leases. Built at the
+//! composition root, handed down, moved by tests. Every other clock is banned by lint, so that
+//! nothing in the system can disagree about the time.
 
 use std::{
     sync::{
@@ -26,24 +27,49 @@ struct Inner {
 }
 
 impl Clock {
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the system's clocks")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that reads the system's clocks"
+    )]
     pub fn system() -> Self {
-        let inner = Inner { started: Instant::now(), wall_offset_ms: AtomicI64::new(0), monotonic_offset_ms: AtomicI64::new(0) };
-        Self { inner: Arc::new(inner) }
+        let inner = Inner {
+            started: Instant::now(),
+            wall_offset_ms: AtomicI64::new(0),
+            monotonic_offset_ms: AtomicI64::new(0),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
-    /// Milliseconds since 1970, as this node's wall clock has them. May go backwards: never order by it.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the system's clocks")]
+    /// Milliseconds since 1970, as this node's wall clock has them. May go backwards: never order
+    /// by it.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that reads the system's clocks"
+    )]
     pub fn wall_ms(&self) -> Millis {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since_epoch = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let wall = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);
-        wall.saturating_add(self.inner.wall_offset_ms.load(Ordering::Relaxed)).try_into().unwrap_or(0)
+        wall.saturating_add(self.inner.wall_offset_ms.load(Ordering::Relaxed))
+            .try_into()
+            .unwrap_or(0)
     }
 
     /// Since the clock was made; never goes back.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the system's clocks")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one place that reads the system's clocks"
+    )]
     pub fn monotonic(&self) -> Duration {
-        let offset = self.inner.monotonic_offset_ms.load(Ordering::Relaxed).max(0).unsigned_abs();
+        let offset = self
+            .inner
+            .monotonic_offset_ms
+            .load(Ordering::Relaxed)
+            .max(0)
+            .unsigned_abs();
         Instant::now().duration_since(self.inner.started) + Duration::from_millis(offset)
     }
 
@@ -55,7 +81,9 @@ impl Clock {
     pub fn advance(&self, by: Duration) {
         let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
         self.inner.wall_offset_ms.fetch_add(by, Ordering::Relaxed);
-        self.inner.monotonic_offset_ms.fetch_add(by, Ordering::Relaxed);
+        self.inner
+            .monotonic_offset_ms
+            .fetch_add(by, Ordering::Relaxed);
     }
 
     /// Sets the wall clock off by so much, as a badly set machine would be. For tests.

@@ -1,4 +1,5 @@
-//! What a replica tells its owner as it happens, for metrics. The owner counts; this crate knows no registry.
+//! What a replica tells its owner as it happens, for metrics. The owner counts; this crate knows no
+//! registry.
 
 use std::time::Duration;
 

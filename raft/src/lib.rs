@@ -14,8 +14,8 @@
 //! purged ≤ flushed ≤ applied ≤ committed ≤ last       synced ≤ last
 //! ```
 //!
-//! Must never know: HTTP, upstreams, policies, configuration files, a metrics registry. Nothing of openraft's types is on
-//! disk or in the public API.
+//! Must never know: HTTP, upstreams, policies, configuration files, a metrics registry. Nothing of
+//! openraft's types is on disk or in the public API.
 
 mod agreement;
 mod clock;

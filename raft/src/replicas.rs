@@ -1,5 +1,6 @@
-//! All replicas of a node: one per shard, the log they share, and the node's place in a cluster. The composition root of
-//! this crate; a node opens one of these, mounts its services on the peer listener and runs it.
+//! All replicas of a node: one per shard, the log they share, and the node's place in a cluster.
+//! The composition root of this crate; a node opens one of these, mounts its services on the peer
+//! listener and runs it.
 
 use std::{
     io,
@@ -11,7 +12,8 @@ use holdfast_proto::{
     ShardId, SlotTable,
     limits::PEER_MESSAGE_BYTES_MAX,
     peer::{
-        ClusterRecord, Formation, Member, membership_service_server::MembershipServiceServer, replica_service_server::ReplicaServiceServer,
+        ClusterRecord, Formation, Member, membership_service_server::MembershipServiceServer,
+        replica_service_server::ReplicaServiceServer,
     },
 };
 use tokio::sync::watch;
@@ -97,15 +99,28 @@ pub(crate) struct Opened {
 
 impl Replicas {
     /// Opens what is on disk. Speaks to nobody yet.
-    pub async fn open(options: Options, stores: Stores, clock: Clock, events: Arc<dyn Events>) -> Result<Arc<Self>, OpenError> {
+    pub async fn open(
+        options: Options,
+        stores: Stores,
+        clock: Clock,
+        events: Arc<dyn Events>,
+    ) -> Result<Arc<Self>, OpenError> {
         let durable = stores.is_durable().then_some(options.data_dir.as_path());
         let identity = IdentityFile::open(durable, &options.name)?;
         let log = SharedLog::open(stores.open_log()?, clock.clone(), events.clone());
         let scratch = match durable {
             Some(dir) => dir.join("snapshots"),
-            None => std::env::temp_dir().join(format!("holdfast-{}-{:x}", options.name, identity.incarnation())),
+            None => std::env::temp_dir().join(format!(
+                "holdfast-{}-{:x}",
+                options.name,
+                identity.incarnation()
+            )),
         };
-        let snapshots = Arc::new(snapshot::Sender::new(stores.clone(), scratch, events.clone())?);
+        let snapshots = Arc::new(snapshot::Sender::new(
+            stores.clone(),
+            scratch,
+            events.clone(),
+        )?);
         let replicas = Arc::new(Self {
             options,
             clock,
@@ -139,7 +154,8 @@ impl Replicas {
         MembershipServiceServer::new(MembershipServer::new(self.clone()))
     }
 
-    /// Starts finding or joining a cluster, if there is none yet, and the node's duties. Call once the peer listener is open.
+    /// Starts finding or joining a cluster, if there is none yet, and the node's duties. Call once
+    /// the peer listener is open.
     pub fn start(self: &Arc<Self>) {
         let this = self.clone();
         self.spawn(async move {
@@ -180,7 +196,9 @@ impl Replicas {
     /// The replica of the shard that owns a key; `None` until the node belongs to a cluster.
     pub fn of_key(&self, key: &[u8]) -> Option<&Arc<Replica>> {
         let opened = self.opened.get()?;
-        opened.replicas.get(usize::try_from(opened.table.shard_of(key)).ok()?)
+        opened
+            .replicas
+            .get(usize::try_from(opened.table.shard_of(key)).ok()?)
     }
 
     /// The node itself, as peers know it.
@@ -207,7 +225,13 @@ impl Replicas {
             incarnation: record.incarnation,
         };
         let peers = Arc::new(Peers::new(self.clock.clone(), identity));
-        peers.set_members(record.accepted.iter().flat_map(|formation| formation.members.clone()).chain(self.forming.known_members()));
+        peers.set_members(
+            record
+                .accepted
+                .iter()
+                .flat_map(|formation| formation.members.clone())
+                .chain(self.forming.known_members()),
+        );
         let mut replicas = Vec::new();
         for shard in 0..cluster.shards.max(1) {
             let parts = Parts {
@@ -229,8 +253,21 @@ impl Replicas {
             replicas.push(replica);
         }
         let table = SlotTable::even(cluster.shards);
-        tracing::info!(cluster = cluster.cluster_id, node_id = cluster.node_id, shards = cluster.shards, "this node belongs to a cluster");
-        if self.opened.set(Opened { peers, replicas, table }).is_err() {
+        tracing::info!(
+            cluster = cluster.cluster_id,
+            node_id = cluster.node_id,
+            shards = cluster.shards,
+            "this node belongs to a cluster"
+        );
+        if self
+            .opened
+            .set(Opened {
+                peers,
+                replicas,
+                table,
+            })
+            .is_err()
+        {
             return Err(io::Error::other("this node already belongs to a cluster"));
         }
         self.membership.send_replace(Membership::Member);
@@ -258,12 +295,17 @@ impl Replicas {
         let mut membership = self.membership();
         let log = async {
             match log_failed.wait_for(Option::is_some).await {
-                Ok(why) => format!("the log cannot be written: {}", why.clone().unwrap_or_default()),
+                Ok(why) => format!(
+                    "the log cannot be written: {}",
+                    why.clone().unwrap_or_default()
+                ),
                 Err(_) => "the log is closed".into(),
             }
         };
         let replicas = async {
-            let _ = membership.wait_for(|membership| *membership == Membership::Member).await;
+            let _ = membership
+                .wait_for(|membership| *membership == Membership::Member)
+                .await;
             let ends = self.replicas().iter().map(|replica| {
                 Box::pin(async move {
                     let mut diverged = replica.watch_diverged();
@@ -305,11 +347,25 @@ impl Replicas {
     }
 }
 
-/// Every founder initialises its replica with the same formation; one that already has a log has done so before.
+/// Every founder initialises its replica with the same formation; one that already has a log has
+/// done so before.
 async fn found(replica: &Replica, formation: &Formation) -> io::Result<()> {
-    if replica.raft().is_initialized().await.map_err(io::Error::other)? {
+    if replica
+        .raft()
+        .is_initialized()
+        .await
+        .map_err(io::Error::other)?
+    {
         return Ok(());
     }
-    let members: std::collections::BTreeMap<u64, Member> = formation.members.iter().map(|member| (member.id, member.clone())).collect();
-    replica.raft().initialize(members).await.map_err(io::Error::other)
+    let members: std::collections::BTreeMap<u64, Member> = formation
+        .members
+        .iter()
+        .map(|member| (member.id, member.clone()))
+        .collect();
+    replica
+        .raft()
+        .initialize(members)
+        .await
+        .map_err(io::Error::other)
 }

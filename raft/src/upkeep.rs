@@ -1,5 +1,5 @@
-//! What a node does by itself for as long as it belongs to a cluster. Each duty is a task of its own: the one that watches
-//! for a stalled disk must wait for nothing that needs the disk.
+//! What a node does by itself for as long as it belongs to a cluster. Each duty is a task of its
+//! own: the one that watches for a stalled disk must wait for nothing that needs the disk.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -31,7 +31,8 @@ pub(crate) fn every(period: Duration) -> Interval {
 
 impl Replicas {
     pub(crate) fn keep_up(self: &Arc<Self>) {
-        let (guarding, measuring, compacting, maintaining) = (self.clone(), self.clone(), self.clone(), self.clone());
+        let (guarding, measuring, compacting, maintaining) =
+            (self.clone(), self.clone(), self.clone(), self.clone());
         self.spawn(async move { guarding.guard_against_stalls().await });
         self.spawn(async move { measuring.measure_disk().await });
         self.spawn(async move { compacting.keep_space().await });
@@ -42,7 +43,9 @@ impl Replicas {
         let mut every = every(MAINTAIN_EVERY);
         loop {
             every.tick().await;
-            let Some(opened) = self.opened.get() else { continue };
+            let Some(opened) = self.opened.get() else {
+                continue;
+            };
             self.know_members(opened);
             self.note_caught_up(opened);
             self.raise_feature_level(opened).await;
@@ -60,17 +63,26 @@ impl Replicas {
         }
     }
 
-    /// A disk that hangs must not keep a leader that can commit nothing: it hands over if it can, and speaks to no peer
-    /// until the disk answers again. Local reads go on.
+    /// A disk that hangs must not keep a leader that can commit nothing: it hands over if it can,
+    /// and speaks to no peer until the disk answers again. Local reads go on.
     async fn guard_stalled_disk(&self, opened: &Opened) {
         let stalled = self.log.stalled_for() > STALL;
         if stalled == opened.peers.is_closed() {
             return;
         }
         if stalled {
-            tracing::error!("the disk has not answered for {} s: this node leaves its peers until it does", STALL.as_secs());
-            let led = opened.replicas.iter().filter(|replica| replica.leader().is_some_and(|leader| leader.is_self));
-            join_all(led.map(|replica| tokio::time::timeout(HAND_OVER_TIMEOUT, replica.hand_over(None)))).await;
+            tracing::error!(
+                "the disk has not answered for {} s: this node leaves its peers until it does",
+                STALL.as_secs()
+            );
+            let led = opened
+                .replicas
+                .iter()
+                .filter(|replica| replica.leader().is_some_and(|leader| leader.is_self));
+            join_all(
+                led.map(|replica| tokio::time::timeout(HAND_OVER_TIMEOUT, replica.hand_over(None))),
+            )
+            .await;
         } else {
             tracing::info!("the disk answers again");
         }
@@ -78,7 +90,9 @@ impl Replicas {
     }
 
     fn know_members(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first() else { return };
+        let Some(first) = opened.replicas.first() else {
+            return;
+        };
         match first.state().roster() {
             Ok(roster) if !roster.members.is_empty() => opened.peers.set_members(roster.members),
             Ok(_) => {}
@@ -87,11 +101,19 @@ impl Replicas {
     }
 
     fn note_caught_up(&self, opened: &Opened) {
-        let Some(cluster) = self.identity.record().cluster else { return };
-        let caught_up = opened.replicas.iter().all(|replica| !replica.must_catch_up());
+        let Some(cluster) = self.identity.record().cluster else {
+            return;
+        };
+        let caught_up = opened
+            .replicas
+            .iter()
+            .all(|replica| !replica.must_catch_up());
         if caught_up
             && !cluster.caught_up
-            && let Err(error) = self.identity.belong(ClusterRecord { caught_up, ..cluster })
+            && let Err(error) = self.identity.belong(ClusterRecord {
+                caught_up,
+                ..cluster
+            })
         {
             tracing::warn!(%error, "noting that this node has caught up failed");
         }
@@ -101,13 +123,29 @@ impl Replicas {
         let mut every = every(MEASURE_EVERY);
         loop {
             every.tick().await;
-            let Some(opened) = self.opened.get() else { continue };
-            let (log, states) = (self.log.clone(), opened.replicas.iter().map(|replica| replica.state().clone()).collect::<Vec<_>>());
+            let Some(opened) = self.opened.get() else {
+                continue;
+            };
+            let (log, states) = (
+                self.log.clone(),
+                opened
+                    .replicas
+                    .iter()
+                    .map(|replica| replica.state().clone())
+                    .collect::<Vec<_>>(),
+            );
             let measured = crate::task::blocking(move || -> io::Result<u64> {
-                states.iter().try_fold(log.disk_bytes()?, |sum, state| Ok(sum + state.disk_bytes()?))
+                states.iter().try_fold(
+                    log.disk_bytes()?,
+                    |sum, state| Ok(sum + state.disk_bytes()?),
+                )
             });
-            let Ok(Ok(bytes)) = measured.await else { continue };
-            opened.peers.set_disk_used(bytes, self.options.disk_bytes_max);
+            let Ok(Ok(bytes)) = measured.await else {
+                continue;
+            };
+            opened
+                .peers
+                .set_disk_used(bytes, self.options.disk_bytes_max);
         }
     }
 
@@ -117,7 +155,9 @@ impl Replicas {
         loop {
             every.tick().await;
             match self.opened.get() {
-                Some(opened) if opened.peers.disk_used_permille() >= COMPACT_PERMILLE => self.give_space_back(opened).await,
+                Some(opened) if opened.peers.disk_used_permille() >= COMPACT_PERMILLE => {
+                    self.give_space_back(opened).await
+                }
                 _ => {}
             }
         }
@@ -140,17 +180,46 @@ impl Replicas {
 
     /// The cluster's level is what all its members speak; nothing above it is written.
     async fn raise_feature_level(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first().filter(|first| first.leads().is_some()) else { return };
+        let Some(first) = opened
+            .replicas
+            .first()
+            .filter(|first| first.leads().is_some())
+        else {
+            return;
+        };
         if first.state().applied_record().feature_level >= FEATURE_LEVEL {
             return;
         }
         let me = opened.peers.identity().node_id;
-        let others = first.voters().into_iter().chain(first.learners()).filter(|&id| id != me);
-        let spoken = others.map(|id| opened.peers.view(0, id).map_or(0, |view| view.feature_level)).min().unwrap_or(FEATURE_LEVEL);
+        let others = first
+            .voters()
+            .into_iter()
+            .chain(first.learners())
+            .filter(|&id| id != me);
+        let spoken = others
+            .map(|id| {
+                opened
+                    .peers
+                    .view(0, id)
+                    .map_or(0, |view| view.feature_level)
+            })
+            .min()
+            .unwrap_or(FEATURE_LEVEL);
         if spoken >= FEATURE_LEVEL {
             for replica in &opened.replicas {
-                let op = Op::RaiseFeatureLevel(RaiseFeatureLevel { level: FEATURE_LEVEL });
-                let _ = replica.propose_here(Command { request_id: None, caller: String::new(), op: Some(op) }, MAINTAIN_EVERY).await;
+                let op = Op::RaiseFeatureLevel(RaiseFeatureLevel {
+                    level: FEATURE_LEVEL,
+                });
+                let _ = replica
+                    .propose_here(
+                        Command {
+                            request_id: None,
+                            caller: String::new(),
+                            op: Some(op),
+                        },
+                        MAINTAIN_EVERY,
+                    )
+                    .await;
             }
         }
     }

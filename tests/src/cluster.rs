@@ -1,5 +1,6 @@
-//! Clusters of real nodes on loopback: in this process for speed, or as child processes where a test must kill, pause or
-//! trace them. A node keeps its ports, its configuration file and its data directory over restarts.
+//! Clusters of real nodes on loopback: in this process for speed, or as child processes where a
+//! test must kill, pause or trace them. A node keeps its ports, its configuration file and its data
+//! directory over restarts.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -54,11 +55,23 @@ pub struct Setup {
 
 impl Setup {
     pub fn new(programs: Programs, place: Place) -> Self {
-        Self { programs, place, nodes: 3, expect: 3, shards: 1, discover: None, learners: Vec::new(), extra: String::new() }
+        Self {
+            programs,
+            place,
+            nodes: 3,
+            expect: 3,
+            shards: 1,
+            discover: None,
+            learners: Vec::new(),
+            extra: String::new(),
+        }
     }
 
     pub fn extra(self, yaml: impl Into<String>) -> Self {
-        Self { extra: yaml.into(), ..self }
+        Self {
+            extra: yaml.into(),
+            ..self
+        }
     }
 
     pub fn shards(self, shards: u32) -> Self {
@@ -66,16 +79,26 @@ impl Setup {
     }
 
     pub fn nodes(self, nodes: usize, expect: usize) -> Self {
-        Self { nodes, expect, ..self }
+        Self {
+            nodes,
+            expect,
+            ..self
+        }
     }
 
     /// Where each node looks for the others.
     pub fn discover(self, discover: Vec<Vec<SocketAddr>>) -> Self {
-        Self { discover: Some(discover), ..self }
+        Self {
+            discover: Some(discover),
+            ..self
+        }
     }
 
     pub fn learners(self, learners: &[usize]) -> Self {
-        Self { learners: learners.to_vec(), ..self }
+        Self {
+            learners: learners.to_vec(),
+            ..self
+        }
     }
 
     /// Configures, starts all nodes and waits until they answer and one leads.
@@ -95,14 +118,24 @@ impl Setup {
     pub fn configure(self) -> anyhow::Result<Cluster> {
         let dir = tempfile::tempdir()?;
         let ports = free_ports(self.nodes * 3)?;
-        let addresses_of: Vec<Addresses> =
-            ports.chunks(3).map(|ports| Addresses { client: ports[0], peer: ports[1], admin: ports[2] }).collect();
+        let addresses_of: Vec<Addresses> = ports
+            .chunks(3)
+            .map(|ports| Addresses {
+                client: ports[0],
+                peer: ports[1],
+                admin: ports[2],
+            })
+            .collect();
         let mut nodes = Vec::new();
         for (number, &addresses) in addresses_of.iter().enumerate() {
             let name = format!("node-{}", number + 1);
             let data_dir = dir.path().join(&name);
             let discover = peers_of(&self, number, &addresses_of);
-            let role = if self.learners.contains(&number) { "learner" } else { "voter" };
+            let role = if self.learners.contains(&number) {
+                "learner"
+            } else {
+                "voter"
+            };
             let config = format!(
                 "node: {{name: {name}, role: {role}, data_dir: \"{}\"}}\nlisten: {{client: \"{}\", peer: \"{}\", admin: \"{}\"}}\ncluster: {{expect: {}, discover: [{}], shards: {}}}\n{}\n",
                 data_dir.display(),
@@ -116,9 +149,20 @@ impl Setup {
             );
             let file = dir.path().join(format!("{name}.yaml"));
             std::fs::write(&file, config)?;
-            nodes.push(Slot { name, file, data_dir, addresses, running: None });
+            nodes.push(Slot {
+                name,
+                file,
+                data_dir,
+                addresses,
+                running: None,
+            });
         }
-        Ok(Cluster { setup: self, dir, nodes, clock: Clock::system() })
+        Ok(Cluster {
+            setup: self,
+            dir,
+            nodes,
+            clock: Clock::system(),
+        })
     }
 }
 
@@ -133,8 +177,13 @@ fn peers_of(setup: &Setup, number: usize, addresses: &[Addresses]) -> Vec<String
 
 /// Ports that were free a moment ago, all at once so that they differ.
 fn free_ports(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
-    let held: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
-    Ok(held.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?)
+    let held: Vec<TcpListener> = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0"))
+        .collect::<Result<_, _>>()?;
+    Ok(held
+        .iter()
+        .map(TcpListener::local_addr)
+        .collect::<Result<_, _>>()?)
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -211,7 +260,9 @@ impl Cluster {
     }
 
     fn log_file(&self, node: usize) -> PathBuf {
-        self.dir.path().join(format!("{}.log", self.nodes[node].name))
+        self.dir
+            .path()
+            .join(format!("{}.log", self.nodes[node].name))
     }
 
     // ---- starting and stopping ----
@@ -224,7 +275,11 @@ impl Cluster {
     pub async fn start_with(&mut self, node: usize, wrapper: &[&str]) -> anyhow::Result<()> {
         let running = match self.setup.place {
             Place::InProcess => {
-                let config = Config::load(Some(&self.nodes[node].file), std::iter::empty(), &Default::default())?;
+                let config = Config::load(
+                    Some(&self.nodes[node].file),
+                    std::iter::empty(),
+                    &Default::default(),
+                )?;
                 let started = start_when_the_port_is_free(config, &self.clock).await?;
                 Running::Here(Box::new(started))
             }
@@ -236,9 +291,19 @@ impl Cluster {
 
     /// Starts nodes of this process all at the same time.
     pub async fn start_together(&mut self, nodes: &[usize]) -> anyhow::Result<()> {
-        let configs: Result<Vec<Config>, _> =
-            nodes.iter().map(|&node| Config::load(Some(&self.nodes[node].file), std::iter::empty(), &Default::default())).collect();
-        let starts = configs?.into_iter().map(|config| start_when_the_port_is_free(config, &self.clock));
+        let configs: Result<Vec<Config>, _> = nodes
+            .iter()
+            .map(|&node| {
+                Config::load(
+                    Some(&self.nodes[node].file),
+                    std::iter::empty(),
+                    &Default::default(),
+                )
+            })
+            .collect();
+        let starts = configs?
+            .into_iter()
+            .map(|config| start_when_the_port_is_free(config, &self.clock));
         let started = futures::future::try_join_all(starts).await?;
         for (&node, started) in nodes.iter().zip(started) {
             self.nodes[node].running = Some(Running::Here(Box::new(started)));
@@ -247,16 +312,33 @@ impl Cluster {
     }
 
     fn spawn(&self, node: usize, wrapper: &[&str]) -> anyhow::Result<Child> {
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_file(node))?;
-        let words: Vec<&str> = wrapper.iter().copied().chain([self.setup.programs.holdfastd]).collect();
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file(node))?;
+        let words: Vec<&str> = wrapper
+            .iter()
+            .copied()
+            .chain([self.setup.programs.holdfastd])
+            .collect();
         let mut command = Command::new(words[0]);
-        command.args(&words[1..]).arg("--config").arg(&self.nodes[node].file);
+        command
+            .args(&words[1..])
+            .arg("--config")
+            .arg(&self.nodes[node].file);
         // What the machine's environment says is not the test's configuration.
-        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HOLDFAST") || name.starts_with("OTEL")) {
+        for (name, _) in std::env::vars()
+            .filter(|(name, _)| name.starts_with("HOLDFAST") || name.starts_with("OTEL"))
+        {
             command.env_remove(name);
         }
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        command.spawn().with_context(|| format!("start {}", words.join(" ")))
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        command
+            .spawn()
+            .with_context(|| format!("start {}", words.join(" ")))
     }
 
     /// `SIGTERM`, or a clean stop in this process; says how a child ended.
@@ -294,8 +376,12 @@ impl Cluster {
         let tasks = format!("/proc/{}/task", self.pid(node).context("a child process")?);
         for _ in 0..2000 {
             let stopped = |task: std::io::Result<std::fs::DirEntry>| -> bool {
-                let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat"))).unwrap_or_default();
-                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 't']))
+                let stat = task
+                    .and_then(|task| std::fs::read_to_string(task.path().join("stat")))
+                    .unwrap_or_default();
+                stat.rsplit(") ")
+                    .next()
+                    .is_some_and(|rest| rest.starts_with(['T', 't']))
             };
             if std::fs::read_dir(&tasks)?.all(stopped) {
                 return Ok(());
@@ -356,8 +442,13 @@ impl Cluster {
     }
 
     pub fn client_of(&self, nodes: &[usize]) -> Client {
-        let endpoints = nodes.iter().map(|&node| self.nodes[node].addresses.client.to_string());
-        Client::builder().endpoints(endpoints).build().expect("addresses are endpoints")
+        let endpoints = nodes
+            .iter()
+            .map(|&node| self.nodes[node].addresses.client.to_string());
+        Client::builder()
+            .endpoints(endpoints)
+            .build()
+            .expect("addresses are endpoints")
     }
 
     /// The contract's stub, against one node.
@@ -372,23 +463,45 @@ impl Cluster {
 
     /// For the generated gRPC clients, as any other program has them.
     pub fn channel(&self, node: usize) -> tonic::transport::Channel {
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.nodes[node].addresses.client));
-        endpoint.expect("an address makes an endpoint").connect_lazy()
+        let endpoint = tonic::transport::Endpoint::from_shared(format!(
+            "http://{}",
+            self.nodes[node].addresses.client
+        ));
+        endpoint
+            .expect("an address makes an endpoint")
+            .connect_lazy()
     }
 
-    /// Moves time, for nodes in this process, and waits until each of them judges by it: in its own reads, and in what the
-    /// leader stamps.
+    /// Moves time, for nodes in this process, and waits until each of them judges by it: in its own
+    /// reads, and in what the leader stamps.
     pub async fn advance(&self, by: Duration) -> anyhow::Result<()> {
-        let now = async |client: &Client, consistency| client.inspect("time").consistency(consistency).await.ok()?.now;
+        let now = async |client: &Client, consistency| {
+            client
+                .inspect("time")
+                .consistency(consistency)
+                .await
+                .ok()?
+                .now
+        };
         let mut wanted = Vec::new();
-        for client in (0..self.nodes.len()).filter(|&node| self.is_running(node)).map(|node| self.client(node)) {
-            let instant = now(&client, Consistency::Local).await.context("what time a node has")?;
+        for client in (0..self.nodes.len())
+            .filter(|&node| self.is_running(node))
+            .map(|node| self.client(node))
+        {
+            let instant = now(&client, Consistency::Local)
+                .await
+                .context("what time a node has")?;
             wanted.push((client, instant + by));
         }
         self.clock.advance(by);
         for (client, wanted) in wanted {
             for consistency in [Consistency::Local, Consistency::Linearizable] {
-                self.until("time has moved for a node", async || now(&client, consistency).await.is_some_and(|now| now >= wanted)).await?;
+                self.until("time has moved for a node", async || {
+                    now(&client, consistency)
+                        .await
+                        .is_some_and(|now| now >= wanted)
+                })
+                .await?;
             }
         }
         Ok(())
@@ -397,7 +510,10 @@ impl Cluster {
     /// The command line, against one node.
     pub fn holdfast(&self, node: usize, arguments: &[&str]) -> anyhow::Result<Output> {
         let mut command = Command::new(self.setup.programs.holdfast);
-        command.args(["-e", &self.nodes[node].addresses.client.to_string()]).args(arguments).stdin(Stdio::null());
+        command
+            .args(["-e", &self.nodes[node].addresses.client.to_string()])
+            .args(arguments)
+            .stdin(Stdio::null());
         command.env_remove("HOLDFAST_ENDPOINTS");
         Ok(command.output()?)
     }
@@ -407,29 +523,43 @@ impl Cluster {
         http_get(self.nodes[node].addresses.admin, path).await
     }
 
-    /// One sample of `/metrics`, summed over its series that have all the labels given (`name="value"`).
+    /// One sample of `/metrics`, summed over its series that have all the labels given
+    /// (`name="value"`).
     pub async fn metric(&self, node: usize, name: &str, labels: &[&str]) -> anyhow::Result<f64> {
         let (status, body) = self.admin(node, "/metrics").await?;
         ensure!(status == 200, "/metrics answered {status}");
         let series = body.lines().filter(|line| {
             let rest = line.strip_prefix(name);
-            rest.is_some_and(|rest| rest.starts_with(['{', ' '])) && labels.iter().all(|label| line.contains(label))
+            rest.is_some_and(|rest| rest.starts_with(['{', ' ']))
+                && labels.iter().all(|label| line.contains(label))
         });
-        Ok(series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        Ok(series
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
     }
 
     pub async fn ready(&self, node: usize) -> anyhow::Result<()> {
-        self.until(&format!("{} is ready", self.nodes[node].name), async || matches!(self.admin(node, "/readyz").await, Ok((200, _)))).await
+        self.until(&format!("{} is ready", self.nodes[node].name), async || {
+            matches!(self.admin(node, "/readyz").await, Ok((200, _)))
+        })
+        .await
     }
 
     /// The node that leads shard 0, as running nodes agree.
     pub async fn leader(&self) -> anyhow::Result<usize> {
         let mut found = None;
-        let running: Vec<usize> = (0..self.nodes.len()).filter(|&node| self.is_running(node)).collect();
+        let running: Vec<usize> = (0..self.nodes.len())
+            .filter(|&node| self.is_running(node))
+            .collect();
         self.until("a leader", async || {
             for &node in &running {
-                let Ok(status) = self.client(node).cluster().status().await else { continue };
-                let leader = self.nodes.iter().position(|slot| Some(&slot.name) == status.leader.as_ref());
+                let Ok(status) = self.client(node).cluster().status().await else {
+                    continue;
+                };
+                let leader = self
+                    .nodes
+                    .iter()
+                    .position(|slot| Some(&slot.name) == status.leader.as_ref());
                 if let Some(leader) = leader.filter(|leader| running.contains(leader)) {
                     found = Some(leader);
                     return true;
@@ -444,29 +574,48 @@ impl Cluster {
     /// The node that leads shard 0, as each of these nodes says for itself.
     pub async fn leader_of(&self, nodes: &[usize]) -> anyhow::Result<usize> {
         let mut found = None;
-        self.until(&format!("nodes {nodes:?} know the same leader among them"), async || {
-            let mut named = std::collections::BTreeSet::new();
-            for &node in nodes {
-                let Ok(status) = self.client(node).cluster().status().await else { return false };
-                let leader = self.nodes.iter().position(|slot| Some(&slot.name) == status.leader.as_ref());
-                named.insert(leader.filter(|leader| nodes.contains(leader)));
-            }
-            found = named.pop_first().flatten().filter(|_| named.is_empty());
-            found.is_some()
-        })
+        self.until(
+            &format!("nodes {nodes:?} know the same leader among them"),
+            async || {
+                let mut named = std::collections::BTreeSet::new();
+                for &node in nodes {
+                    let Ok(status) = self.client(node).cluster().status().await else {
+                        return false;
+                    };
+                    let leader = self
+                        .nodes
+                        .iter()
+                        .position(|slot| Some(&slot.name) == status.leader.as_ref());
+                    named.insert(leader.filter(|leader| nodes.contains(leader)));
+                }
+                found = named.pop_first().flatten().filter(|_| named.is_empty());
+                found.is_some()
+            },
+        )
         .await?;
         found.context("a leader")
     }
 
-    /// The terms of all shards together: another leader, another number. What happens once does so once a term.
+    /// The terms of all shards together: another leader, another number. What happens once does so
+    /// once a term.
     pub async fn terms(&self) -> anyhow::Result<u64> {
-        Ok(self.client_of_all().cluster().status().await?.per_shard.iter().map(|shard| shard.term).sum())
+        Ok(self
+            .client_of_all()
+            .cluster()
+            .status()
+            .await?
+            .per_shard
+            .iter()
+            .map(|shard| shard.term)
+            .sum())
     }
 
     /// Some running node that does not lead.
     pub async fn follower(&self) -> anyhow::Result<usize> {
         let leader = self.leader().await?;
-        (0..self.nodes.len()).find(|&node| node != leader && self.is_running(node)).context("a follower")
+        (0..self.nodes.len())
+            .find(|&node| node != leader && self.is_running(node))
+            .context("a follower")
     }
 
     /// Waits until something holds, and fails saying what did not.
@@ -490,7 +639,9 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) -> anyhow::
             tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(PATIENCE, waiting).await.with_context(|| format!("waited {} s for: {what}", PATIENCE.as_secs()))
+    tokio::time::timeout(PATIENCE, waiting)
+        .await
+        .with_context(|| format!("waited {} s for: {what}", PATIENCE.as_secs()))
 }
 
 /// A restart in this process may find its ports still held for a moment.
@@ -508,7 +659,10 @@ async fn start_when_the_port_is_free(config: Config, clock: &Clock) -> anyhow::R
 }
 
 fn signal(child: &Child, what: rustix::process::Signal) -> anyhow::Result<()> {
-    let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).context("a pid")?;
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .context("a pid")?;
     Ok(rustix::process::kill_process(pid, what)?)
 }
 
@@ -526,13 +680,25 @@ async fn wait(child: &mut Child) -> anyhow::Result<std::process::ExitStatus> {
 pub async fn http_get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
     let asked = async {
         let mut stream = tokio::net::TcpStream::connect(address).await?;
-        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+        stream
+            .write_all(
+                format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
+                    .as_bytes(),
+            )
+            .await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         anyhow::Ok(answer)
     };
     let answer = tokio::time::timeout(Duration::from_secs(5), asked).await??;
-    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).context("a status line")?;
-    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
+    let status = answer
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .context("a status line")?;
+    let body = answer
+        .split_once("\r\n\r\n")
+        .map(|(_, body)| body.to_owned())
+        .unwrap_or_default();
     Ok((status, body))
 }

@@ -1,7 +1,7 @@
 //! Who can see whom: a way from every node to every other one's peer port, which a test opens.
 //!
-//! A way that is not open takes connections and ends them at once. One that was opened stays open. Nodes that have met dial
-//! each other's own addresses, which no way of these leads through.
+//! A way that is not open takes connections and ends them at once. One that was opened stays open.
+//! Nodes that have met dial each other's own addresses, which no way of these leads through.
 
 use std::{
     net::SocketAddr,
@@ -49,18 +49,26 @@ impl Links {
             }
             links.push(row);
         }
-        Ok(Self { links, _accepting: accepting })
+        Ok(Self {
+            links,
+            _accepting: accepting,
+        })
     }
 
     /// What each node is told to look for.
     pub fn discover(&self) -> Vec<Vec<SocketAddr>> {
-        self.links.iter().map(|row| row.iter().map(|link| link.address).collect()).collect()
+        self.links
+            .iter()
+            .map(|row| row.iter().map(|link| link.address).collect())
+            .collect()
     }
 
     /// Where the ways to each node lead.
     pub fn lead_to(&self, peers: &[SocketAddr]) {
         for row in &self.links {
-            row.iter().zip(peers).for_each(|(link, peer)| _ = link.way.target.set(*peer));
+            row.iter()
+                .zip(peers)
+                .for_each(|(link, peer)| _ = link.way.target.set(*peer));
         }
     }
 
@@ -69,7 +77,10 @@ impl Links {
     }
 
     pub fn open_all(&self) {
-        self.links.iter().flatten().for_each(|link| link.way.open.store(true, Ordering::Relaxed));
+        self.links
+            .iter()
+            .flatten()
+            .for_each(|link| link.way.open.store(true, Ordering::Relaxed));
     }
 }
 

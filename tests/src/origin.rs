@@ -1,8 +1,9 @@
-//! An upstream under the test's command: counts what it is asked, and answers, stalls, breaks off or hangs as told.
+//! An upstream under the test's command: counts what it is asked, and answers, stalls, breaks off
+//! or hangs as told.
 //!
-//! Promises real HTTP/1.1 on a port of its own that stays its own while it is stopped. Speaks TCP itself rather than
-//! through a server library, because half of what it is for is what no library lets a server do. Must never know what
-//! asks it.
+//! Promises real HTTP/1.1 on a port of its own that stays its own while it is stopped. Speaks TCP
+//! itself rather than through a server library, because half of what it is for is what no library
+//! lets a server do. Must never know what asks it.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -37,7 +38,8 @@ pub struct Answer {
 #[derive(Clone)]
 pub enum Behaviour {
     Answer(Answer),
-    /// Makes the answer from the target (path and query) and the number of the call at that path, counted from 1.
+    /// Makes the answer from the target (path and query) and the number of the call at that path,
+    /// counted from 1.
     Compute(Arc<Compute>),
     /// Does `then` once the gate opens.
     Stall {
@@ -98,7 +100,11 @@ pub struct Origin {
 
 impl Answer {
     pub fn new(status: u16, content_type: &str, body: impl Into<Bytes>) -> Self {
-        Self { status, headers: vec![("content-type".to_owned(), content_type.to_owned())], body: body.into() }
+        Self {
+            status,
+            headers: vec![("content-type".to_owned(), content_type.to_owned())],
+            body: body.into(),
+        }
     }
 
     pub fn json(body: impl Into<Bytes>) -> Self {
@@ -110,7 +116,13 @@ impl Answer {
     }
 
     pub fn status(status: u16) -> Self {
-        Self::new(status, "text/plain", StatusCode::from_u16(status).map(|s| s.to_string()).unwrap_or_default())
+        Self::new(
+            status,
+            "text/plain",
+            StatusCode::from_u16(status)
+                .map(|s| s.to_string())
+                .unwrap_or_default(),
+        )
     }
 
     /// With one more header.
@@ -143,12 +155,18 @@ impl Behaviour {
 
     /// This, once the gate opens.
     pub fn after(self, gate: &Gate) -> Self {
-        Self::Stall { gate: gate.clone(), then: Box::new(self) }
+        Self::Stall {
+            gate: gate.clone(),
+            then: Box::new(self),
+        }
     }
 
     /// This, that much later.
     pub fn delayed(self, by: Duration) -> Self {
-        Self::Delay { by, then: Box::new(self) }
+        Self::Delay {
+            by,
+            then: Box::new(self),
+        }
     }
 }
 
@@ -191,13 +209,23 @@ impl Default for Gate {
 }
 
 impl Origin {
-    /// Listens on a free port of 127.0.0.1 and answers every call with status 200 and the JSON `{}`.
+    /// Listens on a free port of 127.0.0.1 and answers every call with status 200 and the JSON
+    /// `{}`.
     pub async fn start() -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared { state: Mutex::new(State::new()), calls: watch::Sender::new(0), open: watch::Sender::new(0) });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::new()),
+            calls: watch::Sender::new(0),
+            open: watch::Sender::new(0),
+        });
         let running = Some(tokio::spawn(accept(listener, shared.clone())));
-        Ok(Self { address, shared, running, reserved: None })
+        Ok(Self {
+            address,
+            shared,
+            running,
+            reserved: None,
+        })
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -216,7 +244,11 @@ impl Origin {
 
     /// From the next call on, at this path, whatever the query.
     pub fn respond_at(&self, path: &str, behaviour: Behaviour) {
-        self.shared.state.lock().behaviours.insert(path.to_owned(), behaviour);
+        self.shared
+            .state
+            .lock()
+            .behaviours
+            .insert(path.to_owned(), behaviour);
     }
 
     /// Calls that arrived, answered or not.
@@ -226,7 +258,13 @@ impl Origin {
 
     /// Calls at a path, whatever the query.
     pub fn calls_of(&self, path: &str) -> u64 {
-        self.shared.state.lock().calls_at.get(path).copied().unwrap_or(0)
+        self.shared
+            .state
+            .lock()
+            .calls_at
+            .get(path)
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Calls that are being answered now.
@@ -242,12 +280,22 @@ impl Origin {
     /// Waits until that many calls have arrived since the start.
     pub async fn reached(&self, calls: u64) {
         // The sender is in `shared`, so waiting cannot fail.
-        let _ = self.shared.calls.subscribe().wait_for(|count| *count >= calls).await;
+        let _ = self
+            .shared
+            .calls
+            .subscribe()
+            .wait_for(|count| *count >= calls)
+            .await;
     }
 
     /// Waits until no call is open: each is answered, or whoever made it has gone.
     pub async fn idle(&self) {
-        let _ = self.shared.open.subscribe().wait_for(|open| *open == 0).await;
+        let _ = self
+            .shared
+            .open
+            .subscribe()
+            .wait_for(|open| *open == 0)
+            .await;
     }
 
     /// The latest calls, oldest first, at most 10,000.
@@ -261,7 +309,9 @@ impl Origin {
 
     /// Dies: drops every connection and refuses new ones. Counts and behaviours stay.
     pub async fn stop(&mut self) -> io::Result<()> {
-        let Some(running) = self.running.take() else { return Ok(()) };
+        let Some(running) = self.running.take() else {
+            return Ok(());
+        };
         running.abort();
         // Ends with the listener and all connections closed.
         let _ = running.await;
@@ -274,8 +324,13 @@ impl Origin {
 
     /// Comes back after `stop`, at the same port.
     pub fn restart(&mut self) -> io::Result<()> {
-        let Some(socket) = self.reserved.take() else { return Ok(()) };
-        self.running = Some(tokio::spawn(accept(socket.listen(1024)?, self.shared.clone())));
+        let Some(socket) = self.reserved.take() else {
+            return Ok(());
+        };
+        self.running = Some(tokio::spawn(accept(
+            socket.listen(1024)?,
+            self.shared.clone(),
+        )));
         Ok(())
     }
 }
@@ -323,8 +378,17 @@ impl Shared {
     /// Counts a call; what to do with it and its number at its path.
     fn arrived(&self, request: Request) -> (Open<'_>, Behaviour, u64) {
         let mut state = self.state.lock();
-        let path = request.target.split('?').next().unwrap_or_default().to_owned();
-        let behaviour = state.behaviours.get(&path).unwrap_or(&state.behaviour).clone();
+        let path = request
+            .target
+            .split('?')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let behaviour = state
+            .behaviours
+            .get(&path)
+            .unwrap_or(&state.behaviour)
+            .clone();
         let count = state.calls_at.entry(path).or_default();
         *count += 1;
         let number = *count;
@@ -389,26 +453,42 @@ async fn read_request(reader: &mut (impl AsyncBufReadExt + Unpin)) -> io::Result
         return Ok(None);
     }
     let mut words = line.split_whitespace().map(str::to_owned);
-    let (Some(method), Some(target)) = (words.next(), words.next()) else { return Ok(None) };
+    let (Some(method), Some(target)) = (words.next(), words.next()) else {
+        return Ok(None);
+    };
     let mut headers = HeaderMap::new();
     loop {
         let mut bytes = Vec::new();
         reader.read_until(b'\n', &mut bytes).await?;
         let line = bytes.trim_ascii();
         if line.is_empty() {
-            return Ok(Some(Request { method, target, headers }));
+            return Ok(Some(Request {
+                method,
+                target,
+                headers,
+            }));
         }
-        let colon = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
+        let colon = line
+            .iter()
+            .position(|byte| *byte == b':')
+            .unwrap_or(line.len());
         let (name, value) = line.split_at(colon);
         let value = value.strip_prefix(b":").unwrap_or_default().trim_ascii();
-        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+        if let (Ok(name), Ok(value)) =
+            (HeaderName::from_bytes(name), HeaderValue::from_bytes(value))
+        {
             headers.append(name, value);
         }
     }
 }
 
 /// Whether the connection stays open.
-async fn behave(mut behaviour: Behaviour, writer: &mut (impl AsyncWriteExt + Unpin), target: &str, number: u64) -> io::Result<bool> {
+async fn behave(
+    mut behaviour: Behaviour,
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    target: &str,
+    number: u64,
+) -> io::Result<bool> {
     loop {
         behaviour = match behaviour {
             Behaviour::Stall { gate, then } => {
@@ -424,13 +504,25 @@ async fn behave(mut behaviour: Behaviour, writer: &mut (impl AsyncWriteExt + Unp
                 write_whole(writer, &answer, answer.body.len() as u64).await?;
                 return Ok(true);
             }
-            Behaviour::CutShort { content_length, answer } => {
+            Behaviour::CutShort {
+                content_length,
+                answer,
+            } => {
                 write_whole(writer, &answer, content_length).await?;
                 return Ok(false);
             }
-            Behaviour::Stream { content_type, bytes } => return write_stream(writer, &content_type, bytes).await.map(|()| true),
+            Behaviour::Stream {
+                content_type,
+                bytes,
+            } => {
+                return write_stream(writer, &content_type, bytes)
+                    .await
+                    .map(|()| true);
+            }
             Behaviour::Trickle { interval } => {
-                writer.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n").await?;
+                writer
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
+                    .await?;
                 loop {
                     writer.write_all(b"x").await?;
                     tokio::time::sleep(interval).await;
@@ -446,7 +538,11 @@ async fn behave(mut behaviour: Behaviour, writer: &mut (impl AsyncWriteExt + Unp
     }
 }
 
-async fn write_whole(writer: &mut (impl AsyncWriteExt + Unpin), answer: &Answer, content_length: u64) -> io::Result<()> {
+async fn write_whole(
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    answer: &Answer,
+    content_length: u64,
+) -> io::Result<()> {
     let mut head = format!("HTTP/1.1 {} {}\r\n", answer.status, reason(answer.status));
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
@@ -461,8 +557,14 @@ async fn write_whole(writer: &mut (impl AsyncWriteExt + Unpin), answer: &Answer,
     writer.flush().await
 }
 
-async fn write_stream(writer: &mut (impl AsyncWriteExt + Unpin), content_type: &str, mut bytes: u64) -> io::Result<()> {
-    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n\r\n");
+async fn write_stream(
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    content_type: &str,
+    mut bytes: u64,
+) -> io::Result<()> {
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
     writer.write_all(head.as_bytes()).await?;
     while bytes > 0 {
         let size = bytes.min(BLOCK.len() as u64) as usize;
@@ -475,5 +577,8 @@ async fn write_stream(writer: &mut (impl AsyncWriteExt + Unpin), content_type: &
 }
 
 fn reason(status: u16) -> &'static str {
-    StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown")
+    StatusCode::from_u16(status)
+        .ok()
+        .and_then(|status| status.canonical_reason())
+        .unwrap_or("Unknown")
 }

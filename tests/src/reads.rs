@@ -14,12 +14,14 @@ use tokio::task::JoinSet;
 
 use crate::{cluster::Cluster, writes::Writes};
 
-/// Between two reads of one reader: several writes and many heartbeats fit in between, and other tests run too.
+/// Between two reads of one reader: several writes and many heartbeats fit in between, and other
+/// tests run too.
 const READ_EVERY: Duration = Duration::from_millis(5);
 /// A key that is always there.
 const STEADY: &str = "steady";
 
-/// A reader for each of some nodes, that asks no other: LOCAL and SESSION at once, and SESSION with the token of the newest write.
+/// A reader for each of some nodes, that asks no other: LOCAL and SESSION at once, and SESSION with
+/// the token of the newest write.
 pub struct Readers {
     tasks: JoinSet<anyhow::Result<u64>>,
     stop: Arc<AtomicBool>,
@@ -36,10 +38,19 @@ impl Readers {
         let stop = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for &node in nodes {
-            let reader =
-                Reader { strict: strict(cluster, node), patient: cluster.client(node), writes: writes.clone(), stop: stop.clone() };
+            let reader = Reader {
+                strict: strict(cluster, node),
+                patient: cluster.client(node),
+                writes: writes.clone(),
+                stop: stop.clone(),
+            };
             let name = cluster.name(node).to_owned();
-            tasks.spawn(async move { reader.read().await.with_context(|| format!("a read on {name}")) });
+            tasks.spawn(async move {
+                reader
+                    .read()
+                    .await
+                    .with_context(|| format!("a read on {name}"))
+            });
         }
         Self { tasks, stop }
     }
@@ -68,14 +79,37 @@ impl Reader {
     async fn read(self) -> anyhow::Result<u64> {
         let mut reads = 0;
         while !self.stop.load(Ordering::Relaxed) {
-            let local = self.strict.get(STEADY).consistency(Consistency::Local).await.context("LOCAL")?;
-            ensure!(local.answer.value.as_deref() == Some(STEADY.as_bytes()), "LOCAL found {local:?}");
-            let session = self.strict.get(STEADY).await.context("SESSION of its own")?;
+            let local = self
+                .strict
+                .get(STEADY)
+                .consistency(Consistency::Local)
+                .await
+                .context("LOCAL")?;
+            ensure!(
+                local.answer.value.as_deref() == Some(STEADY.as_bytes()),
+                "LOCAL found {local:?}"
+            );
+            let session = self
+                .strict
+                .get(STEADY)
+                .await
+                .context("SESSION of its own")?;
             ensure!(session.answer.is_hit(), "SESSION found {session:?}");
-            ensure!(session.replica.revision >= local.replica.revision, "the node went back from {local:?} to {session:?}");
+            ensure!(
+                session.replica.revision >= local.replica.revision,
+                "the node went back from {local:?} to {session:?}"
+            );
             if let Some((key, token)) = self.writes.newest() {
-                let newest = self.patient.get(&key).token(token).await.context("SESSION that has seen the newest write")?;
-                ensure!(newest.answer.is_hit(), "{key} was acknowledged and a session that has seen it found {newest:?}");
+                let newest = self
+                    .patient
+                    .get(&key)
+                    .token(token)
+                    .await
+                    .context("SESSION that has seen the newest write")?;
+                ensure!(
+                    newest.answer.is_hit(),
+                    "{key} was acknowledged and a session that has seen it found {newest:?}"
+                );
             }
             reads += 1;
             tokio::time::sleep(READ_EVERY).await;
@@ -86,5 +120,9 @@ impl Reader {
 
 fn strict(cluster: &Cluster, node: usize) -> Client {
     let endpoint = cluster.addresses(node).client.to_string();
-    Client::builder().endpoints([endpoint]).retries(0).build().expect("an address is an endpoint")
+    Client::builder()
+        .endpoints([endpoint])
+        .retries(0)
+        .build()
+        .expect("an address is an endpoint")
 }

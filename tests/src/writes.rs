@@ -1,5 +1,5 @@
-//! A stream of writes that remembers what was acknowledged and when, for tests that break a cluster under it. Every write has
-//! its own key, so that none hides the loss of another.
+//! A stream of writes that remembers what was acknowledged and when, for tests that break a cluster
+//! under it. Every write has its own key, so that none hides the loss of another.
 
 use std::{
     sync::{
@@ -56,7 +56,12 @@ struct Outcome {
 
 impl Writes {
     /// One writer per client. Keys are `<prefix><number>`.
-    pub fn start(clients: Vec<Client>, prefix: impl Into<String>, value_bytes: usize, clock: &Clock) -> Self {
+    pub fn start(
+        clients: Vec<Client>,
+        prefix: impl Into<String>,
+        value_bytes: usize,
+        clock: &Clock,
+    ) -> Self {
         let shared = Arc::new(Shared {
             prefix: prefix.into(),
             value_bytes,
@@ -81,9 +86,13 @@ impl Writes {
     pub async fn more(&self, writes: u64) -> anyhow::Result<()> {
         let wanted = self.count() + writes;
         let mut acknowledged = self.shared.acknowledged.subscribe();
-        let waited = tokio::time::timeout(PATIENCE, acknowledged.wait_for(|count| *count >= wanted)).await;
+        let waited =
+            tokio::time::timeout(PATIENCE, acknowledged.wait_for(|count| *count >= wanted)).await;
         if waited.is_err() {
-            bail!("{writes} more writes were not acknowledged; the last failure: {:?}", self.shared.outcome.lock().last_error);
+            bail!(
+                "{writes} more writes were not acknowledged; the last failure: {:?}",
+                self.shared.outcome.lock().last_error
+            );
         }
         Ok(())
     }
@@ -91,7 +100,10 @@ impl Writes {
     /// A key that was acknowledged last, and a token that has seen it.
     pub fn newest(&self) -> Option<(String, Token)> {
         let outcome = self.shared.outcome.lock();
-        Some((outcome.written.acknowledged.last()?.clone(), outcome.written.token.clone()))
+        Some((
+            outcome.written.acknowledged.last()?.clone(),
+            outcome.written.token.clone(),
+        ))
     }
 
     pub fn now(&self) -> Duration {
@@ -103,7 +115,11 @@ impl Writes {
         let outcome = self.shared.outcome.lock();
         let after = outcome.at.partition_point(|at| *at <= from);
         let ends = outcome.at[after..].iter().copied().chain([self.now()]);
-        ends.scan(from, |last, at| Some(at.saturating_sub(std::mem::replace(last, at)))).max().unwrap_or_default()
+        ends.scan(from, |last, at| {
+            Some(at.saturating_sub(std::mem::replace(last, at)))
+        })
+        .max()
+        .unwrap_or_default()
     }
 
     /// Ends the writers after the write that each has under way.
@@ -127,14 +143,23 @@ impl Written {
         for keys in self.acknowledged.chunks(BATCH) {
             let batch = client.batch_get(keys).token(self.token.clone()).await?;
             for (key, result) in keys.iter().zip(batch.results) {
-                let value = result?.value.with_context(|| format!("{key} was acknowledged and is lost"))?;
+                let value = result?
+                    .value
+                    .with_context(|| format!("{key} was acknowledged and is lost"))?;
                 ensure!(value.starts_with(key.as_bytes()), "{key} has another value");
             }
         }
         for keys in self.refused.chunks(BATCH) {
-            let batch = client.batch_get(keys).token(self.token.clone()).consistency(Consistency::Session).await?;
+            let batch = client
+                .batch_get(keys)
+                .token(self.token.clone())
+                .consistency(Consistency::Session)
+                .await?;
             for (key, result) in keys.iter().zip(batch.results) {
-                ensure!(result?.value.is_none(), "{key} was said not to be applied and is there");
+                ensure!(
+                    result?.value.is_none(),
+                    "{key} was said not to be applied and is there"
+                );
             }
         }
         Ok(())
@@ -149,7 +174,11 @@ impl Drop for Writes {
 
 async fn write(shared: Arc<Shared>, client: Client) {
     while !shared.stop.load(Ordering::Relaxed) {
-        let key = format!("{}{}", shared.prefix, shared.next.fetch_add(1, Ordering::Relaxed));
+        let key = format!(
+            "{}{}",
+            shared.prefix,
+            shared.next.fetch_add(1, Ordering::Relaxed)
+        );
         let mut value = key.clone().into_bytes();
         value.resize(value.len().max(shared.value_bytes), b'.');
         let outcome = client.set(&key, value).await;

@@ -1,4 +1,5 @@
-//! What may be written on the command line, and what each word is turned into. No call is made here.
+//! What may be written on the command line, and what each word is turned into. No call is made
+//! here.
 
 use std::{
     ffi::OsString,
@@ -17,7 +18,14 @@ use crate::{Consistency, FOREVER, Token};
 #[command(name = "holdfast", version, after_help = EXIT_CODES, arg_required_else_help = true, subcommand_required = true)]
 pub(super) struct Arguments {
     /// Nodes to ask, host:port; several by comma or by repeating
-    #[arg(short, long, global = true, env = "HOLDFAST_ENDPOINTS", value_delimiter = ',', default_value = "127.0.0.1:7400")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "HOLDFAST_ENDPOINTS",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:7400"
+    )]
     pub(super) endpoints: Vec<String>,
 
     /// How to print what is answered
@@ -106,7 +114,8 @@ pub(super) struct SetArguments {
     /// How long past its lifetime the value is served at once; with a unit, or `forever`
     #[arg(long, value_name = "TIME", value_parser = window, allow_hyphen_values = true)]
     pub(super) stale_while_revalidate: Option<Duration>,
-    /// How long past its lifetime the value is served if no better one can be had; with a unit, or `forever`
+    /// How long past its lifetime the value is served if no better one can be had; with a unit, or
+    /// `forever`
     #[arg(long, value_name = "TIME", value_parser = window, allow_hyphen_values = true)]
     pub(super) stale_if_error: Option<Duration>,
     /// A tag; may be repeated
@@ -198,9 +207,9 @@ impl Arguments {
     /// `--raw` and `-o` must not contradict each other.
     pub(super) fn format(&self) -> Result<OutputFormat, Failure> {
         match (&self.command, self.output) {
-            (Command::Get(get), OutputFormat::Json | OutputFormat::Jsonl) if get.raw => {
-                Err(Failure::usage("raw", "--raw contradicts -o json and -o jsonl"))
-            }
+            (Command::Get(get), OutputFormat::Json | OutputFormat::Jsonl) if get.raw => Err(
+                Failure::usage("raw", "--raw contradicts -o json and -o jsonl"),
+            ),
             (Command::Get(get), _) if get.raw => Ok(OutputFormat::Raw),
             (_, output) => Ok(output),
         }
@@ -217,36 +226,57 @@ impl ReadArguments {
     }
 }
 
-/// A negative one is let through to here, so that it is refused as what it is and not as an option that there is not.
+/// A negative one is let through to here, so that it is refused as what it is and not as an option
+/// that there is not.
 fn duration(text: &str) -> Result<Duration, String> {
     if text.starts_with('-') && !text.starts_with("--") {
         return Err("a time is not negative".to_owned());
     }
     // humantime lets a bare 0 pass.
-    if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+    if text
+        .bytes()
+        .all(|byte| byte.is_ascii_digit() || byte == b'.')
+    {
         return Err(format!("a time needs a unit: {text}s, {text}ms, {text}min"));
     }
     humantime::parse_duration(text).map_err(|error| error.to_string())
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {
-    duration(text).and_then(|timeout| if timeout.is_zero() { Err("no time at all".to_owned()) } else { Ok(timeout) })
+    duration(text).and_then(|timeout| {
+        if timeout.is_zero() {
+            Err("no time at all".to_owned())
+        } else {
+            Ok(timeout)
+        }
+    })
 }
 
 fn window(text: &str) -> Result<Duration, String> {
-    if text.eq_ignore_ascii_case("forever") { Ok(FOREVER) } else { duration(text) }
+    if text.eq_ignore_ascii_case("forever") {
+        Ok(FOREVER)
+    } else {
+        duration(text)
+    }
 }
 
 /// RFC 3339 with any offset, or `@` and seconds since 1970.
 fn instant(text: &str) -> Result<SystemTime, String> {
-    let invalid = || "not RFC 3339, as 2030-01-31T12:00:00Z, and not @ and seconds since 1970".to_owned();
+    let invalid =
+        || "not RFC 3339, as 2030-01-31T12:00:00Z, and not @ and seconds since 1970".to_owned();
     if let Some(seconds) = text.strip_prefix('@') {
         let seconds = seconds.parse().map_err(|_| invalid())?;
-        return SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).ok_or_else(invalid);
+        return SystemTime::UNIX_EPOCH
+            .checked_add(Duration::from_secs(seconds))
+            .ok_or_else(invalid);
     }
     let (local, east, offset) = split_offset(text).ok_or_else(invalid)?;
     let local = humantime::parse_rfc3339(&format!("{local}Z")).map_err(|_| invalid())?;
-    let instant = if east { local.checked_sub(offset) } else { local.checked_add(offset) };
+    let instant = if east {
+        local.checked_sub(offset)
+    } else {
+        local.checked_add(offset)
+    };
     instant.ok_or_else(invalid)
 }
 
@@ -258,7 +288,12 @@ fn split_offset(text: &str) -> Option<(&str, bool, Duration)> {
     let (local, offset) = text.split_at_checked(text.len().checked_sub("+00:00".len())?)?;
     let (sign, offset) = offset.split_at_checked(1)?;
     let (hours, minutes) = offset.split_once(':')?;
-    let number = |digits: &str, below: u64| digits.parse().ok().filter(|&n: &u64| digits.len() == 2 && n < below);
+    let number = |digits: &str, below: u64| {
+        digits
+            .parse()
+            .ok()
+            .filter(|&n: &u64| digits.len() == 2 && n < below)
+    };
     let offset = Duration::from_secs(number(hours, 24)? * 3600 + number(minutes, 60)? * 60);
     match sign {
         "+" => Some((local, true, offset)),
@@ -270,11 +305,16 @@ fn split_offset(text: &str) -> Option<(&str, bool, Duration)> {
 fn token(text: &str) -> Result<Token, String> {
     let invalid = "not a token that an answer gave";
     let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| invalid)?;
-    Token::decode(&bytes).map_err(|_| invalid)?.ok_or_else(|| invalid.to_owned())
+    Token::decode(&bytes)
+        .map_err(|_| invalid)?
+        .ok_or_else(|| invalid.to_owned())
 }
 
 fn cursor(text: &str) -> Result<Bytes, String> {
-    URL_SAFE_NO_PAD.decode(text).map(Bytes::from).map_err(|_| "not a cursor that a page gave".to_owned())
+    URL_SAFE_NO_PAD
+        .decode(text)
+        .map(Bytes::from)
+        .map_err(|_| "not a cursor that a page gave".to_owned())
 }
 
 #[cfg(test)]
@@ -298,34 +338,72 @@ mod tests {
 
     #[test]
     fn globals_stand_before_or_after_the_command_and_ignore_case() {
-        for line in
-            [["-e", "a:1,b:2", "-o", "JSON", "--timeout", "2s", "get", "k"], ["get", "k", "-o", "json", "--timeout", "2s", "-e", "a:1,b:2"]]
-        {
+        for line in [
+            ["-e", "a:1,b:2", "-o", "JSON", "--timeout", "2s", "get", "k"],
+            ["get", "k", "-o", "json", "--timeout", "2s", "-e", "a:1,b:2"],
+        ] {
             let arguments = parse(&line).unwrap();
             assert_eq!(arguments.endpoints, ["a:1", "b:2"]);
-            assert_eq!((arguments.output, arguments.timeout), (OutputFormat::Json, Duration::from_secs(2)));
+            assert_eq!(
+                (arguments.output, arguments.timeout),
+                (OutputFormat::Json, Duration::from_secs(2))
+            );
         }
-        assert_eq!(parse(&["-e", "a:1", "-e", "b:2", "cluster", "status"]).unwrap().endpoints, ["a:1", "b:2"]);
+        assert_eq!(
+            parse(&["-e", "a:1", "-e", "b:2", "cluster", "status"])
+                .unwrap()
+                .endpoints,
+            ["a:1", "b:2"]
+        );
         assert!(parse(&["get", "k", "--consistency", "LINEARIZABLE"]).is_ok());
     }
 
     #[test]
     fn a_bare_number_is_no_time() {
         for bad in ["5", "0", "1.5", "0s", "-5s", "soon"] {
-            assert!(is_refused(&["get", "k", &format!("--timeout={bad}")]), "{bad}");
+            assert!(
+                is_refused(&["get", "k", &format!("--timeout={bad}")]),
+                "{bad}"
+            );
         }
         for bad in ["60", "0", "-1s", ""] {
-            assert!(is_refused(&["set", "k", "v", &format!("--ttl={bad}")]), "{bad}");
+            assert!(
+                is_refused(&["set", "k", "v", &format!("--ttl={bad}")]),
+                "{bad}"
+            );
         }
         assert!(parse(&["set", "k", "v", "--ttl", "1m 30s"]).is_ok());
     }
 
     #[test]
     fn what_excludes_each_other_is_refused() {
-        assert!(is_refused(&["set", "k", "v", "--ttl", "5s", "--expires-at", "@1"]));
-        assert!(is_refused(&["set", "k", "v", "--if-absent", "--if-version", "1"]));
-        assert!(parse(&["get", "k", "--raw", "-o", "json"]).unwrap().format().is_err());
-        assert_eq!(parse(&["get", "k", "--raw"]).unwrap().format().unwrap(), OutputFormat::Raw);
+        assert!(is_refused(&[
+            "set",
+            "k",
+            "v",
+            "--ttl",
+            "5s",
+            "--expires-at",
+            "@1"
+        ]));
+        assert!(is_refused(&[
+            "set",
+            "k",
+            "v",
+            "--if-absent",
+            "--if-version",
+            "1"
+        ]));
+        assert!(
+            parse(&["get", "k", "--raw", "-o", "json"])
+                .unwrap()
+                .format()
+                .is_err()
+        );
+        assert_eq!(
+            parse(&["get", "k", "--raw"]).unwrap().format().unwrap(),
+            OutputFormat::Raw
+        );
     }
 
     #[test]
@@ -335,7 +413,10 @@ mod tests {
         assert_eq!(instant("2023-11-14T22:13:20Z"), Ok(at(1_700_000_000)));
         assert_eq!(instant("2023-11-15T00:13:20+02:00"), Ok(at(1_700_000_000)));
         assert_eq!(instant("2023-11-14T16:43:20-05:30"), Ok(at(1_700_000_000)));
-        assert_eq!(instant("2023-11-14T22:13:20.5Z"), Ok(at(1_700_000_000) + Duration::from_millis(500)));
+        assert_eq!(
+            instant("2023-11-14T22:13:20.5Z"),
+            Ok(at(1_700_000_000) + Duration::from_millis(500))
+        );
         for bad in [
             "",
             "@",
@@ -363,11 +444,20 @@ mod tests {
 
     #[test]
     fn values_and_keys_may_look_odd() {
-        let Command::Set(set) = parse(&["set", "k", "-"]).unwrap().command else { panic!() };
+        let Command::Set(set) = parse(&["set", "k", "-"]).unwrap().command else {
+            panic!()
+        };
         assert_eq!((set.value, set.literal), ("-".into(), false));
-        let Command::Set(set) = parse(&["set", "k", "-5", "--tag", "a", "--tag", "b"]).unwrap().command else { panic!() };
+        let Command::Set(set) = parse(&["set", "k", "-5", "--tag", "a", "--tag", "b"])
+            .unwrap()
+            .command
+        else {
+            panic!()
+        };
         assert_eq!((set.value, set.tags.len()), ("-5".into(), 2));
-        let Command::Set(set) = parse(&["set", "--", "-k", "--v"]).unwrap().command else { panic!() };
+        let Command::Set(set) = parse(&["set", "--", "-k", "--v"]).unwrap().command else {
+            panic!()
+        };
         assert_eq!((set.key, set.value), ("-k".into(), "--v".into()));
     }
 

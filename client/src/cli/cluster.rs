@@ -39,7 +39,11 @@ struct AddedJson {
 #[derive(Serialize)]
 struct DoneJson {}
 
-pub(super) async fn cluster(client: &Client, command: ClusterCommand, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn cluster(
+    client: &Client,
+    command: ClusterCommand,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     match command {
         ClusterCommand::Status => {
             print_status(&client.cluster().status().await?, output)?;
@@ -49,12 +53,18 @@ pub(super) async fn cluster(client: &Client, command: ClusterCommand, output: &m
             let status = client.cluster().status().await?;
             let problems = status.problems();
             print_health(&status, &problems, output)?;
-            Ok(if problems.is_empty() { Outcome::Ok } else { Outcome::Degraded })
+            Ok(if problems.is_empty() {
+                Outcome::Ok
+            } else {
+                Outcome::Degraded
+            })
         }
         ClusterCommand::TransferLeader { to } => {
             let leader = client.cluster().transfer_leader(to.as_deref()).await?;
             match output.format {
-                OutputFormat::Json | OutputFormat::Jsonl => output.object(&LeaderJson { leader: &leader })?,
+                OutputFormat::Json | OutputFormat::Jsonl => {
+                    output.object(&LeaderJson { leader: &leader })?
+                }
                 OutputFormat::Raw => output.line(&safe(&leader))?,
                 OutputFormat::Table => output.fields(&[("leader", Some(safe(&leader)))])?,
             }
@@ -63,7 +73,11 @@ pub(super) async fn cluster(client: &Client, command: ClusterCommand, output: &m
     }
 }
 
-pub(super) async fn member(client: &Client, command: MemberCommand, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn member(
+    client: &Client,
+    command: MemberCommand,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     match command {
         MemberCommand::List => print_members(&client.cluster().status().await?.nodes, output)?,
         MemberCommand::Add { name, address } => {
@@ -88,8 +102,12 @@ pub(super) async fn member(client: &Client, command: MemberCommand, output: &mut
 
 fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
     match output.format {
-        OutputFormat::Json | OutputFormat::Jsonl => return output.object(&StatusJson::from(status)),
-        OutputFormat::Raw => return output.line(&safe(status.leader.as_deref().unwrap_or_default())),
+        OutputFormat::Json | OutputFormat::Jsonl => {
+            return output.object(&StatusJson::from(status));
+        }
+        OutputFormat::Raw => {
+            return output.line(&safe(status.leader.as_deref().unwrap_or_default()));
+        }
         OutputFormat::Table => {}
     }
     output.fields(&[
@@ -99,7 +117,9 @@ fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
         ("leader", Some(leader_or_none(status.leader.as_deref()))),
     ])?;
     output.line("")?;
-    let header = ["NAME", "ID", "ROLE", "REGION", "HEALTHY", "REVISION", "LAG", "VERSION", "CLIENT", "PEER"];
+    let header = [
+        "NAME", "ID", "ROLE", "REGION", "HEALTHY", "REVISION", "LAG", "VERSION", "CLIENT", "PEER",
+    ];
     output.table(&header, status.nodes.iter().map(node_row))?;
     if status.shards < 2 {
         return Ok(());
@@ -115,24 +135,43 @@ fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
             safe(&shard.learners.join(", ")),
         ]
     };
-    output.table(&["SHARD", "LEADER", "TERM", "REVISION", "VOTERS", "LEARNERS"], status.per_shard.iter().map(shard_row))
+    output.table(
+        &["SHARD", "LEADER", "TERM", "REVISION", "VOTERS", "LEARNERS"],
+        status.per_shard.iter().map(shard_row),
+    )
 }
 
-fn print_health(status: &ClusterStatus, problems: &[String], output: &mut Output) -> io::Result<()> {
+fn print_health(
+    status: &ClusterStatus,
+    problems: &[String],
+    output: &mut Output,
+) -> io::Result<()> {
     let healthy = problems.is_empty();
     match output.format {
-        OutputFormat::Json | OutputFormat::Jsonl => output.object(&HealthJson { healthy, leader: status.leader.as_deref(), problems }),
+        OutputFormat::Json | OutputFormat::Jsonl => output.object(&HealthJson {
+            healthy,
+            leader: status.leader.as_deref(),
+            problems,
+        }),
         OutputFormat::Raw => output.line(if healthy { "healthy" } else { "degraded" }),
         OutputFormat::Table if healthy => output.line("healthy"),
-        OutputFormat::Table => problems.iter().try_for_each(|problem| output.line(&format!("degraded: {}", safe(problem)))),
+        OutputFormat::Table => problems
+            .iter()
+            .try_for_each(|problem| output.line(&format!("degraded: {}", safe(problem)))),
     }
 }
 
 fn print_members(nodes: &[NodeStatus], output: &mut Output) -> io::Result<()> {
     match output.format {
-        OutputFormat::Json => output.object(&NodesJson { nodes: nodes.iter().map(Into::into).collect() }),
-        OutputFormat::Jsonl => nodes.iter().try_for_each(|node| output.object(&NodeJson::from(node))),
-        OutputFormat::Raw => nodes.iter().try_for_each(|node| output.line(&safe(&node.name))),
+        OutputFormat::Json => output.object(&NodesJson {
+            nodes: nodes.iter().map(Into::into).collect(),
+        }),
+        OutputFormat::Jsonl => nodes
+            .iter()
+            .try_for_each(|node| output.object(&NodeJson::from(node))),
+        OutputFormat::Raw => nodes
+            .iter()
+            .try_for_each(|node| output.line(&safe(&node.name))),
         OutputFormat::Table => {
             let row = |node: &NodeStatus| {
                 let healthy = if node.healthy { "yes" } else { "no" };
@@ -148,7 +187,10 @@ fn print_members(nodes: &[NodeStatus], output: &mut Output) -> io::Result<()> {
                     peer,
                 ]
             };
-            output.table(&["NAME", "ID", "ROLE", "REGION", "HEALTHY", "CLIENT", "PEER"], nodes.iter().map(row))
+            output.table(
+                &["NAME", "ID", "ROLE", "REGION", "HEALTHY", "CLIENT", "PEER"],
+                nodes.iter().map(row),
+            )
         }
     }
 }

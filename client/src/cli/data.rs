@@ -17,7 +17,11 @@ use super::{
 };
 use crate::{Answer, Client, Done, Inspection, LastError, Page, Replica, State};
 
-pub(super) async fn get(client: &Client, arguments: GetArguments, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn get(
+    client: &Client,
+    arguments: GetArguments,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     let key = arguments.key.into_encoded_bytes();
     let mut get = client.get(&key).consistency(arguments.read.consistency());
     if let Some(token) = arguments.read.token {
@@ -27,8 +31,11 @@ pub(super) async fn get(client: &Client, arguments: GetArguments, output: &mut O
     let answer = &found.answer;
     match (output.format, &answer.value) {
         (OutputFormat::Json | OutputFormat::Jsonl, _) => {
-            let object =
-                GetJson { answer: AnswerJson::with_value(answer), replica: (&found.replica).into(), token: json::token(&found.token) };
+            let object = GetJson {
+                answer: AnswerJson::with_value(answer),
+                replica: (&found.replica).into(),
+                token: json::token(&found.token),
+            };
             output.object(&object)?;
         }
         (OutputFormat::Raw, Some(value)) => output.raw(value)?,
@@ -39,10 +46,18 @@ pub(super) async fn get(client: &Client, arguments: GetArguments, output: &mut O
         }
         (_, None) => say(&format!("miss: {}", shown(&key))),
     }
-    Ok(if answer.is_hit() { Outcome::Ok } else { Outcome::Miss })
+    Ok(if answer.is_hit() {
+        Outcome::Ok
+    } else {
+        Outcome::Miss
+    })
 }
 
-pub(super) async fn set(client: &Client, arguments: SetArguments, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn set(
+    client: &Client,
+    arguments: SetArguments,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     let value = value(arguments.value, arguments.literal)?;
     let mut set = client.set(arguments.key.into_encoded_bytes(), value);
     if let Some(ttl) = arguments.ttl {
@@ -66,11 +81,19 @@ pub(super) async fn set(client: &Client, arguments: SetArguments, output: &mut O
     if arguments.if_absent {
         set = set.if_absent();
     }
-    let stored = arguments.tags.into_iter().fold(set, crate::Set::tag).await?;
+    let stored = arguments
+        .tags
+        .into_iter()
+        .fold(set, crate::Set::tag)
+        .await?;
     match output.format {
         OutputFormat::Json | OutputFormat::Jsonl => {
             let (replica, token) = ((&stored.replica).into(), json::token(&stored.token));
-            output.object(&SetJson { version: stored.version, replica, token })?;
+            output.object(&SetJson {
+                version: stored.version,
+                replica,
+                token,
+            })?;
         }
         OutputFormat::Raw => output.line(&stored.version.to_string())?,
         OutputFormat::Table => output.fields(&[("version", Some(stored.version.to_string()))])?,
@@ -78,17 +101,31 @@ pub(super) async fn set(client: &Client, arguments: SetArguments, output: &mut O
     Ok(Outcome::Ok)
 }
 
-pub(super) async fn delete(client: &Client, key: OsString, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn delete(
+    client: &Client,
+    key: OsString,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     done(&client.delete(key.into_encoded_bytes()).await?, output)
 }
 
-pub(super) async fn invalidate(client: &Client, key: OsString, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn invalidate(
+    client: &Client,
+    key: OsString,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     done(&client.invalidate(key.into_encoded_bytes()).await?, output)
 }
 
-pub(super) async fn inspect(client: &Client, arguments: InspectArguments, output: &mut Output) -> Result<Outcome, Failure> {
+pub(super) async fn inspect(
+    client: &Client,
+    arguments: InspectArguments,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     let key = arguments.key.into_encoded_bytes();
-    let mut inspect = client.inspect(&key).consistency(arguments.read.consistency());
+    let mut inspect = client
+        .inspect(&key)
+        .consistency(arguments.read.consistency());
     if let Some(token) = arguments.read.token {
         inspect = inspect.token(token);
     }
@@ -96,7 +133,9 @@ pub(super) async fn inspect(client: &Client, arguments: InspectArguments, output
     let miss = inspection.answer.state == State::Miss;
     let why = inspection.why.iter().map(|why| safe(why));
     match output.format {
-        OutputFormat::Json | OutputFormat::Jsonl => output.object(&InspectJson::from(&inspection))?,
+        OutputFormat::Json | OutputFormat::Jsonl => {
+            output.object(&InspectJson::from(&inspection))?
+        }
         _ if miss => {
             say(&format!("miss: {}", shown(&key)));
             why.for_each(|why| say(&why));
@@ -116,9 +155,23 @@ pub(super) async fn inspect(client: &Client, arguments: InspectArguments, output
     Ok(if miss { Outcome::Miss } else { Outcome::Ok })
 }
 
-pub(super) async fn scan(client: &Client, arguments: ScanArguments, output: &mut Output) -> Result<Outcome, Failure> {
-    let ScanArguments { prefix, limit, cursor, keys_only, all, read } = arguments;
-    let mut scan = client.scan().prefix(prefix.into_encoded_bytes()).consistency(read.consistency());
+pub(super) async fn scan(
+    client: &Client,
+    arguments: ScanArguments,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
+    let ScanArguments {
+        prefix,
+        limit,
+        cursor,
+        keys_only,
+        all,
+        read,
+    } = arguments;
+    let mut scan = client
+        .scan()
+        .prefix(prefix.into_encoded_bytes())
+        .consistency(read.consistency());
     scan = limit.into_iter().fold(scan, crate::Scan::limit);
     scan = cursor.into_iter().fold(scan, crate::Scan::cursor);
     scan = read.token.into_iter().fold(scan, crate::Scan::token);
@@ -133,7 +186,9 @@ pub(super) async fn scan(client: &Client, arguments: ScanArguments, output: &mut
     loop {
         print_page(&page, printed, keys_only, output)?;
         printed += page.entries.len();
-        let Some(cursor) = page.next_cursor.take_if(|_| all) else { break };
+        let Some(cursor) = page.next_cursor.take_if(|_| all) else {
+            break;
+        };
         // What is read is shown, and a reader that has gone is noticed, before more is asked for.
         output.flush()?;
         page = scan.clone().cursor(cursor).await?;
@@ -167,7 +222,10 @@ fn print_page(page: &Page, printed: usize, keys_only: bool, output: &mut Output)
             }
             Ok(())
         }
-        OutputFormat::Jsonl => page.entries.iter().try_for_each(|entry| output.object(&ScannedJson::new(entry, keys_only))),
+        OutputFormat::Jsonl => page
+            .entries
+            .iter()
+            .try_for_each(|entry| output.object(&ScannedJson::new(entry, keys_only))),
         // One key a line, as it is.
         OutputFormat::Raw => page.entries.iter().try_for_each(|entry| {
             output.bytes(&entry.key)?;
@@ -179,10 +237,18 @@ fn print_page(page: &Page, printed: usize, keys_only: bool, output: &mut Output)
 fn print_table(page: &Page, keys_only: bool, output: &mut Output) -> io::Result<()> {
     let row = |entry: &crate::Scanned| {
         let answer = &entry.answer;
-        let mut row = vec![shown(&entry.key), answer.state.as_str().to_owned(), answer.version.to_string(), output::time(answer.age)];
+        let mut row = vec![
+            shown(&entry.key),
+            answer.state.as_str().to_owned(),
+            answer.version.to_string(),
+            output::time(answer.age),
+        ];
         if !keys_only {
             let value = answer.value.as_deref();
-            row.extend([value.map_or_else(String::new, |value| value.len().to_string()), value.map_or_else(String::new, output::cell)]);
+            row.extend([
+                value.map_or_else(String::new, |value| value.len().to_string()),
+                value.map_or_else(String::new, output::cell),
+            ]);
         }
         row
     };
@@ -195,7 +261,11 @@ fn done(done: &Done, output: &mut Output) -> Result<Outcome, Failure> {
     match output.format {
         OutputFormat::Json | OutputFormat::Jsonl => {
             let (replica, token) = ((&done.replica).into(), json::token(&done.token));
-            output.object(&DoneJson { existed: done.existed, replica, token })?;
+            output.object(&DoneJson {
+                existed: done.existed,
+                replica,
+                token,
+            })?;
         }
         OutputFormat::Raw => output.line(&done.existed.to_string())?,
         OutputFormat::Table => output.fields(&[("existed", Some(done.existed.to_string()))])?,
@@ -213,40 +283,105 @@ fn answer_fields(answer: &Answer, replica: &Replica) -> Vec<(&'static str, Optio
         ("type", answer.content_type.as_deref().map(safe)),
         ("upstream", answer.upstream.as_deref().map(safe)),
         ("failing", answer.last_error.as_ref().map(failing)),
-        ("stored", (!answer.stored).then(|| "no: it could not be written down".to_owned())),
+        (
+            "stored",
+            (!answer.stored).then(|| "no: it could not be written down".to_owned()),
+        ),
     ]
 }
 
 fn inspection_fields(inspection: &Inspection) -> Vec<(&'static str, Option<String>)> {
     let entry = inspection.entry.as_ref();
-    let tags = entry.filter(|entry| !entry.tags.is_empty()).map(|entry| safe(&entry.tags.join(", ")));
+    let tags = entry
+        .filter(|entry| !entry.tags.is_empty())
+        .map(|entry| safe(&entry.tags.join(", ")));
     vec![
-        ("shard", Some(format!("{} (slot {})", inspection.shard, inspection.slot))),
+        (
+            "shard",
+            Some(format!("{} (slot {})", inspection.shard, inspection.slot)),
+        ),
         ("now", inspection.now.map(json::instant)),
         ("origin", entry.map(|entry| entry.origin.clone())),
-        ("size", entry.map(|entry| format!("{} bytes, {}", entry.size_bytes, if entry.in_memory { "in memory" } else { "on disk" }))),
+        (
+            "size",
+            entry.map(|entry| {
+                format!(
+                    "{} bytes, {}",
+                    entry.size_bytes,
+                    if entry.in_memory {
+                        "in memory"
+                    } else {
+                        "on disk"
+                    }
+                )
+            }),
+        ),
         ("changed", entry.map(|entry| entry.changed.to_string())),
-        ("hash", entry.map(|entry| format!("{:016x}", entry.content_hash))),
+        (
+            "hash",
+            entry.map(|entry| format!("{:016x}", entry.content_hash)),
+        ),
         ("tags", tags),
-        ("fetched", entry.and_then(|entry| entry.fetched_at).map(json::instant)),
-        ("refresh", entry.and_then(|entry| entry.refresh_at).map(json::instant)),
-        ("fresh until", entry.and_then(|entry| entry.fresh_until).map(json::instant)),
-        ("stale until", entry.and_then(|entry| entry.stale_until).map(json::instant)),
-        ("expires", entry.and_then(|entry| entry.expires_at).map(json::instant)),
-        ("tombstone", inspection.tombstone_revision.map(|revision| revision.to_string())),
-        ("policy", inspection.policy.as_ref().map(|policy| safe(&policy.pattern))),
+        (
+            "fetched",
+            entry.and_then(|entry| entry.fetched_at).map(json::instant),
+        ),
+        (
+            "refresh",
+            entry.and_then(|entry| entry.refresh_at).map(json::instant),
+        ),
+        (
+            "fresh until",
+            entry.and_then(|entry| entry.fresh_until).map(json::instant),
+        ),
+        (
+            "stale until",
+            entry.and_then(|entry| entry.stale_until).map(json::instant),
+        ),
+        (
+            "expires",
+            entry.and_then(|entry| entry.expires_at).map(json::instant),
+        ),
+        (
+            "tombstone",
+            inspection
+                .tombstone_revision
+                .map(|revision| revision.to_string()),
+        ),
+        (
+            "policy",
+            inspection
+                .policy
+                .as_ref()
+                .map(|policy| safe(&policy.pattern)),
+        ),
     ]
 }
 
 fn served_by(replica: &Replica) -> String {
-    let region = if replica.region.is_empty() { String::new() } else { format!(", {}", safe(&replica.region)) };
-    let lag = replica.lag.map_or_else(|| "unknown".to_owned(), output::time);
-    format!("node {} ({}{region}), revision {}, lag {lag}", replica.node_id, replica.role.as_str(), replica.revision)
+    let region = if replica.region.is_empty() {
+        String::new()
+    } else {
+        format!(", {}", safe(&replica.region))
+    };
+    let lag = replica
+        .lag
+        .map_or_else(|| "unknown".to_owned(), output::time);
+    format!(
+        "node {} ({}{region}), revision {}, lag {lag}",
+        replica.node_id,
+        replica.role.as_str(),
+        replica.revision
+    )
 }
 
 fn failing(error: &LastError) -> String {
-    let status = error.status.map_or_else(String::new, |status| format!(" {status}"));
-    let next = error.next_attempt.map_or_else(String::new, |at| format!(", next attempt {}", json::instant(at)));
+    let status = error
+        .status
+        .map_or_else(String::new, |status| format!(" {status}"));
+    let next = error.next_attempt.map_or_else(String::new, |at| {
+        format!(", next attempt {}", json::instant(at))
+    });
     format!("{}{status}, {} in a row{next}", error.class, error.count)
 }
 
@@ -255,10 +390,16 @@ fn value(written: OsString, literal: bool) -> Result<Vec<u8>, Failure> {
     let written = written.into_encoded_bytes();
     match written.as_slice() {
         _ if literal => Ok(written),
-        b"-" => bounded(io::stdin().lock()).map_err(|why| Failure::Input { what: "stdin".to_owned(), why }),
+        b"-" => bounded(io::stdin().lock()).map_err(|why| Failure::Input {
+            what: "stdin".to_owned(),
+            why,
+        }),
         [b'@', ..] => {
-            let path = String::from_utf8(written[1..].to_vec()).map_err(|_| Failure::usage("value", "the file's name is not UTF-8"))?;
-            File::open(&path).and_then(bounded).map_err(|why| Failure::Input { what: path, why })
+            let path = String::from_utf8(written[1..].to_vec())
+                .map_err(|_| Failure::usage("value", "the file's name is not UTF-8"))?;
+            File::open(&path)
+                .and_then(bounded)
+                .map_err(|why| Failure::Input { what: path, why })
         }
         _ => Ok(written),
     }
@@ -267,7 +408,9 @@ fn value(written: OsString, literal: bool) -> Result<Vec<u8>, Failure> {
 /// One byte more than the largest value is enough for the client to refuse it.
 fn bounded(source: impl Read) -> io::Result<Vec<u8>> {
     let mut value = Vec::new();
-    source.take(VALUE_BYTES_MAX as u64 + 1).read_to_end(&mut value)?;
+    source
+        .take(VALUE_BYTES_MAX as u64 + 1)
+        .read_to_end(&mut value)?;
     Ok(value)
 }
 
@@ -282,7 +425,10 @@ mod tests {
         assert_eq!(value(here.into(), true).unwrap(), here.as_bytes());
         assert_eq!(value("-".into(), true).unwrap(), b"-");
         assert_eq!(value("plain".into(), false).unwrap(), b"plain");
-        assert!(matches!(value("@/no/such/file".into(), false), Err(Failure::Input { .. })));
+        assert!(matches!(
+            value("@/no/such/file".into(), false),
+            Err(Failure::Input { .. })
+        ));
     }
 
     #[test]

@@ -13,9 +13,13 @@ use crate::{
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// What was asked makes no sense. `field` is what of it, by its name in the `.proto` where it has one.
+    /// What was asked makes no sense. `field` is what of it, by its name in the `.proto` where it
+    /// has one.
     #[error("{message}")]
-    Usage { field: Option<String>, message: String },
+    Usage {
+        field: Option<String>,
+        message: String,
+    },
     #[error(transparent)]
     Call(#[from] Error),
     /// A file or stdin cannot be read.
@@ -42,7 +46,10 @@ struct ErrorJson<'a> {
 
 impl Failure {
     pub(super) fn usage(field: &str, message: impl Into<String>) -> Self {
-        Self::Usage { field: Some(field.to_owned()), message: message.into() }
+        Self::Usage {
+            field: Some(field.to_owned()),
+            message: message.into(),
+        }
     }
 
     pub(super) fn report(&self, format: OutputFormat) -> ExitCode {
@@ -71,7 +78,10 @@ impl Failure {
                 Error::Deadline { .. } => 5,
                 Error::Conflict { .. } | Error::Membership { .. } | Error::TokenEpoch { .. } => 6,
                 Error::Unauthenticated { .. } | Error::PermissionDenied { .. } => 7,
-                Error::NotBuilt { .. } | Error::TooLarge { .. } | Error::NoMember { .. } | Error::Internal { .. } => 1,
+                Error::NotBuilt { .. }
+                | Error::TooLarge { .. }
+                | Error::NoMember { .. }
+                | Error::Internal { .. } => 1,
             },
         }
     }
@@ -90,7 +100,12 @@ impl Failure {
             status: None,
         };
         match self {
-            Self::Usage { field, .. } => ErrorJson { code: "INVALID_ARGUMENT", reason: "USAGE", field: field.as_deref(), ..bare },
+            Self::Usage { field, .. } => ErrorJson {
+                code: "INVALID_ARGUMENT",
+                reason: "USAGE",
+                field: field.as_deref(),
+                ..bare
+            },
             Self::Input { .. } | Self::Output(_) => bare,
             Self::Call(error) => {
                 let (upstream, class, status) = upstream(error);
@@ -111,10 +126,18 @@ impl Failure {
 
     /// `error: no leader (UNAVAILABLE NO_LEADER, applied: no)`
     fn line(&self) -> String {
-        let Self::Call(error) = self else { return format!("error: {}", safe(&self.to_string())) };
+        let Self::Call(error) = self else {
+            return format!("error: {}", safe(&self.to_string()));
+        };
         let (code, reason) = (word(error.code()), error.reason());
-        let mut words = vec![if code == reason { code.to_owned() } else { format!("{code} {reason}") }];
-        let mut note = |name: &str, value: Option<&str>| words.extend(value.map(|value| format!("{name}: {value}")));
+        let mut words = vec![if code == reason {
+            code.to_owned()
+        } else {
+            format!("{code} {reason}")
+        }];
+        let mut note = |name: &str, value: Option<&str>| {
+            words.extend(value.map(|value| format!("{name}: {value}")))
+        };
         note("field", error.field());
         note("applied", error.applied_if_mutation().map(Applied::as_str));
         note("leader", error.leader());
@@ -129,7 +152,11 @@ impl Failure {
 /// A command line that cannot be parsed, or a plea for help.
 pub(super) fn usage(error: &clap::Error, arguments: impl Iterator<Item = OsString>) -> ExitCode {
     if error.use_stderr() && wants_json(arguments) {
-        return Failure::Usage { field: field(error), message: message(error) }.report(OutputFormat::Json);
+        return Failure::Usage {
+            field: field(error),
+            message: message(error),
+        }
+        .report(OutputFormat::Json);
     }
     // Help into a closed pipe is not an error either.
     let _ = error.print();
@@ -140,7 +167,11 @@ pub(super) fn usage(error: &clap::Error, arguments: impl Iterator<Item = OsStrin
 fn message(error: &clap::Error) -> String {
     let rendered = error.render().to_string();
     let said = rendered.split("\n\n").next().unwrap_or_default();
-    said.strip_prefix("error: ").unwrap_or(said).split_whitespace().collect::<Vec<_>>().join(" ")
+    said.strip_prefix("error: ")
+        .unwrap_or(said)
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// The argument that is wrong, named as in the `.proto`: `--expires-at <TIME>` is `expires_at`.
@@ -152,19 +183,31 @@ fn field(error: &clap::Error) -> Option<String> {
     };
     // That there is no such argument says nothing of those there are.
     let is_known = error.kind() != ErrorKind::UnknownArgument;
-    let name = argument.trim_start_matches(['-', '<', '[']).split(['=', ' ', '>', ']', '[']).next()?;
+    let name = argument
+        .trim_start_matches(['-', '<', '['])
+        .split(['=', ' ', '>', ']', '['])
+        .next()?;
     is_known.then(|| name.to_ascii_lowercase().replace('-', "_"))
 }
 
 /// The command line could not be parsed, but `-o json` on it can be seen.
 fn wants_json(arguments: impl Iterator<Item = OsString>) -> bool {
-    let words: Vec<String> = arguments.map(|word| word.to_string_lossy().to_ascii_lowercase()).collect();
+    let words: Vec<String> = arguments
+        .map(|word| word.to_string_lossy().to_ascii_lowercase())
+        .collect();
     let is_json = |word: &str| matches!(word, "json" | "jsonl");
     let joined = words.iter().any(|word| {
-        let value = word.strip_prefix("--output=").or_else(|| word.strip_prefix("-o="));
-        value.or_else(|| word.strip_prefix("-o")).is_some_and(is_json)
+        let value = word
+            .strip_prefix("--output=")
+            .or_else(|| word.strip_prefix("-o="));
+        value
+            .or_else(|| word.strip_prefix("-o"))
+            .is_some_and(is_json)
     });
-    joined || words.windows(2).any(|pair| matches!(pair[0].as_str(), "-o" | "--output") && is_json(&pair[1]))
+    joined
+        || words
+            .windows(2)
+            .any(|pair| matches!(pair[0].as_str(), "-o" | "--output") && is_json(&pair[1]))
 }
 
 /// A word on stderr. That stderr is gone is no reason to fail.
@@ -174,7 +217,12 @@ pub(super) fn say(text: &str) {
 
 fn upstream(error: &Error) -> (Option<&str>, Option<&str>, Option<u16>) {
     match error {
-        Error::UpstreamFailed { upstream, class, status, .. } => (upstream.as_deref(), class.as_deref(), *status),
+        Error::UpstreamFailed {
+            upstream,
+            class,
+            status,
+            ..
+        } => (upstream.as_deref(), class.as_deref(), *status),
         _ => (None, None, None),
     }
 }
@@ -194,14 +242,26 @@ mod tests {
     use super::*;
 
     fn failure(code: Code, why: &str, metadata: &[(&str, &str)], mutation: bool) -> Failure {
-        let metadata: HashMap<String, String> = metadata.iter().map(|&(k, v)| (k.into(), v.into())).collect();
+        let metadata: HashMap<String, String> = metadata
+            .iter()
+            .map(|&(k, v)| (k.into(), v.into()))
+            .collect();
         let details = ErrorDetails::with_error_info(why, reason::DOMAIN, metadata);
-        Error::from_status(&Status::with_error_details(code, "words", details), mutation).into()
+        Error::from_status(
+            &Status::with_error_details(code, "words", details),
+            mutation,
+        )
+        .into()
     }
 
     #[test]
     fn an_error_is_one_json_object_of_the_contracts_fields() {
-        let failure = failure(Code::Unavailable, reason::NO_LEADER, &[("applied", "no"), ("leader", "a:1")], true);
+        let failure = failure(
+            Code::Unavailable,
+            reason::NO_LEADER,
+            &[("applied", "no"), ("leader", "a:1")],
+            true,
+        );
         assert_eq!(
             json_text(&failure.json()),
             r#"{"code":"UNAVAILABLE","reason":"NO_LEADER","message":"words","field":null,"applied":"no","leader":"a:1","upstream":null,"class":null,"status":null}"#
@@ -210,11 +270,27 @@ mod tests {
 
     #[test]
     fn an_error_line_names_all_that_is_known() {
-        let metadata = [("upstream", "profiles"), ("class", "STATUS"), ("status", "503")];
+        let metadata = [
+            ("upstream", "profiles"),
+            ("class", "STATUS"),
+            ("status", "503"),
+        ];
         let line = failure(Code::Unavailable, reason::UPSTREAM_FAILED, &metadata, false).line();
-        assert_eq!(line, "error: words (UNAVAILABLE UPSTREAM_FAILED, upstream: profiles, class: STATUS, status: 503)");
-        let line = failure(Code::InvalidArgument, reason::INVALID_FIELD, &[("field", "ttl"), ("applied", "no")], true).line();
-        assert_eq!(line, "error: words (INVALID_ARGUMENT INVALID_FIELD, field: ttl, applied: no)");
+        assert_eq!(
+            line,
+            "error: words (UNAVAILABLE UPSTREAM_FAILED, upstream: profiles, class: STATUS, status: 503)"
+        );
+        let line = failure(
+            Code::InvalidArgument,
+            reason::INVALID_FIELD,
+            &[("field", "ttl"), ("applied", "no")],
+            true,
+        )
+        .line();
+        assert_eq!(
+            line,
+            "error: words (INVALID_ARGUMENT INVALID_FIELD, field: ttl, applied: no)"
+        );
     }
 
     #[test]
@@ -233,7 +309,10 @@ mod tests {
         ] {
             assert_eq!(failure(code, why, &[], false).exit_code(), exit, "{why}");
         }
-        assert_eq!(Failure::from(Error::connect("a:1", "refused", false)).exit_code(), 4);
+        assert_eq!(
+            Failure::from(Error::connect("a:1", "refused", false)).exit_code(),
+            4
+        );
         assert_eq!(Failure::usage("k", "").exit_code(), 2);
     }
 
@@ -242,14 +321,27 @@ mod tests {
         use clap::Parser as _;
 
         let told = |line: &str| {
-            let error = super::super::arguments::Arguments::try_parse_from(line.split(' ')).unwrap_err();
+            let error =
+                super::super::arguments::Arguments::try_parse_from(line.split(' ')).unwrap_err();
             (field(&error), message(&error))
         };
         let (named, said) = told("holdfast set k v --expires-at=soon");
         assert_eq!(named.as_deref(), Some("expires_at"));
-        assert!(said.starts_with("invalid value 'soon' for '--expires-at <TIME>': not RFC 3339"), "{said}");
-        assert_eq!(told("holdfast set k"), (Some("value".into()), "the following required arguments were not provided: <VALUE>".into()));
-        assert_eq!(told("holdfast get k --frob"), (None, "unexpected argument '--frob' found".into()));
+        assert!(
+            said.starts_with("invalid value 'soon' for '--expires-at <TIME>': not RFC 3339"),
+            "{said}"
+        );
+        assert_eq!(
+            told("holdfast set k"),
+            (
+                Some("value".into()),
+                "the following required arguments were not provided: <VALUE>".into()
+            )
+        );
+        assert_eq!(
+            told("holdfast get k --frob"),
+            (None, "unexpected argument '--frob' found".into())
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! The shapes of `-o json`: a contract. The names are the `.proto`'s, 64-bit integers are numbers, what is unset is null.
-//! Bytes that are UTF-8 stand as text under their name, others as standard base64 under `<name>_base64`; tokens and cursors are
-//! base64 without padding, safe in a URL.
+//! The shapes of `-o json`: a contract. The names are the `.proto`'s, 64-bit integers are numbers,
+//! what is unset is null. Bytes that are UTF-8 stand as text under their name, others as standard
+//! base64 under `<name>_base64`; tokens and cursors are base64 without padding, safe in a URL.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +11,8 @@ use base64::{
 use serde::Serialize;
 
 use crate::{
-    Answer, ClusterStatus, Inspection, LastError, MatchedPolicy, NodeStatus, Replica, Scanned, ShardStatus, StoredEntry, Token, Ttl,
+    Answer, ClusterStatus, Inspection, LastError, MatchedPolicy, NodeStatus, Replica, Scanned,
+    ShardStatus, StoredEntry, Token, Ttl,
 };
 
 /// `get`: one flat object.
@@ -176,7 +177,11 @@ impl<'a> AnswerJson<'a> {
             Some(Ok(text)) => (Some(Some(text)), None),
             Some(Err(_)) => (None, bytes.map(|bytes| STANDARD.encode(bytes))),
         };
-        Self { value: text, value_base64: base64, ..Self::without_value(answer) }
+        Self {
+            value: text,
+            value_base64: base64,
+            ..Self::without_value(answer)
+        }
     }
 
     pub(super) fn without_value(answer: &'a Answer) -> Self {
@@ -201,8 +206,16 @@ impl<'a> AnswerJson<'a> {
 impl<'a> ScannedJson<'a> {
     pub(super) fn new(scanned: &'a Scanned, keys_only: bool) -> Self {
         let text = std::str::from_utf8(&scanned.key).ok();
-        let answer = if keys_only { AnswerJson::without_value(&scanned.answer) } else { AnswerJson::with_value(&scanned.answer) };
-        Self { key: text, key_base64: text.is_none().then(|| STANDARD.encode(&scanned.key)), answer }
+        let answer = if keys_only {
+            AnswerJson::without_value(&scanned.answer)
+        } else {
+            AnswerJson::with_value(&scanned.answer)
+        };
+        Self {
+            key: text,
+            key_base64: text.is_none().then(|| STANDARD.encode(&scanned.key)),
+            answer,
+        }
     }
 }
 
@@ -268,7 +281,11 @@ impl<'a> From<&'a StoredEntry> for StoredEntryJson<'a> {
 
 impl<'a> From<&'a MatchedPolicy> for PolicyJson<'a> {
     fn from(policy: &'a MatchedPolicy) -> Self {
-        Self { r#match: &policy.pattern, captures: &policy.captures, upstream: policy.upstream.as_deref() }
+        Self {
+            r#match: &policy.pattern,
+            captures: &policy.captures,
+            upstream: policy.upstream.as_deref(),
+        }
     }
 }
 
@@ -336,7 +353,10 @@ mod tests {
         let last_error = v1::LastError {
             class: v1::FailureClass::Status as i32,
             status: 503,
-            at: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
+            at: Some(prost_types::Timestamp {
+                seconds: 1_700_000_000,
+                nanos: 0,
+            }),
             count: 2,
             next_attempt: None,
         };
@@ -355,9 +375,18 @@ mod tests {
     }
 
     fn get(answer: &Answer) -> serde_json::Value {
-        let replica = Replica::from(v1::Replica { node_id: 2, role: v1::Role::Voter as i32, revision: 9, ..Default::default() });
-        serde_json::to_value(GetJson { answer: AnswerJson::with_value(answer), replica: (&replica).into(), token: token(&Token::new(1)) })
-            .unwrap()
+        let replica = Replica::from(v1::Replica {
+            node_id: 2,
+            role: v1::Role::Voter as i32,
+            revision: 9,
+            ..Default::default()
+        });
+        serde_json::to_value(GetJson {
+            answer: AnswerJson::with_value(answer),
+            replica: (&replica).into(),
+            token: token(&Token::new(1)),
+        })
+        .unwrap()
     }
 
     #[test]
@@ -376,20 +405,51 @@ mod tests {
     #[test]
     fn a_value_is_text_or_base64_or_null() {
         let binary = get(&answer(Some(b"\xff\xfe")));
-        assert_eq!((binary.get("value"), &binary["value_base64"]), (None, &"//4=".into()));
+        assert_eq!(
+            (binary.get("value"), &binary["value_base64"]),
+            (None, &"//4=".into())
+        );
         let miss = get(&answer(None));
-        assert_eq!((&miss["value"], miss.get("value_base64")), (&serde_json::Value::Null, None));
-        let scanned = Scanned { key: b"\xff".as_slice().into(), answer: answer(None) };
+        assert_eq!(
+            (&miss["value"], miss.get("value_base64")),
+            (&serde_json::Value::Null, None)
+        );
+        let scanned = Scanned {
+            key: b"\xff".as_slice().into(),
+            answer: answer(None),
+        };
         let scanned = serde_json::to_value(ScannedJson::new(&scanned, true)).unwrap();
-        assert_eq!((&scanned["key_base64"], scanned.get("key"), scanned.get("value")), (&"/w==".into(), None, None));
+        assert_eq!(
+            (
+                &scanned["key_base64"],
+                scanned.get("key"),
+                scanned.get("value")
+            ),
+            (&"/w==".into(), None, None)
+        );
     }
 
     #[test]
     fn a_status_has_the_contracts_names_in_their_order() {
-        let node = v1::NodeStatus { name: "a".into(), id: 1, role: v1::Role::Leader as i32, healthy: true, ..Default::default() };
-        let shard = v1::ShardStatus { voters: vec!["a".into()], term: 4, ..Default::default() };
-        let status =
-            v1::StatusResponse { cluster_id: "c".into(), shards: 1, nodes: vec![node], per_shard: vec![shard], ..Default::default() };
+        let node = v1::NodeStatus {
+            name: "a".into(),
+            id: 1,
+            role: v1::Role::Leader as i32,
+            healthy: true,
+            ..Default::default()
+        };
+        let shard = v1::ShardStatus {
+            voters: vec!["a".into()],
+            term: 4,
+            ..Default::default()
+        };
+        let status = v1::StatusResponse {
+            cluster_id: "c".into(),
+            shards: 1,
+            nodes: vec![node],
+            per_shard: vec![shard],
+            ..Default::default()
+        };
         assert_eq!(
             serde_json::to_string(&StatusJson::from(&ClusterStatus::from(status))).unwrap(),
             concat!(

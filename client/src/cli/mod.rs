@@ -1,5 +1,6 @@
-//! The command line `holdfast`: every command is one or a few calls of the library. Data goes to stdout, words to stderr, and the
-//! exit code says what became of it. Knows nothing the library does not offer to everyone.
+//! The command line `holdfast`: every command is one or a few calls of the library. Data goes to
+//! stdout, words to stderr, and the exit code says what became of it. Knows nothing the library
+//! does not offer to everyone.
 
 mod arguments;
 mod cluster;
@@ -71,7 +72,9 @@ fn run(arguments: Arguments) -> Result<Outcome, Failure> {
                 .build();
             let client = client.map_err(|error| Failure::usage("endpoints", error.to_string()))?;
             // One call at a time: one thread is enough, and starts fastest.
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             runtime.block_on(answer(command, &client, &mut output))
         }
     }?;
@@ -79,7 +82,11 @@ fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     Ok(outcome)
 }
 
-async fn answer(command: Command, client: &Client, output: &mut Output) -> Result<Outcome, Failure> {
+async fn answer(
+    command: Command,
+    client: &Client,
+    output: &mut Output,
+) -> Result<Outcome, Failure> {
     match command {
         Command::Get(arguments) => data::get(client, arguments, output).await,
         Command::Set(arguments) => data::set(client, *arguments, output).await,
@@ -112,25 +119,54 @@ mod tests {
         let arguments = Arguments::try_parse_from([&["holdfast"], line].concat()).unwrap();
         let (sink, written) = std::sync::mpsc::channel();
         let mut output = Output::for_test(arguments.format().unwrap(), false, sink);
-        let outcome = answer(arguments.command, &client(&[node]), &mut output).await.unwrap();
+        let outcome = answer(arguments.command, &client(&[node]), &mut output)
+            .await
+            .unwrap();
         output.finish().unwrap();
-        (outcome, String::from_utf8(written.into_iter().flatten().collect()).unwrap())
+        (
+            outcome,
+            String::from_utf8(written.into_iter().flatten().collect()).unwrap(),
+        )
     }
 
     fn page(keys: &[&'static str], next_cursor: &'static str) -> v1::ScanResponse {
-        let answer = v1::Answer { value: Some("v".into()), state: v1::State::Fresh as i32, ..Default::default() };
-        let entries = keys.iter().map(|&key| v1::ScanEntry { key: key.into(), answer: Some(answer.clone()) }).collect();
-        v1::ScanResponse { entries, next_cursor: next_cursor.into(), replica: Some(v1::Replica::default()), token: token(1).encode() }
+        let answer = v1::Answer {
+            value: Some("v".into()),
+            state: v1::State::Fresh as i32,
+            ..Default::default()
+        };
+        let entries = keys
+            .iter()
+            .map(|&key| v1::ScanEntry {
+                key: key.into(),
+                answer: Some(answer.clone()),
+            })
+            .collect();
+        v1::ScanResponse {
+            entries,
+            next_cursor: next_cursor.into(),
+            replica: Some(v1::Replica::default()),
+            token: token(1).encode(),
+        }
     }
 
     #[tokio::test]
     async fn a_miss_prints_nothing_but_in_json_is_an_object() {
         let node = Node::start([]).await;
-        assert_eq!(run(&node, &["get", "k"]).await, (Outcome::Miss, String::new()));
-        assert_eq!(run(&node, &["get", "k", "--raw"]).await, (Outcome::Miss, String::new()));
+        assert_eq!(
+            run(&node, &["get", "k"]).await,
+            (Outcome::Miss, String::new())
+        );
+        assert_eq!(
+            run(&node, &["get", "k", "--raw"]).await,
+            (Outcome::Miss, String::new())
+        );
         let (outcome, text) = run(&node, &["get", "k", "-o", "json"]).await;
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!((outcome, &json["state"], &json["value"]), (Outcome::Miss, &"MISS".into(), &serde_json::Value::Null));
+        assert_eq!(
+            (outcome, &json["state"], &json["value"]),
+            (Outcome::Miss, &"MISS".into(), &serde_json::Value::Null)
+        );
     }
 
     #[tokio::test]
@@ -147,10 +183,17 @@ mod tests {
             ..Default::default()
         };
         node.answer(hit);
-        let lines = "value     a\\u{1b}\\n\nstate     STALE\nage       1m 1s\nttl       -1s\nversion   4\n";
+        let lines =
+            "value     a\\u{1b}\\n\nstate     STALE\nage       1m 1s\nttl       -1s\nversion   4\n";
         let by = "by        node 0 (unknown), revision 0, lag unknown\nupstream  profiles\n";
-        assert_eq!(run(&node, &["get", "k"]).await, (Outcome::Ok, format!("{lines}{by}")));
-        assert_eq!(run(&node, &["get", "k", "-o", "RAW"]).await, (Outcome::Ok, "a\x1b\n".to_owned()));
+        assert_eq!(
+            run(&node, &["get", "k"]).await,
+            (Outcome::Ok, format!("{lines}{by}"))
+        );
+        assert_eq!(
+            run(&node, &["get", "k", "-o", "RAW"]).await,
+            (Outcome::Ok, "a\x1b\n".to_owned())
+        );
     }
 
     #[tokio::test]
@@ -159,24 +202,43 @@ mod tests {
         let (outcome, text) = run(&node, &["set", "k", "v", "-o", "jsonl"]).await;
         assert_eq!((outcome, text.lines().count()), (Outcome::Ok, 1));
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!((&json["version"], &json["token"]), (&7.into(), &"AQEABw".into()));
+        assert_eq!(
+            (&json["version"], &json["token"]),
+            (&7.into(), &"AQEABw".into())
+        );
         assert_eq!(run(&node, &["set", "k", "v", "-o", "raw"]).await.1, "7\n");
     }
 
     #[tokio::test]
     async fn a_scan_of_all_pages_is_one_json_document() {
         let node = Node::start([]).await;
-        for messages in [vec![page(&[], "1")], vec![page(&["a", "b"], "2")], vec![page(&["c"], "")]] {
+        for messages in [
+            vec![page(&[], "1")],
+            vec![page(&["a", "b"], "2")],
+            vec![page(&["c"], "")],
+        ] {
             node.page(messages);
         }
         let (_, text) = run(&node, &["scan", "--all", "-o", "json"]).await;
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!((json["entries"].as_array().unwrap().len(), &json["next_cursor"]), (3, &serde_json::Value::Null));
-        assert_eq!((&json["entries"][0]["key"], &json["entries"][0]["value"]), (&"a".into(), &"v".into()));
+        assert_eq!(
+            (
+                json["entries"].as_array().unwrap().len(),
+                &json["next_cursor"]
+            ),
+            (3, &serde_json::Value::Null)
+        );
+        assert_eq!(
+            (&json["entries"][0]["key"], &json["entries"][0]["value"]),
+            (&"a".into(), &"v".into())
+        );
 
         node.page(vec![page(&["a"], "x")]);
         let (_, text) = run(&node, &["scan", "-o", "json", "--keys-only"]).await;
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!((&json["next_cursor"], json["entries"][0].get("value")), (&"eA".into(), None));
+        assert_eq!(
+            (&json["next_cursor"], json["entries"][0].get("value")),
+            (&"eA".into(), None)
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Printing to stdout so that a terminal is safe from what is stored, and a reader that goes away is no panic.
+//! Printing to stdout so that a terminal is safe from what is stored, and a reader that goes away
+//! is no panic.
 
 use std::{
     io::{self, BufWriter, IsTerminal as _, Write},
@@ -25,12 +26,20 @@ pub(super) struct Output {
 impl Output {
     pub(super) fn stdout(format: OutputFormat) -> Self {
         let stdout = io::stdout();
-        Self { format, terminal: stdout.is_terminal(), stdout: BufWriter::new(Box::new(stdout)) }
+        Self {
+            format,
+            terminal: stdout.is_terminal(),
+            stdout: BufWriter::new(Box::new(stdout)),
+        }
     }
 
     /// Into memory, to be read when the output is dropped.
     #[cfg(test)]
-    pub(super) fn for_test(format: OutputFormat, terminal: bool, sink: std::sync::mpsc::Sender<Vec<u8>>) -> Self {
+    pub(super) fn for_test(
+        format: OutputFormat,
+        terminal: bool,
+        sink: std::sync::mpsc::Sender<Vec<u8>>,
+    ) -> Self {
         struct Sink(std::sync::mpsc::Sender<Vec<u8>>);
         impl Write for Sink {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -41,7 +50,11 @@ impl Output {
                 Ok(())
             }
         }
-        Self { format, terminal, stdout: BufWriter::new(Box::new(Sink(sink))) }
+        Self {
+            format,
+            terminal,
+            stdout: BufWriter::new(Box::new(Sink(sink))),
+        }
     }
 
     /// One object: over several lines with `-o json`, on one with `-o jsonl`.
@@ -69,12 +82,18 @@ impl Output {
     /// Exactly these bytes; a terminal gets a newline so that its prompt is not glued to them.
     pub(super) fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.bytes(bytes)?;
-        if self.terminal { self.bytes(b"\n") } else { Ok(()) }
+        if self.terminal {
+            self.bytes(b"\n")
+        } else {
+            Ok(())
+        }
     }
 
     /// `name  value` lines, aligned; those without a value are left out.
     pub(super) fn fields(&mut self, fields: &[(&str, Option<String>)]) -> io::Result<()> {
-        let said = fields.iter().filter_map(|(name, value)| Some((name, value.as_ref()?)));
+        let said = fields
+            .iter()
+            .filter_map(|(name, value)| Some((name, value.as_ref()?)));
         let width = said.clone().map(|(name, _)| name.len()).max().unwrap_or(0);
         for (name, value) in said {
             writeln!(self.stdout, "{name:width$}  {value}")?;
@@ -82,9 +101,16 @@ impl Output {
         Ok(())
     }
 
-    pub(super) fn table(&mut self, header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> io::Result<()> {
+    pub(super) fn table(
+        &mut self,
+        header: &[&str],
+        rows: impl IntoIterator<Item = Vec<String>>,
+    ) -> io::Result<()> {
         let mut table = Table::new();
-        table.load_style(presets::NOTHING).set_header(header.to_vec()).add_rows(rows);
+        table
+            .load_style(presets::NOTHING)
+            .set_header(header.to_vec())
+            .add_rows(rows);
         for column in table.column_iter_mut() {
             column.set_padding((0, 2));
         }
@@ -128,7 +154,11 @@ pub(super) fn shown_value(value: &[u8]) -> String {
     if value.len() <= SHOWN_BYTES {
         return shown(value);
     }
-    format!("{}… ({} bytes; --raw prints all)", shown(start(value, SHOWN_BYTES)), value.len())
+    format!(
+        "{}… ({} bytes; --raw prints all)",
+        shown(start(value, SHOWN_BYTES)),
+        value.len()
+    )
 }
 
 /// A value in a table's cell.
@@ -142,7 +172,11 @@ pub(super) fn cell(value: &[u8]) -> String {
 
 pub(super) fn time(duration: Duration) -> String {
     // Milliseconds matter only for what is young.
-    let rounded = if duration < Duration::from_secs(60) { duration } else { Duration::from_secs(duration.as_secs()) };
+    let rounded = if duration < Duration::from_secs(60) {
+        duration
+    } else {
+        Duration::from_secs(duration.as_secs())
+    };
     humantime::format_duration(rounded).to_string()
 }
 
@@ -159,7 +193,9 @@ fn start(value: &[u8], bytes: usize) -> &[u8] {
     let cut = &value[..value.len().min(bytes)];
     match std::str::from_utf8(cut) {
         // Text until the cut went through a character.
-        Err(error) if error.error_len().is_none() && cut.len() < value.len() => &cut[..error.valid_up_to()],
+        Err(error) if error.error_len().is_none() && cut.len() < value.len() => {
+            &cut[..error.valid_up_to()]
+        }
         _ => cut,
     }
 }
@@ -192,7 +228,15 @@ mod tests {
     fn a_table_is_aligned_and_its_cells_are_safe() {
         let (sink, written) = std::sync::mpsc::channel();
         let mut output = Output::for_test(OutputFormat::Table, true, sink);
-        output.table(&["KEY", "VALUE"], [vec![shown(b"a\n"), cell(b"1")], vec![shown(b"b"), cell(b"22")]]).unwrap();
+        output
+            .table(
+                &["KEY", "VALUE"],
+                [
+                    vec![shown(b"a\n"), cell(b"1")],
+                    vec![shown(b"b"), cell(b"22")],
+                ],
+            )
+            .unwrap();
         output.finish().unwrap();
         let text = String::from_utf8(written.into_iter().flatten().collect()).unwrap();
         assert_eq!(text, "KEY  VALUE\na\\n  1\nb    22\n");
@@ -202,7 +246,11 @@ mod tests {
     fn a_long_value_is_cut_between_characters() {
         let long = "é".repeat(10_000);
         let text = shown_value(long.as_bytes());
-        assert!(text.ends_with("é… (20000 bytes; --raw prints all)"), "{}", &text[text.len() - 60..]);
+        assert!(
+            text.ends_with("é… (20000 bytes; --raw prints all)"),
+            "{}",
+            &text[text.len() - 60..]
+        );
         assert_eq!(cell(long.as_bytes()).chars().count(), CELL_CHARS + 1);
         assert_eq!(cell(b"short"), "short");
         assert!(cell(&[0xff; 500]).ends_with('…'));

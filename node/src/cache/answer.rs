@@ -1,5 +1,5 @@
-//! What an answer says of one key: a pure function of what is stored, the instant it is judged by and what is known of its
-//! upstream.
+//! What an answer says of one key: a pure function of what is stored, the instant it is judged by
+//! and what is known of its upstream.
 
 use bytes::Bytes;
 use holdfast_proto::{
@@ -54,10 +54,16 @@ pub(super) fn unstored(value: Bytes, content_type: String, upstream: &str) -> v1
 }
 
 pub(super) fn miss(behind: Behind<'_>) -> v1::Answer {
-    v1::Answer { state: v1::State::Miss.into(), refreshing: behind.refreshing, upstream: behind.upstream.to_owned(), ..Default::default() }
+    v1::Answer {
+        state: v1::State::Miss.into(),
+        refreshing: behind.refreshing,
+        upstream: behind.upstream.to_owned(),
+        ..Default::default()
+    }
 }
 
-/// An expired value is shown only to those who waited for its fetch and got it late: stale is what it is then.
+/// An expired value is shown only to those who waited for its fetch and got it late: stale is what
+/// it is then.
 fn state_of(phase: Phase) -> v1::State {
     match phase {
         Phase::Fresh => v1::State::Fresh,
@@ -78,7 +84,9 @@ fn last_error(failure: &FailureRecord) -> v1::LastError {
 
 /// `None` for an instant that never comes.
 pub(super) fn timestamp(instant: Millis) -> Option<Timestamp> {
-    let seconds = i64::try_from(instant / 1000).ok().filter(|_| instant != FOREVER)?;
+    let seconds = i64::try_from(instant / 1000)
+        .ok()
+        .filter(|_| instant != FOREVER)?;
     let nanos = i32::try_from(instant % 1000).ok()? * 1_000_000;
     Some(Timestamp { seconds, nanos })
 }
@@ -89,7 +97,10 @@ mod tests {
 
     use super::*;
 
-    const BEHIND: Behind<'_> = Behind { upstream: "profiles", refreshing: false };
+    const BEHIND: Behind<'_> = Behind {
+        upstream: "profiles",
+        refreshing: false,
+    };
 
     /// Fetched at 1,000; due at 1,800; fresh until 2,000; stale until 3,000; expires at 5,000.
     fn entry() -> Entry {
@@ -109,33 +120,88 @@ mod tests {
 
     fn at(now: Millis) -> (v1::State, u64, Option<i64>, Option<u64>, bool) {
         let answer = stored(&entry(), now, BEHIND);
-        (answer.state(), answer.age_ms, answer.ttl_ms, answer.expires_in_ms, answer.refresh_due)
+        (
+            answer.state(),
+            answer.age_ms,
+            answer.ttl_ms,
+            answer.expires_in_ms,
+            answer.refresh_due,
+        )
     }
 
     #[test]
     fn each_phase_of_a_life_is_told_as_it_is() {
-        assert_eq!(at(1_500), (v1::State::Fresh, 500, Some(500), Some(3_500), false));
-        assert_eq!(at(1_800), (v1::State::Fresh, 800, Some(200), Some(3_200), true));
-        assert_eq!(at(2_000), (v1::State::Stale, 1_000, Some(0), Some(3_000), true));
-        assert_eq!(at(3_500), (v1::State::StaleOnError, 2_500, Some(-1_500), Some(1_500), true));
-        assert_eq!(at(6_000), (v1::State::Stale, 5_000, Some(-4_000), Some(0), true));
+        assert_eq!(
+            at(1_500),
+            (v1::State::Fresh, 500, Some(500), Some(3_500), false)
+        );
+        assert_eq!(
+            at(1_800),
+            (v1::State::Fresh, 800, Some(200), Some(3_200), true)
+        );
+        assert_eq!(
+            at(2_000),
+            (v1::State::Stale, 1_000, Some(0), Some(3_000), true)
+        );
+        assert_eq!(
+            at(3_500),
+            (
+                v1::State::StaleOnError,
+                2_500,
+                Some(-1_500),
+                Some(1_500),
+                true
+            )
+        );
+        assert_eq!(
+            at(6_000),
+            (v1::State::Stale, 5_000, Some(-4_000), Some(0), true)
+        );
     }
 
     #[test]
     fn an_answer_carries_what_is_stored() {
-        let answer = stored(&entry(), 1_500, Behind { refreshing: true, ..BEHIND });
+        let answer = stored(
+            &entry(),
+            1_500,
+            Behind {
+                refreshing: true,
+                ..BEHIND
+            },
+        );
         assert_eq!(answer.value.as_deref(), Some(b"value".as_slice()));
-        assert_eq!((answer.version, answer.stored, answer.refreshing), (7, true, true));
-        assert_eq!((answer.upstream.as_str(), answer.content_type.as_str()), ("profiles", "text/plain"));
+        assert_eq!(
+            (answer.version, answer.stored, answer.refreshing),
+            (7, true, true)
+        );
+        assert_eq!(
+            (answer.upstream.as_str(), answer.content_type.as_str()),
+            ("profiles", "text/plain")
+        );
         assert_eq!(answer.last_error, None);
     }
 
     #[test]
     fn a_plain_entry_lives_for_ever_and_is_never_due() {
-        let record = EntryRecord { fetched_at_ms: 1_000, refresh_at_ms: FOREVER, fresh_until_ms: FOREVER, ..Default::default() };
-        let answer = stored(&Entry::new(record, b"v".to_vec()), 31_536_001_000, Behind::default());
-        assert_eq!((answer.state(), answer.age_ms), (v1::State::Fresh, 31_536_000_000));
-        assert_eq!((answer.ttl_ms, answer.expires_in_ms, answer.refresh_due), (None, None, false));
+        let record = EntryRecord {
+            fetched_at_ms: 1_000,
+            refresh_at_ms: FOREVER,
+            fresh_until_ms: FOREVER,
+            ..Default::default()
+        };
+        let answer = stored(
+            &Entry::new(record, b"v".to_vec()),
+            31_536_001_000,
+            Behind::default(),
+        );
+        assert_eq!(
+            (answer.state(), answer.age_ms),
+            (v1::State::Fresh, 31_536_000_000)
+        );
+        assert_eq!(
+            (answer.ttl_ms, answer.expires_in_ms, answer.refresh_due),
+            (None, None, false)
+        );
 
         // Invalidated, with nobody who could refresh it.
         let answer = stored(&entry(), 1_900, Behind::default());
@@ -144,32 +210,68 @@ mod tests {
 
     #[test]
     fn a_failure_keeps_the_value_and_says_when_and_how_often() {
-        let failure = FailureRecord { class: FailureClass::Status.into(), status: 503, count: 4, at_ms: 2_500, next_attempt_ms: 61_250 };
-        let record = EntryRecord { failure: Some(failure), ..entry().record };
+        let failure = FailureRecord {
+            class: FailureClass::Status.into(),
+            status: 503,
+            count: 4,
+            at_ms: 2_500,
+            next_attempt_ms: 61_250,
+        };
+        let record = EntryRecord {
+            failure: Some(failure),
+            ..entry().record
+        };
         let answer = stored(&entry().with_record(record), 2_600, BEHIND);
         let told = answer.last_error.unwrap();
         assert_eq!((answer.age_ms, answer.value.is_some()), (1_600, true));
-        assert_eq!((told.class(), told.status, told.count), (FailureClass::Status, 503, 4));
-        assert_eq!(told.at, Some(Timestamp { seconds: 2, nanos: 500_000_000 }));
-        assert_eq!(told.next_attempt, Some(Timestamp { seconds: 61, nanos: 250_000_000 }));
+        assert_eq!(
+            (told.class(), told.status, told.count),
+            (FailureClass::Status, 503, 4)
+        );
+        assert_eq!(
+            told.at,
+            Some(Timestamp {
+                seconds: 2,
+                nanos: 500_000_000
+            })
+        );
+        assert_eq!(
+            told.next_attempt,
+            Some(Timestamp {
+                seconds: 61,
+                nanos: 250_000_000
+            })
+        );
     }
 
     #[test]
     fn what_could_not_be_stored_is_good_for_one_answer() {
         let answer = unstored(Bytes::from_static(b"big"), "text/plain".into(), "profiles");
-        assert_eq!((answer.state(), answer.stored, answer.version), (v1::State::Fresh, false, 0));
+        assert_eq!(
+            (answer.state(), answer.stored, answer.version),
+            (v1::State::Fresh, false, 0)
+        );
         assert_eq!((answer.ttl_ms, answer.expires_in_ms), (Some(0), Some(0)));
     }
 
     #[test]
     fn a_miss_has_no_value() {
         let answer = miss(BEHIND);
-        assert_eq!((answer.state(), answer.value, answer.version), (v1::State::Miss, None, 0));
+        assert_eq!(
+            (answer.state(), answer.value, answer.version),
+            (v1::State::Miss, None, 0)
+        );
     }
 
     #[test]
     fn an_instant_that_never_comes_is_not_told() {
         assert_eq!(timestamp(FOREVER), None);
-        assert_eq!(timestamp(1_500), Some(Timestamp { seconds: 1, nanos: 500_000_000 }));
+        assert_eq!(
+            timestamp(1_500),
+            Some(Timestamp {
+                seconds: 1,
+                nanos: 500_000_000
+            })
+        );
     }
 }

@@ -44,20 +44,37 @@ struct GroupRead {
 }
 
 impl Cache {
-    pub async fn batch_get(&self, request: v1::BatchGetRequest, timeout: Duration) -> Result<v1::BatchGetResponse, Error> {
+    pub async fn batch_get(
+        &self,
+        request: v1::BatchGetRequest,
+        timeout: Duration,
+    ) -> Result<v1::BatchGetResponse, Error> {
         let deadline = self.deadline(timeout);
         let controls = check(&request)?;
-        self.read_many(request.keys, &controls, Hop::Allowed, deadline).await
+        self.read_many(request.keys, &controls, Hop::Allowed, deadline)
+            .await
     }
 
-    async fn read_many(&self, keys: Vec<Bytes>, controls: &Controls, hop: Hop, deadline: Deadline) -> Result<v1::BatchGetResponse, Error> {
+    async fn read_many(
+        &self,
+        keys: Vec<Bytes>,
+        controls: &Controls,
+        hop: Hop,
+        deadline: Deadline,
+    ) -> Result<v1::BatchGetResponse, Error> {
         let peers = self.peers()?;
         let mut told: Vec<Option<Told>> = vec![None; keys.len()];
         let groups = self.group(keys, &mut told)?;
-        let read = join_all(groups.iter().map(|group| self.read_group(group, controls, hop, deadline))).await;
+        let read = join_all(
+            groups
+                .iter()
+                .map(|group| self.read_group(group, controls, hop, deadline)),
+        )
+        .await;
 
         let mut failed = None;
-        let (mut here, mut leader, mut seen) = (Vec::new(), None, Token::new(peers.identity().epoch));
+        let (mut here, mut leader, mut seen) =
+            (Vec::new(), None, Token::new(peers.identity().epoch));
         for (group, read) in groups.iter().zip(read) {
             match read {
                 Ok(read) => {
@@ -66,10 +83,17 @@ impl Cache {
                         None => here.push(&**group.replica),
                     }
                     seen.merge(&read.seen);
-                    group.places.iter().zip(read.results).for_each(|(&place, result)| told[place] = Some(result));
+                    group
+                        .places
+                        .iter()
+                        .zip(read.results)
+                        .for_each(|(&place, result)| told[place] = Some(result));
                 }
                 Err(error) => {
-                    group.places.iter().for_each(|&place| told[place] = Some(Told::Error(error.clone().into())));
+                    group
+                        .places
+                        .iter()
+                        .for_each(|&place| told[place] = Some(Told::Error(error.clone().into())));
                     failed = Some(error);
                 }
             }
@@ -84,9 +108,20 @@ impl Cache {
         }
         let (position, token) = self.position(&peers, &here);
         seen.merge(&token);
-        let position = if here.is_empty() { leader.unwrap_or(position) } else { position };
-        let results = bounded(told.into_iter().map(|result| result.unwrap_or_else(missing)));
-        Ok(v1::BatchGetResponse { results, replica: Some(position), token: seen.encode() })
+        let position = if here.is_empty() {
+            leader.unwrap_or(position)
+        } else {
+            position
+        };
+        let results = bounded(
+            told.into_iter()
+                .map(|result| result.unwrap_or_else(missing)),
+        );
+        Ok(v1::BatchGetResponse {
+            results,
+            replica: Some(position),
+            token: seen.encode(),
+        })
     }
 
     /// Sorts keys by the replica that has them; a key that is none is answered at its place.
@@ -96,7 +131,11 @@ impl Cache {
             match Key::new(key) {
                 Ok(key) => {
                     let replica = self.replica_of(&key)?;
-                    let group = groups.entry(replica.shard()).or_insert_with(|| Group { replica, places: Vec::new(), keys: Vec::new() });
+                    let group = groups.entry(replica.shard()).or_insert_with(|| Group {
+                        replica,
+                        places: Vec::new(),
+                        keys: Vec::new(),
+                    });
                     group.places.push(place);
                     group.keys.push(key);
                 }
@@ -106,31 +145,66 @@ impl Cache {
         Ok(groups.into_values().collect())
     }
 
-    async fn read_group(&self, group: &Group<'_>, controls: &Controls, hop: Hop, deadline: Deadline) -> Result<GroupRead, Error> {
-        let reached = match self.reach(group.replica, &group.keys, controls, hop, deadline).await {
+    async fn read_group(
+        &self,
+        group: &Group<'_>,
+        controls: &Controls,
+        hop: Hop,
+        deadline: Deadline,
+    ) -> Result<GroupRead, Error> {
+        let reached = match self
+            .reach(group.replica, &group.keys, controls, hop, deadline)
+            .await
+        {
             // What failed is the one key's upstream, not the way to it.
             Err(error) if error.metadata(reason::UPSTREAM).is_some() => {
-                return Ok(GroupRead { results: vec![Told::Error(error.into()); group.keys.len()], ..Default::default() });
+                return Ok(GroupRead {
+                    results: vec![Told::Error(error.into()); group.keys.len()],
+                    ..Default::default()
+                });
             }
             reached => reached?,
         };
         if let Reached::Leader(response) = reached {
             let seen = Token::decode(&response.token)?.unwrap_or_default();
-            let results = response.results.into_iter().map(|result| result.result.unwrap_or_else(missing)).collect();
-            return Ok(GroupRead { results, leader: Some(response.replica.unwrap_or_default()), seen });
+            let results = response
+                .results
+                .into_iter()
+                .map(|result| result.result.unwrap_or_else(missing))
+                .collect();
+            return Ok(GroupRead {
+                results,
+                leader: Some(response.replica.unwrap_or_default()),
+                seen,
+            });
         }
         let entries = self.look_up_many(group.replica, &group.keys).await;
-        let settled = group.keys.iter().zip(entries).map(|(key, entry)| async move {
-            let asked = Asked { key, replica: group.replica, controls, hop, deadline };
-            self.settle(asked, entry?).await
-        });
+        let settled = group
+            .keys
+            .iter()
+            .zip(entries)
+            .map(|(key, entry)| async move {
+                let asked = Asked {
+                    key,
+                    replica: group.replica,
+                    controls,
+                    hop,
+                    deadline,
+                };
+                self.settle(asked, entry?).await
+            });
         let mut read = GroupRead::default();
         for settled in join_all(settled).await {
             read.results.push(match settled {
                 Ok(Settled::Here(answer)) => Told::Answer(answer),
                 Ok(Settled::Leader(mut response)) => {
-                    read.seen.merge(&Token::decode(&response.token)?.unwrap_or_default());
-                    response.results.pop().and_then(|result| result.result).unwrap_or_else(missing)
+                    read.seen
+                        .merge(&Token::decode(&response.token)?.unwrap_or_default());
+                    response
+                        .results
+                        .pop()
+                        .and_then(|result| result.result)
+                        .unwrap_or_else(missing)
                 }
                 Err(error) => Told::Error(error.into()),
             });
@@ -139,7 +213,11 @@ impl Cache {
     }
 
     /// As `look_up`, with one trip to the disk for all that memory does not know.
-    async fn look_up_many(&self, replica: &Replica, keys: &[Key]) -> Vec<Result<Option<Arc<Entry>>, Error>> {
+    async fn look_up_many(
+        &self,
+        replica: &Replica,
+        keys: &[Key],
+    ) -> Vec<Result<Option<Arc<Entry>>, Error>> {
         let mut unknown = Vec::new();
         let mut found: Vec<Result<Option<Arc<Entry>>, Error>> = keys
             .iter()
@@ -172,10 +250,15 @@ impl Cache {
             read.collect::<Vec<_>>()
         });
         match read.await {
-            Ok(read) => places.into_iter().zip(read).for_each(|(place, entry)| found[place] = entry),
+            Ok(read) => places
+                .into_iter()
+                .zip(read)
+                .for_each(|(place, entry)| found[place] = entry),
             Err(ended) => {
                 let error = Error::internal("a disk read was cut off", ended);
-                places.into_iter().for_each(|place| found[place] = Err(error.clone()));
+                places
+                    .into_iter()
+                    .for_each(|place| found[place] = Err(error.clone()));
             }
         }
         found
@@ -194,16 +277,25 @@ impl Reader for Cache {
     ) -> Result<v1::BatchGetResponse, Status> {
         let deadline = self.deadline(answered_within(timeout));
         let keys = keys.into_iter().map(Bytes::from).collect();
-        let request = v1::BatchGetRequest { keys, consistency: consistency.into(), token };
+        let request = v1::BatchGetRequest {
+            keys,
+            consistency: consistency.into(),
+            token,
+        };
         let controls = check(&request)?;
-        Ok(self.read_many(request.keys, &controls, Hop::Taken, deadline).await?)
+        Ok(self
+            .read_many(request.keys, &controls, Hop::Taken, deadline)
+            .await?)
     }
 }
 
 fn check(request: &v1::BatchGetRequest) -> Result<Controls, Error> {
     match request.keys.len() {
         0 => Err(Error::field("keys", "there are none")),
-        count if count > BATCH_KEYS_MAX => Err(Error::field("keys", format_args!("there are {count}, more than {BATCH_KEYS_MAX}"))),
+        count if count > BATCH_KEYS_MAX => Err(Error::field(
+            "keys",
+            format_args!("there are {count}, more than {BATCH_KEYS_MAX}"),
+        )),
         _ => Controls::parse(request.consistency, request.token.clone()),
     }
 }
@@ -217,14 +309,21 @@ fn missing() -> Told {
 }
 
 fn over_the_bound() -> Error {
-    Error::too_large("keys", format_args!("the values before this one fill an answer of {BATCH_BYTES_MAX} bytes: ask for it again"))
+    Error::too_large(
+        "keys",
+        format_args!(
+            "the values before this one fill an answer of {BATCH_BYTES_MAX} bytes: ask for it again"
+        ),
+    )
 }
 
 /// In order, until their values fill one answer.
 fn bounded(results: impl Iterator<Item = Told>) -> Vec<v1::BatchGetResult> {
     let mut bytes = 0;
     let mut within = |result: Told| {
-        let Told::Answer(answer) = &result else { return result };
+        let Told::Answer(answer) = &result else {
+            return result;
+        };
         let size = answer.value.as_ref().map_or(0, Bytes::len);
         if bytes + size > BATCH_BYTES_MAX {
             return Told::Error(over_the_bound().into());
@@ -232,7 +331,11 @@ fn bounded(results: impl Iterator<Item = Told>) -> Vec<v1::BatchGetResult> {
         bytes += size;
         result
     };
-    results.map(|result| v1::BatchGetResult { result: Some(within(result)) }).collect()
+    results
+        .map(|result| v1::BatchGetResult {
+            result: Some(within(result)),
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -244,8 +347,13 @@ mod tests {
     #[test]
     fn a_batch_has_1_to_1000_keys() {
         let checked = |count: usize| {
-            let request = v1::BatchGetRequest { keys: vec!["k".into(); count], ..Default::default() };
-            check(&request).err().map(|error| (error.code(), error.metadata("field").map(str::to_owned)))
+            let request = v1::BatchGetRequest {
+                keys: vec!["k".into(); count],
+                ..Default::default()
+            };
+            check(&request)
+                .err()
+                .map(|error| (error.code(), error.metadata("field").map(str::to_owned)))
         };
         let mistake = Some((Code::InvalidArgument, Some("keys".to_owned())));
         assert_eq!(checked(0), mistake);
@@ -256,13 +364,23 @@ mod tests {
 
     #[test]
     fn a_bad_key_is_the_error_of_that_key() {
-        let Told::Error(error) = invalid_key(InvalidKey::Empty) else { panic!("an answer") };
-        assert_eq!((error.code, error.reason.as_str()), (Code::InvalidArgument as i32, reason::INVALID_FIELD));
+        let Told::Error(error) = invalid_key(InvalidKey::Empty) else {
+            panic!("an answer")
+        };
+        assert_eq!(
+            (error.code, error.reason.as_str()),
+            (Code::InvalidArgument as i32, reason::INVALID_FIELD)
+        );
     }
 
     #[test]
     fn values_beyond_one_answer_are_refused_one_by_one() {
-        let of = |size: usize| Told::Answer(v1::Answer { value: Some(vec![0; size].into()), ..Default::default() });
+        let of = |size: usize| {
+            Told::Answer(v1::Answer {
+                value: Some(vec![0; size].into()),
+                ..Default::default()
+            })
+        };
         let results = bounded([of(BATCH_BYTES_MAX - 10), of(11), of(10), of(1), of(0)].into_iter());
         let told: Vec<_> = results
             .into_iter()
@@ -272,6 +390,15 @@ mod tests {
             })
             .collect();
         let refused = Err((Code::ResourceExhausted as i32, reason::TOO_LARGE.to_owned()));
-        assert_eq!(told, [Ok(BATCH_BYTES_MAX - 10), refused.clone(), Ok(10), refused, Ok(0)]);
+        assert_eq!(
+            told,
+            [
+                Ok(BATCH_BYTES_MAX - 10),
+                refused.clone(),
+                Ok(10),
+                refused,
+                Ok(0)
+            ]
+        );
     }
 }

@@ -17,19 +17,31 @@ pub(super) struct Controls {
 
 impl Controls {
     pub(super) fn parse(consistency: i32, token: Bytes) -> Result<Self, Error> {
-        let named = Consistency::try_from(consistency)
-            .map_err(|_| Error::field("consistency", format_args!("{consistency} is none of the known ones")))?;
+        let named = Consistency::try_from(consistency).map_err(|_| {
+            Error::field(
+                "consistency",
+                format_args!("{consistency} is none of the known ones"),
+            )
+        })?;
         let session = Token::decode(&token)?;
         let (consistency, seen) = match named {
-            Consistency::Unspecified | Consistency::Session => (Consistency::Session, session.map_or(Seen::Anything, Seen::Token)),
+            Consistency::Unspecified | Consistency::Session => (
+                Consistency::Session,
+                session.map_or(Seen::Anything, Seen::Token),
+            ),
             Consistency::Local => (Consistency::Local, Seen::Anything),
             Consistency::Linearizable => (Consistency::Linearizable, Seen::Everything),
             Consistency::Bounded => return Err(Error::not_built("consistency")),
         };
-        Ok(Self { consistency, seen, token })
+        Ok(Self {
+            consistency,
+            seen,
+            token,
+        })
     }
 
-    /// Linearizable reads judge by log time, as apply does: two of them in a row never disagree about what has expired.
+    /// Linearizable reads judge by log time, as apply does: two of them in a row never disagree
+    /// about what has expired.
     pub(super) fn now(&self, replica: &Replica) -> Millis {
         match self.seen {
             Seen::Everything => replica.applied().log_time,
@@ -59,20 +71,49 @@ mod tests {
         };
         for consistency in [Consistency::Unspecified, Consistency::Session] {
             let controls = parse(consistency.into(), &token.encode()).unwrap();
-            assert_eq!((controls.consistency, controls.seen), (Consistency::Session, Seen::Token(token.clone())));
+            assert_eq!(
+                (controls.consistency, controls.seen),
+                (Consistency::Session, Seen::Token(token.clone()))
+            );
         }
-        assert_eq!(parse(Consistency::Local.into(), &token.encode()).unwrap().seen, Seen::Anything);
-        assert_eq!(parse(Consistency::Linearizable.into(), &token.encode()).unwrap().seen, Seen::Everything);
+        assert_eq!(
+            parse(Consistency::Local.into(), &token.encode())
+                .unwrap()
+                .seen,
+            Seen::Anything
+        );
+        assert_eq!(
+            parse(Consistency::Linearizable.into(), &token.encode())
+                .unwrap()
+                .seen,
+            Seen::Everything
+        );
     }
 
     #[test]
     fn what_is_wrong_or_not_built_is_named() {
         let field = |name: &str| Some(name.to_owned());
-        assert_eq!(parse(9, b"").unwrap_err(), (Code::InvalidArgument, field("consistency")));
-        assert_eq!(parse(-1, b"").unwrap_err(), (Code::InvalidArgument, field("consistency")));
-        assert_eq!(parse(Consistency::Bounded.into(), b"").unwrap_err(), (Code::Unimplemented, field("consistency")));
-        for consistency in [Consistency::Session, Consistency::Local, Consistency::Linearizable] {
-            assert_eq!(parse(consistency.into(), b"nonsense").unwrap_err(), (Code::InvalidArgument, field("token")));
+        assert_eq!(
+            parse(9, b"").unwrap_err(),
+            (Code::InvalidArgument, field("consistency"))
+        );
+        assert_eq!(
+            parse(-1, b"").unwrap_err(),
+            (Code::InvalidArgument, field("consistency"))
+        );
+        assert_eq!(
+            parse(Consistency::Bounded.into(), b"").unwrap_err(),
+            (Code::Unimplemented, field("consistency"))
+        );
+        for consistency in [
+            Consistency::Session,
+            Consistency::Local,
+            Consistency::Linearizable,
+        ] {
+            assert_eq!(
+                parse(consistency.into(), b"nonsense").unwrap_err(),
+                (Code::InvalidArgument, field("token"))
+            );
         }
     }
 }

@@ -15,18 +15,33 @@ use super::{
 use crate::error::Error;
 
 impl Cache {
-    pub async fn delete(&self, request: v1::DeleteRequest, timeout: Duration) -> Result<Acknowledged<v1::DeleteResponse>, Error> {
+    pub async fn delete(
+        &self,
+        request: v1::DeleteRequest,
+        timeout: Duration,
+    ) -> Result<Acknowledged<v1::DeleteResponse>, Error> {
         let deadline = self.deadline(timeout);
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
-        let op = Op::Delete(Delete { key: key.as_bytes().clone() });
+        let op = Op::Delete(Delete {
+            key: key.as_bytes().clone(),
+        });
         let written = self.write(&key, op, request_id, deadline).await?;
-        let response = v1::DeleteResponse { existed: written.existed, replica: Some(written.replica), token: written.token.encode() };
-        Ok(Acknowledged { response, leader: written.leader })
+        let response = v1::DeleteResponse {
+            existed: written.existed,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
     }
 }
 
 fn check(request: v1::DeleteRequest) -> Result<(Key, Option<v1::RequestId>), Error> {
-    let Some(Target::Key(key)) = request.target else { return Err(Error::field("key", "it is missing")) };
+    let Some(Target::Key(key)) = request.target else {
+        return Err(Error::field("key", "it is missing"));
+    };
     let key = Key::new(key).map_err(|invalid| Error::key("key", invalid))?;
     Ok((key, check_request_id(request.request_id)?))
 }
@@ -37,10 +52,19 @@ mod tests {
 
     #[test]
     fn a_delete_without_a_key_is_a_mistake() {
-        let field =
-            |target| check(v1::DeleteRequest { target, request_id: None }).err().map(|error| error.metadata("field").map(str::to_owned));
+        let field = |target| {
+            check(v1::DeleteRequest {
+                target,
+                request_id: None,
+            })
+            .err()
+            .map(|error| error.metadata("field").map(str::to_owned))
+        };
         assert_eq!(field(None), Some(Some("key".into())));
-        assert_eq!(field(Some(Target::Key("".into()))), Some(Some("key".into())));
+        assert_eq!(
+            field(Some(Target::Key("".into()))),
+            Some(Some("key".into()))
+        );
         assert_eq!(field(Some(Target::Key("k".into()))), None);
     }
 }

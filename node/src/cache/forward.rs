@@ -1,4 +1,5 @@
-//! Where a read is answered: on this replica once it has seen enough, else on the leader, over one hop and never further.
+//! Where a read is answered: on this replica once it has seen enough, else on the leader, over one
+//! hop and never further.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,7 +32,8 @@ pub(super) enum Reached {
 }
 
 impl Cache {
-    /// Waits until this replica may answer, or lets the leader answer `keys`. Does nothing for a read that takes what is there.
+    /// Waits until this replica may answer, or lets the leader answer `keys`. Does nothing for a
+    /// read that takes what is there.
     pub(super) async fn reach(
         &self,
         replica: &Arc<Replica>,
@@ -47,23 +49,46 @@ impl Cache {
                 Err(error) => return Err(self.sent_to_leader(replica, error.into())),
             }
         } else if hop == Hop::Taken {
-            return Err(Error::new(reason::NOT_READY, "this replica has not caught up since it joined"));
+            return Err(Error::new(
+                reason::NOT_READY,
+                "this replica has not caught up since it joined",
+            ));
         }
         Box::pin(self.reach_leader(replica, keys, controls, deadline)).await
     }
 
-    async fn wait_here(&self, replica: &Replica, controls: &Controls, deadline: Deadline) -> Result<(), ReadError> {
+    async fn wait_here(
+        &self,
+        replica: &Replica,
+        controls: &Controls,
+        deadline: Deadline,
+    ) -> Result<(), ReadError> {
         match &controls.seen {
             Seen::Anything => return Ok(()),
-            Seen::Token(token) if token.revision(replica.shard()) > replica.applied().revision => self.metrics.read_waited("token"),
+            Seen::Token(token) if token.revision(replica.shard()) > replica.applied().revision => {
+                self.metrics.read_waited("token")
+            }
             Seen::Token(_) => {}
             Seen::Everything => self.metrics.read_waited("read_index"),
         }
-        replica.wait_until_seen(&controls.seen, self.settings.session_wait, self.left(deadline)).await
+        replica
+            .wait_until_seen(
+                &controls.seen,
+                self.settings.session_wait,
+                self.left(deadline),
+            )
+            .await
     }
 
-    /// This replica cannot answer: whoever leads does, unless this replica comes level before there is a leader.
-    async fn reach_leader(&self, replica: &Arc<Replica>, keys: &[Key], controls: &Controls, deadline: Deadline) -> Result<Reached, Error> {
+    /// This replica cannot answer: whoever leads does, unless this replica comes level before there
+    /// is a leader.
+    async fn reach_leader(
+        &self,
+        replica: &Arc<Replica>,
+        keys: &[Key],
+        controls: &Controls,
+        deadline: Deadline,
+    ) -> Result<Reached, Error> {
         let give_up = self.within(deadline, LEADER_PATIENCE);
         loop {
             let failed = match replica.leader().filter(|leader| !leader.is_self) {
@@ -74,7 +99,8 @@ impl Cache {
                         Err(error) if error.reason() == reason::NO_LEADER => error,
                         Err(error) => return Err(error),
                     },
-                    // A leader that hangs must not keep a replica from answering that has come level by itself.
+                    // A leader that hangs must not keep a replica from answering that has come
+                    // level by itself.
                     () = self.level(replica, controls, deadline) => return Ok(Reached::Here),
                 },
                 None => Error::no_leader(),
@@ -83,16 +109,25 @@ impl Cache {
             if pause.is_zero() {
                 return Err(self.sent_to_leader(replica, failed));
             }
-            if tokio::time::timeout(pause, self.level(replica, controls, deadline)).await.is_ok() {
+            if tokio::time::timeout(pause, self.level(replica, controls, deadline))
+                .await
+                .is_ok()
+            {
                 return Ok(Reached::Here);
             }
         }
     }
 
-    /// Resolves when this replica has seen enough; never, if it does not in time or has not caught up since it joined.
+    /// Resolves when this replica has seen enough; never, if it does not in time or has not caught
+    /// up since it joined.
     async fn level(&self, replica: &Replica, controls: &Controls, deadline: Deadline) {
         let left = self.left(deadline);
-        if replica.must_catch_up() || replica.wait_until_seen(&controls.seen, left, left).await.is_err() {
+        if replica.must_catch_up()
+            || replica
+                .wait_until_seen(&controls.seen, left, left)
+                .await
+                .is_err()
+        {
             std::future::pending::<()>().await;
         }
     }
@@ -121,13 +156,18 @@ impl Cache {
         let mut client = peers.refresh_client(&member.peer_address);
         let response = match tokio::time::timeout(left, client.read(request)).await {
             Err(_) => return Err(Error::deadline()),
-            Ok(Err(status)) => return Err(Error::from_status(&status).unwrap_or_else(Error::no_leader)),
+            Ok(Err(status)) => {
+                return Err(Error::from_status(&status).unwrap_or_else(Error::no_leader));
+            }
             Ok(Ok(response)) => response.into_inner(),
         };
         peers.heard(replica.shard(), leader.id, response.header.as_ref());
         match response.response {
             Some(read) if read.results.len() == keys.len() => Ok(read),
-            _ => Err(Error::internal("the leader answered a read with nothing", "answers are missing")),
+            _ => Err(Error::internal(
+                "the leader answered a read with nothing",
+                "answers are missing",
+            )),
         }
     }
 }

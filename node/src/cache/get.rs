@@ -13,21 +13,44 @@ use super::{
 use crate::error::Error;
 
 impl Cache {
-    pub async fn get(&self, request: v1::GetRequest, timeout: Duration) -> Result<v1::GetResponse, Error> {
+    pub async fn get(
+        &self,
+        request: v1::GetRequest,
+        timeout: Duration,
+    ) -> Result<v1::GetResponse, Error> {
         let (key, controls) = check(request)?;
         let deadline = self.deadline(timeout);
         let replica = self.replica_of(&key)?;
-        match self.reach(replica, std::slice::from_ref(&key), &controls, Hop::Allowed, deadline).await? {
+        match self
+            .reach(
+                replica,
+                std::slice::from_ref(&key),
+                &controls,
+                Hop::Allowed,
+                deadline,
+            )
+            .await?
+        {
             Reached::Here => {}
             Reached::Leader(response) => return only_answer(response),
         }
         let entry = self.look_up(replica, &key).await?;
-        let asked = Asked { key: &key, replica, controls: &controls, hop: Hop::Allowed, deadline };
+        let asked = Asked {
+            key: &key,
+            replica,
+            controls: &controls,
+            hop: Hop::Allowed,
+            deadline,
+        };
         match self.settle(asked, entry).await? {
             Settled::Leader(response) => only_answer(response),
             Settled::Here(answer) => {
                 let (replica, token) = self.position(&*self.peers()?, &[replica]);
-                Ok(v1::GetResponse { answer: Some(answer), replica: Some(replica), token: token.encode() })
+                Ok(v1::GetResponse {
+                    answer: Some(answer),
+                    replica: Some(replica),
+                    token: token.encode(),
+                })
             }
         }
     }
@@ -52,11 +75,22 @@ fn check(request: v1::GetRequest) -> Result<(Key, Controls), Error> {
 
 /// The leader's answer to one key, as a Get tells it.
 fn only_answer(response: v1::BatchGetResponse) -> Result<v1::GetResponse, Error> {
-    let v1::BatchGetResponse { results, replica, token } = response;
+    let v1::BatchGetResponse {
+        results,
+        replica,
+        token,
+    } = response;
     match results.into_iter().next().and_then(|result| result.result) {
-        Some(v1::batch_get_result::Result::Answer(answer)) => Ok(v1::GetResponse { answer: Some(answer), replica, token }),
+        Some(v1::batch_get_result::Result::Answer(answer)) => Ok(v1::GetResponse {
+            answer: Some(answer),
+            replica,
+            token,
+        }),
         Some(v1::batch_get_result::Result::Error(error)) => Err(Error::from_key_error(error)),
-        None => Err(Error::internal("the leader answered a read with nothing", "the answer is missing")),
+        None => Err(Error::internal(
+            "the leader answered a read with nothing",
+            "the answer is missing",
+        )),
     }
 }
 
@@ -68,7 +102,10 @@ mod tests {
     use super::*;
 
     fn wrong(change: impl FnOnce(&mut GetRequest)) -> (Code, String) {
-        let mut request = GetRequest { key: "k".into(), ..Default::default() };
+        let mut request = GetRequest {
+            key: "k".into(),
+            ..Default::default()
+        };
         change(&mut request);
         let error = check(request).err().unwrap();
         (error.code(), error.metadata("field").unwrap().to_owned())
@@ -78,14 +115,20 @@ mod tests {
     fn what_is_not_built_is_refused_by_name() {
         type Change = fn(&mut GetRequest);
         let unbuilt: [(&str, Change); 8] = [
-            ("max_staleness", |get| get.max_staleness = Some(Default::default())),
+            ("max_staleness", |get| {
+                get.max_staleness = Some(Default::default())
+            }),
             ("max_age", |get| get.max_age = Some(Default::default())),
             ("only_if_cached", |get| get.only_if_cached = true),
             ("no_cache", |get| get.no_cache = true),
             ("if_version_not", |get| get.if_version_not = Some(0)),
-            ("fetch_on_miss", |get| get.fetch_on_miss = FetchOnMiss::Async.into()),
+            ("fetch_on_miss", |get| {
+                get.fetch_on_miss = FetchOnMiss::Async.into()
+            }),
             ("lease", |get| get.lease = true),
-            ("consistency", |get| get.consistency = Consistency::Bounded.into()),
+            ("consistency", |get| {
+                get.consistency = Consistency::Bounded.into()
+            }),
         ];
         for (field, set) in unbuilt {
             assert_eq!(wrong(set), (Code::Unimplemented, field.to_owned()));
@@ -94,14 +137,32 @@ mod tests {
 
     #[test]
     fn a_mistake_names_its_field() {
-        assert_eq!(wrong(|get| get.key.clear()), (Code::InvalidArgument, "key".into()));
-        assert_eq!(wrong(|get| get.key = vec![b'k'; 1025].into()), (Code::InvalidArgument, "key".into()));
-        assert_eq!(wrong(|get| get.consistency = 17), (Code::InvalidArgument, "consistency".into()));
-        assert_eq!(wrong(|get| get.token = "?".into()), (Code::InvalidArgument, "token".into()));
+        assert_eq!(
+            wrong(|get| get.key.clear()),
+            (Code::InvalidArgument, "key".into())
+        );
+        assert_eq!(
+            wrong(|get| get.key = vec![b'k'; 1025].into()),
+            (Code::InvalidArgument, "key".into())
+        );
+        assert_eq!(
+            wrong(|get| get.consistency = 17),
+            (Code::InvalidArgument, "consistency".into())
+        );
+        assert_eq!(
+            wrong(|get| get.token = "?".into()),
+            (Code::InvalidArgument, "token".into())
+        );
     }
 
     #[test]
     fn a_key_and_nothing_else_is_enough() {
-        assert!(check(GetRequest { key: "k".into(), ..Default::default() }).is_ok());
+        assert!(
+            check(GetRequest {
+                key: "k".into(),
+                ..Default::default()
+            })
+            .is_ok()
+        );
     }
 }

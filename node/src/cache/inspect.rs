@@ -1,4 +1,5 @@
-//! Inspect: everything known of a key and why, without side effects: no use counted, no hint given, no fetch begun.
+//! Inspect: everything known of a key and why, without side effects: no use counted, no hint given,
+//! no fetch begun.
 
 use std::{sync::Arc, time::Duration};
 
@@ -38,22 +39,44 @@ struct Known<'a> {
 }
 
 impl Cache {
-    pub async fn inspect(&self, request: v1::InspectRequest, timeout: Duration) -> Result<v1::InspectResponse, Error> {
+    pub async fn inspect(
+        &self,
+        request: v1::InspectRequest,
+        timeout: Duration,
+    ) -> Result<v1::InspectResponse, Error> {
         let deadline = self.deadline(timeout);
         let key = Key::new(request.key).map_err(|invalid| Error::key("key", invalid))?;
         let controls = Controls::parse(request.consistency, request.token)?;
         let replica = self.replica_of(&key)?;
         self.seen_here(replica, &controls, deadline).await?;
 
-        let Found { entry, in_memory, tombstone } = find(replica, &key).await?;
+        let Found {
+            entry,
+            in_memory,
+            tombstone,
+        } = find(replica, &key).await?;
         let now = controls.now(replica);
         let matched = self.policies.find(&key);
         let policy = matched.as_ref().map(|matched| matched.policy);
         let behind = self.behind(&key, true, policy);
-        let live = entry.as_deref().filter(|entry| Timeline::from(&entry.record).phase(now) != Phase::Expired);
-        let answer = live.map_or_else(|| answer::miss(behind), |entry| v1::Answer { value: None, ..answer::stored(entry, now, behind) });
+        let live = entry
+            .as_deref()
+            .filter(|entry| Timeline::from(&entry.record).phase(now) != Phase::Expired);
+        let answer = live.map_or_else(
+            || answer::miss(behind),
+            |entry| v1::Answer {
+                value: None,
+                ..answer::stored(entry, now, behind)
+            },
+        );
         let record = entry.as_deref().map(|entry| &entry.record);
-        let known = Known { record, tombstone: tombstone.as_ref(), policy, refreshing: behind.refreshing, now };
+        let known = Known {
+            record,
+            tombstone: tombstone.as_ref(),
+            policy,
+            refreshing: behind.refreshing,
+            now,
+        };
         let (position, token) = self.position(&*self.peers()?, &[replica]);
         Ok(v1::InspectResponse {
             answer: Some(answer),
@@ -67,7 +90,12 @@ impl Cache {
             tombstone_revision: tombstone.map(|tombstone| tombstone.revision),
             policy: matched.as_ref().map(|matched| v1::MatchedPolicy {
                 r#match: matched.policy.pattern.as_str().to_owned(),
-                captures: matched.captures.as_slice().iter().map(|capture| String::from_utf8_lossy(capture).into_owned()).collect(),
+                captures: matched
+                    .captures
+                    .as_slice()
+                    .iter()
+                    .map(|capture| String::from_utf8_lossy(capture).into_owned())
+                    .collect(),
                 upstream: matched.policy.upstream.to_string(),
             }),
         })
@@ -86,12 +114,23 @@ async fn find(replica: &Replica, key: &Key) -> Result<Found, Error> {
             // A scan of this one key: it brings nothing into memory.
             Lookup::Unknown(_) => {
                 let first = state.scan(&key, &key, 1)?.entries.pop();
-                (first.filter(|(found, _)| *found == key).map(|(_, entry)| Arc::new(entry)), false)
+                (
+                    first
+                        .filter(|(found, _)| *found == key)
+                        .map(|(_, entry)| Arc::new(entry)),
+                    false,
+                )
             }
         };
-        std::io::Result::Ok(Found { entry, in_memory, tombstone })
+        std::io::Result::Ok(Found {
+            entry,
+            in_memory,
+            tombstone,
+        })
     });
-    read.await.map_err(|ended| Error::internal("a disk read was cut off", ended))?.map_err(|error| Error::disk(&error))
+    read.await
+        .map_err(|ended| Error::internal("a disk read was cut off", ended))?
+        .map_err(|error| Error::disk(&error))
 }
 
 fn stored_entry(record: &EntryRecord, in_memory: bool) -> v1::StoredEntry {
@@ -140,8 +179,16 @@ fn why(known: &Known<'_>) -> Vec<String> {
         ));
     }
     why.push(match (known.policy, known.refreshing) {
-        (Some(policy), false) => format!("policy `{}` takes it from upstream `{}`", policy.pattern.as_str(), policy.upstream),
-        (Some(policy), true) => format!("policy `{}`: a fetch from upstream `{}` is under way", policy.pattern.as_str(), policy.upstream),
+        (Some(policy), false) => format!(
+            "policy `{}` takes it from upstream `{}`",
+            policy.pattern.as_str(),
+            policy.upstream
+        ),
+        (Some(policy), true) => format!(
+            "policy `{}`: a fetch from upstream `{}` is under way",
+            policy.pattern.as_str(),
+            policy.upstream
+        ),
         (None, _) => "no policy matches: it changes only by clients".into(),
     });
     why
@@ -153,7 +200,10 @@ fn phase(timeline: &Timeline, now: Millis) -> String {
         Phase::Fresh => format!("fresh, until {}", until(now, timeline.fresh_until)),
         Phase::Stale => format!("stale, served until {}", until(now, timeline.stale_until())),
         Phase::StaleOnError => {
-            format!("past stale_while_revalidate, served if the upstream fails, until {}", until(now, timeline.expires_at()))
+            format!(
+                "past stale_while_revalidate, served if the upstream fails, until {}",
+                until(now, timeline.expires_at())
+            )
         }
         Phase::Expired => "expired: served no more, and removed at the next sweep".into(),
     }
@@ -164,7 +214,10 @@ fn refresh(record: &EntryRecord, now: Millis) -> String {
         true => "past its refresh point: the next read lets the leader refresh it".into(),
         false if record.origin() == Origin::Plain => "never refreshed by itself".into(),
         false if record.refresh_at_ms == FOREVER => {
-            format!("not refreshed ahead: due once it is stale, {}", until(now, record.fresh_until_ms))
+            format!(
+                "not refreshed ahead: due once it is stale, {}",
+                until(now, record.fresh_until_ms)
+            )
         }
         false => format!("a refresh is due {}", until(now, record.refresh_at_ms)),
     }
@@ -188,7 +241,10 @@ fn until(now: Millis, instant: Millis) -> String {
     match instant {
         FOREVER => "for ever".into(),
         instant if instant <= now => "now".into(),
-        instant => format!("in {}", humantime::format_duration(Duration::from_millis(instant - now))),
+        instant => format!(
+            "in {}",
+            humantime::format_duration(Duration::from_millis(instant - now))
+        ),
     }
 }
 
@@ -199,7 +255,13 @@ mod tests {
     use super::*;
 
     fn told(record: Option<&EntryRecord>, now: Millis) -> Vec<String> {
-        why(&Known { record, tombstone: None, policy: None, refreshing: false, now })
+        why(&Known {
+            record,
+            tombstone: None,
+            policy: None,
+            refreshing: false,
+            now,
+        })
     }
 
     #[test]
@@ -214,27 +276,64 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(told(Some(&record), 1_500)[0], "fresh, until in 500ms");
-        assert_eq!(told(Some(&record), 2_500)[0], "stale, served until in 500ms");
+        assert_eq!(
+            told(Some(&record), 2_500)[0],
+            "stale, served until in 500ms"
+        );
         assert!(told(Some(&record), 3_500)[0].starts_with("past stale_while_revalidate"));
         assert!(told(Some(&record), 5_000)[0].starts_with("expired"));
-        let plain = EntryRecord { fresh_until_ms: FOREVER, refresh_at_ms: FOREVER, origin: Origin::Plain.into(), ..Default::default() };
-        assert_eq!(told(Some(&plain), 1), ["fresh for ever", "a client set the value", "no policy matches: it changes only by clients"]);
+        let plain = EntryRecord {
+            fresh_until_ms: FOREVER,
+            refresh_at_ms: FOREVER,
+            origin: Origin::Plain.into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            told(Some(&plain), 1),
+            [
+                "fresh for ever",
+                "a client set the value",
+                "no policy matches: it changes only by clients"
+            ]
+        );
     }
 
     #[test]
     fn a_failure_and_a_tombstone_are_told() {
-        let failure = FailureRecord { class: FailureClass::Status.into(), status: 503, count: 4, at_ms: 1, next_attempt_ms: 3_000 };
-        let record = EntryRecord { fresh_until_ms: 2_000, failure: Some(failure), ..Default::default() };
+        let failure = FailureRecord {
+            class: FailureClass::Status.into(),
+            status: 503,
+            count: 4,
+            at_ms: 1,
+            next_attempt_ms: 3_000,
+        };
+        let record = EntryRecord {
+            fresh_until_ms: 2_000,
+            failure: Some(failure),
+            ..Default::default()
+        };
         let lines = told(Some(&record), 1_000);
         assert!(
             lines.contains(&"the last 4 fetches failed, most lately with STATUS 503; the next attempt is due in 2s".to_owned()),
             "{lines:?}"
         );
 
-        let tombstone = TombstoneRecord { revision: 12, expires_at_ms: 601_000 };
-        let lines = why(&Known { record: None, tombstone: Some(&tombstone), policy: None, refreshing: false, now: 1_000 });
+        let tombstone = TombstoneRecord {
+            revision: 12,
+            expires_at_ms: 601_000,
+        };
+        let lines = why(&Known {
+            record: None,
+            tombstone: Some(&tombstone),
+            policy: None,
+            refreshing: false,
+            now: 1_000,
+        });
         assert_eq!(lines[0], "nothing is stored");
-        assert!(lines[1].contains("at revision 12") && lines[1].contains("in 10m"), "{lines:?}");
+        assert!(
+            lines[1].contains("at revision 12") && lines[1].contains("in 10m"),
+            "{lines:?}"
+        );
     }
 
     #[test]
@@ -249,8 +348,14 @@ mod tests {
             ..Default::default()
         };
         let entry = stored_entry(&record, true);
-        assert_eq!((entry.version, entry.changed, entry.in_memory), (3, 5, true));
+        assert_eq!(
+            (entry.version, entry.changed, entry.in_memory),
+            (3, 5, true)
+        );
         assert_eq!(entry.refresh_at, None);
-        assert_eq!((entry.stale_until, entry.expires_at), (timestamp(2_000), timestamp(3_000)));
+        assert_eq!(
+            (entry.stale_until, entry.expires_at),
+            (timestamp(2_000), timestamp(3_000))
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Invalidate: a key is stale from now on, still served inside its stale windows, and refreshed from its upstream.
+//! Invalidate: a key is stale from now on, still served inside its stale windows, and refreshed
+//! from its upstream.
 
 use std::time::Duration;
 
@@ -22,19 +23,31 @@ impl Cache {
     ) -> Result<Acknowledged<v1::InvalidateResponse>, Error> {
         let deadline = self.deadline(timeout);
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
-        let op = Op::Invalidate(Invalidate { key: key.as_bytes().clone() });
+        let op = Op::Invalidate(Invalidate {
+            key: key.as_bytes().clone(),
+        });
         let written = self.write(&key, op, request_id, deadline).await?;
-        // As a reader would who finds it due: there may be none for a while, and the first one shall find the new value.
+        // As a reader would who finds it due: there may be none for a while, and the first one
+        // shall find the new value.
         if written.existed {
             self.refresher.note_read(&key, true);
         }
-        let response = v1::InvalidateResponse { existed: written.existed, replica: Some(written.replica), token: written.token.encode() };
-        Ok(Acknowledged { response, leader: written.leader })
+        let response = v1::InvalidateResponse {
+            existed: written.existed,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
     }
 }
 
 fn check(request: v1::InvalidateRequest) -> Result<(Key, Option<v1::RequestId>), Error> {
-    let Some(Target::Key(key)) = request.target else { return Err(Error::field("key", "it is missing")) };
+    let Some(Target::Key(key)) = request.target else {
+        return Err(Error::field("key", "it is missing"));
+    };
     let key = Key::new(key).map_err(|invalid| Error::key("key", invalid))?;
     Ok((key, check_request_id(request.request_id)?))
 }
@@ -46,10 +59,18 @@ mod tests {
     #[test]
     fn an_invalidate_without_a_key_is_a_mistake() {
         let field = |target| {
-            check(v1::InvalidateRequest { target, request_id: None }).err().map(|error| error.metadata("field").map(str::to_owned))
+            check(v1::InvalidateRequest {
+                target,
+                request_id: None,
+            })
+            .err()
+            .map(|error| error.metadata("field").map(str::to_owned))
         };
         assert_eq!(field(None), Some(Some("key".into())));
-        assert_eq!(field(Some(Target::Key("".into()))), Some(Some("key".into())));
+        assert_eq!(
+            field(Some(Target::Key("".into()))),
+            Some(Some("key".into()))
+        );
         assert_eq!(field(Some(Target::Key("k".into()))), None);
     }
 }

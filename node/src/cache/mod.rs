@@ -4,9 +4,10 @@
 //! door ─► cache ─► raft (state, proposals)          every request
 //!               └► refresh ─► upstream              a miss, or a stale value past its window
 //! ```
-//! Promises DESIGN §4 "Read" and §5: a request is checked once, here, before anything happens; a read of a value inside its
-//! stale window waits for memory only, or for one disk read; every answer says what it is and who gave it; every failed
-//! mutation says whether it was applied. Must never know HTTP, gRPC transports, log entries, or how a value is fetched.
+//! Promises DESIGN §4 "Read" and §5: a request is checked once, here, before anything happens; a
+//! read of a value inside its stale window waits for memory only, or for one disk read; every
+//! answer says what it is and who gave it; every failed mutation says whether it was applied. Must
+//! never know HTTP, gRPC transports, log entries, or how a value is fetched.
 
 mod answer;
 mod batch;
@@ -30,7 +31,8 @@ use crate::{error::Error, metrics::Metrics, policy::Policies, refresh::Refresher
 
 pub use self::{scan::ScanStream, write::Acknowledged};
 
-/// Kept back from a caller's time, so that an answer arrives before the caller gives up: an eighth, and at most this.
+/// Kept back from a caller's time, so that an answer arrives before the caller gives up: an eighth,
+/// and at most this.
 const ANSWER_TIME_MAX: Duration = Duration::from_millis(50);
 
 /// How long a request may take whose caller waits so long.
@@ -68,7 +70,14 @@ impl Cache {
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Arc<Self> {
-        Arc::new(Self { replicas, policies, refresher, settings, metrics, clock })
+        Arc::new(Self {
+            replicas,
+            policies,
+            refresher,
+            settings,
+            metrics,
+            clock,
+        })
     }
 
     fn deadline(&self, timeout: Duration) -> Deadline {
@@ -95,7 +104,10 @@ impl Cache {
     /// The client address of the node that leads, if it is another one.
     fn leader_elsewhere(&self, replica: &Replica) -> Option<String> {
         let leader = replica.leader().filter(|leader| !leader.is_self)?;
-        self.replicas.peers()?.member(leader.id).map(|member| member.client_address)
+        self.replicas
+            .peers()?
+            .member(leader.id)
+            .map(|member| member.client_address)
     }
 
     /// Where an error of one shard sends its caller.
@@ -106,19 +118,30 @@ impl Cache {
         }
     }
 
-    /// Who answers, and what the answer reflects. Call after the look-ups: then it claims no less than they showed.
+    /// Who answers, and what the answer reflects. Call after the look-ups: then it claims no less
+    /// than they showed.
     fn position(&self, peers: &Peers, replicas: &[&Replica]) -> (v1::Replica, Token) {
         let identity = peers.identity();
         let mut token = Token::new(identity.epoch);
         for replica in replicas {
             token.see(replica.shard(), replica.state().visible());
         }
-        let lag = replicas.iter().map(|replica| replica.lag()).try_fold(Duration::ZERO, |most, lag| Some(most.max(lag?)));
+        let lag = replicas
+            .iter()
+            .map(|replica| replica.lag())
+            .try_fold(Duration::ZERO, |most, lag| Some(most.max(lag?)));
         let replica = v1::Replica {
             node_id: identity.node_id,
             region: self.replicas.options().region.clone(),
-            role: replicas.first().map_or(v1::Role::Unspecified, |replica| replica.role()).into(),
-            revision: replicas.iter().map(|replica| token.revision(replica.shard())).min().unwrap_or(0),
+            role: replicas
+                .first()
+                .map_or(v1::Role::Unspecified, |replica| replica.role())
+                .into(),
+            revision: replicas
+                .iter()
+                .map(|replica| token.revision(replica.shard()))
+                .min()
+                .unwrap_or(0),
             replica_lag_ms: lag.map(|lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),
         };
         (replica, token)

@@ -29,7 +29,8 @@ use crate::{
     refresh::{Landed, NoValue, is_due},
 };
 
-/// Fetches one read waits for, if what they bring is deleted or expired again before it can be looked up.
+/// Fetches one read waits for, if what they bring is deleted or expired again before it can be
+/// looked up.
 const FETCHES_MAX: usize = 3;
 
 /// One key asked for, at a replica that has seen enough.
@@ -51,29 +52,44 @@ pub(super) enum Settled {
 
 impl Cache {
     /// What this replica has of a key: from memory, or by one disk read if memory cannot know.
-    pub(super) async fn look_up(&self, replica: &Replica, key: &Key) -> Result<Option<Arc<Entry>>, Error> {
+    pub(super) async fn look_up(
+        &self,
+        replica: &Replica,
+        key: &Key,
+    ) -> Result<Option<Arc<Entry>>, Error> {
         match replica.state().lookup(key) {
             Lookup::Found(entry) => Ok(Some(entry)),
             Lookup::Absent => Ok(None),
             Lookup::Unknown(_) => {
                 let (state, key) = (replica.state().clone(), key.clone());
                 let read = task::blocking(move || state.get(&key)).await;
-                read.map_err(|ended| Error::internal("a disk read was cut off", ended))?.map_err(|error| Error::disk(&error))
+                read.map_err(|ended| Error::internal("a disk read was cut off", ended))?
+                    .map_err(|error| Error::disk(&error))
             }
         }
     }
 
     /// Turns what was looked up into an answer, waiting only where DESIGN says so.
-    pub(super) async fn settle(&self, asked: Asked<'_>, entry: Option<Arc<Entry>>) -> Result<Settled, Error> {
+    pub(super) async fn settle(
+        &self,
+        asked: Asked<'_>,
+        entry: Option<Arc<Entry>>,
+    ) -> Result<Settled, Error> {
         let now = asked.controls.now(asked.replica);
         let policy = self.policy_of(asked.key);
         match (&entry, policy) {
             (Some(entry), policy) => match (Timeline::from(&entry.record).phase(now), policy) {
-                (Phase::Fresh | Phase::Stale, policy) => Ok(Settled::Here(self.serve(asked.key, entry, now, policy))),
-                (Phase::StaleOnError, Some(policy)) if !self.should_not_wait(asked.key, &entry.record, policy) => {
+                (Phase::Fresh | Phase::Stale, policy) => {
+                    Ok(Settled::Here(self.serve(asked.key, entry, now, policy)))
+                }
+                (Phase::StaleOnError, Some(policy))
+                    if !self.should_not_wait(asked.key, &entry.record, policy) =>
+                {
                     Box::pin(self.wait_softly(asked, entry.clone(), policy)).await
                 }
-                (Phase::StaleOnError, policy) => Ok(Settled::Here(self.serve(asked.key, entry, now, policy))),
+                (Phase::StaleOnError, policy) => {
+                    Ok(Settled::Here(self.serve(asked.key, entry, now, policy)))
+                }
                 (Phase::Expired, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
                 (Phase::Expired, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
             },
@@ -87,9 +103,17 @@ impl Cache {
     }
 
     /// What the refresher knows of a key whose refresh point has passed or not.
-    pub(super) fn behind<'p>(&self, key: &Key, due: bool, policy: Option<&'p Policy>) -> Behind<'p> {
+    pub(super) fn behind<'p>(
+        &self,
+        key: &Key,
+        due: bool,
+        policy: Option<&'p Policy>,
+    ) -> Behind<'p> {
         match policy {
-            Some(policy) => Behind { upstream: &policy.upstream, refreshing: due && self.refresher.is_refreshing(key) },
+            Some(policy) => Behind {
+                upstream: &policy.upstream,
+                refreshing: due && self.refresher.is_refreshing(key),
+            },
             None => Behind::default(),
         }
     }
@@ -104,21 +128,40 @@ impl Cache {
     }
 
     fn should_not_wait(&self, key: &Key, record: &EntryRecord, policy: &Policy) -> bool {
-        policy.soft_timeout.is_zero() || self.refresher.should_not_wait(key, record, policy.soft_timeout)
+        policy.soft_timeout.is_zero()
+            || self
+                .refresher
+                .should_not_wait(key, record, policy.soft_timeout)
     }
 
-    /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in time, else the one there is.
-    async fn wait_softly(&self, asked: Asked<'_>, old: Arc<Entry>, policy: &Policy) -> Result<Settled, Error> {
+    /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in
+    /// time, else the one there is.
+    async fn wait_softly(
+        &self,
+        asked: Asked<'_>,
+        old: Arc<Entry>,
+        policy: &Policy,
+    ) -> Result<Settled, Error> {
         self.metrics.read_waited("soft_timeout");
         let patience = self.within(asked.deadline, policy.soft_timeout);
         match self.refresher.fetch(asked.key, self.left(patience)).await {
-            Ok(Landed::Unstored { value, content_type }) => {
+            Ok(Landed::Unstored {
+                value,
+                content_type,
+            }) => {
                 self.refresher.note_read(asked.key, true);
-                return Ok(Settled::Here(answer::unstored(value, content_type, &policy.upstream)));
+                return Ok(Settled::Here(answer::unstored(
+                    value,
+                    content_type,
+                    &policy.upstream,
+                )));
             }
             Ok(Landed::Committed { revision }) => {
                 // Late here: the old value is still within its window.
-                let _ = asked.replica.wait_for_revision(revision, self.left(patience)).await;
+                let _ = asked
+                    .replica
+                    .wait_for_revision(revision, self.left(patience))
+                    .await;
             }
             Err(_) => {}
         }
@@ -127,11 +170,16 @@ impl Cache {
                 let now = asked.controls.now(asked.replica);
                 match Timeline::from(&entry.record).phase(now) {
                     // It ran out in these milliseconds; it was being served when the reader came.
-                    Phase::Expired if entry.record.changed == old.record.changed => {
-                        Ok(Settled::Here(self.serve(asked.key, &old, now, Some(policy))))
-                    }
+                    Phase::Expired if entry.record.changed == old.record.changed => Ok(
+                        Settled::Here(self.serve(asked.key, &old, now, Some(policy))),
+                    ),
                     Phase::Expired => self.fetch(asked, policy).await,
-                    _ => Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy)))),
+                    _ => Ok(Settled::Here(self.serve(
+                        asked.key,
+                        &entry,
+                        now,
+                        Some(policy),
+                    ))),
                 }
             }
             Ok(None) => self.fetch(asked, policy).await,
@@ -139,16 +187,24 @@ impl Cache {
         }
     }
 
-    /// A miss: waits for the flight that the whole cluster shares. The fetch goes on and lands whether somebody waits or not.
+    /// A miss: waits for the flight that the whole cluster shares. The fetch goes on and lands
+    /// whether somebody waits or not.
     async fn fetch(&self, asked: Asked<'_>, policy: &Policy) -> Result<Settled, Error> {
         self.metrics.read_waited("miss");
         let patience = self.within(asked.deadline, policy.hard_timeout);
         for _ in 0..FETCHES_MAX {
             let revision = match self.refresher.fetch(asked.key, self.left(patience)).await {
                 Ok(Landed::Committed { revision }) => revision,
-                Ok(Landed::Unstored { value, content_type }) => {
+                Ok(Landed::Unstored {
+                    value,
+                    content_type,
+                }) => {
                     self.refresher.note_read(asked.key, false);
-                    return Ok(Settled::Here(answer::unstored(value, content_type, &policy.upstream)));
+                    return Ok(Settled::Here(answer::unstored(
+                        value,
+                        content_type,
+                        &policy.upstream,
+                    )));
                 }
                 Err(why) => {
                     // Whose time it was that ran out, if one did.
@@ -162,20 +218,45 @@ impl Cache {
             let entry = self.look_up(asked.replica, asked.key).await?;
             let now = asked.controls.now(asked.replica);
             if let Some(entry) = entry.filter(|entry| landed(&entry.record, revision, now)) {
-                return Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy))));
+                return Ok(Settled::Here(self.serve(
+                    asked.key,
+                    &entry,
+                    now,
+                    Some(policy),
+                )));
             }
         }
-        Ok(Settled::Here(answer::miss(self.behind(asked.key, true, Some(policy)))))
+        Ok(Settled::Here(answer::miss(self.behind(
+            asked.key,
+            true,
+            Some(policy),
+        ))))
     }
 
-    /// The fetch is committed; this replica may not have it yet. One that lags lets the leader answer.
-    async fn catch_up_with(&self, asked: Asked<'_>, revision: Revision, patience: Deadline) -> Result<Option<Settled>, Error> {
+    /// The fetch is committed; this replica may not have it yet. One that lags lets the leader
+    /// answer.
+    async fn catch_up_with(
+        &self,
+        asked: Asked<'_>,
+        revision: Revision,
+        patience: Deadline,
+    ) -> Result<Option<Settled>, Error> {
         let briefly = self.left(self.within(patience, self.settings.session_wait));
-        if asked.replica.wait_for_revision(revision, briefly).await.is_ok() {
+        if asked
+            .replica
+            .wait_for_revision(revision, briefly)
+            .await
+            .is_ok()
+        {
             return Ok(None);
         }
-        let rest = asked.replica.wait_for_revision(revision, self.left(asked.deadline));
-        let leader = asked.replica.leader().filter(|leader| !leader.is_self && asked.hop == Hop::Allowed);
+        let rest = asked
+            .replica
+            .wait_for_revision(revision, self.left(asked.deadline));
+        let leader = asked
+            .replica
+            .leader()
+            .filter(|leader| !leader.is_self && asked.hop == Hop::Allowed);
         let reached = match leader {
             None => rest.await,
             Some(leader) => {
@@ -196,12 +277,24 @@ impl Cache {
         }
     }
 
-    /// No fetch landed. A client's Set may have come meanwhile; else the reader learns why there is nothing.
-    async fn without_fetch(&self, asked: Asked<'_>, policy: &Policy, why: NoValue, hurried: bool) -> Result<Settled, Error> {
+    /// No fetch landed. A client's Set may have come meanwhile; else the reader learns why there is
+    /// nothing.
+    async fn without_fetch(
+        &self,
+        asked: Asked<'_>,
+        policy: &Policy,
+        why: NoValue,
+        hurried: bool,
+    ) -> Result<Settled, Error> {
         if let Some(entry) = self.look_up(asked.replica, asked.key).await? {
             let now = asked.controls.now(asked.replica);
             if Timeline::from(&entry.record).phase(now) != Phase::Expired {
-                return Ok(Settled::Here(self.serve(asked.key, &entry, now, Some(policy))));
+                return Ok(Settled::Here(self.serve(
+                    asked.key,
+                    &entry,
+                    now,
+                    Some(policy),
+                )));
             }
         }
         let error = no_value(why, &policy.upstream, asked.replica.now(), hurried);
@@ -209,17 +302,27 @@ impl Cache {
     }
 }
 
-/// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched since, however short its life.
+/// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched
+/// since, however short its life.
 fn landed(record: &EntryRecord, revision: Revision, now: Millis) -> bool {
     let servable = Timeline::from(record).phase(now) != Phase::Expired;
     servable || (record.version >= revision && record.changed == record.version)
 }
 
-/// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may take.
+/// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may
+/// take.
 fn no_value(why: NoValue, upstream: &str, now: Millis, hurried: bool) -> Error {
-    let failed = |class, status, next_attempt| Error::upstream_failed(UpstreamFailure { upstream, class, status, next_attempt });
+    let failed = |class, status, next_attempt| {
+        Error::upstream_failed(UpstreamFailure {
+            upstream,
+            class,
+            status,
+            next_attempt,
+        })
+    };
     let overloaded = || {
-        let message = format!("too many fetches from upstream `{upstream}` are in flight or waiting");
+        let message =
+            format!("too many fetches from upstream `{upstream}` are in flight or waiting");
         Error::new(reason::OVERLOADED, message).with(reason::UPSTREAM, upstream)
     };
     match why {
@@ -243,13 +346,21 @@ mod tests {
     use crate::refresh::Failure;
 
     fn record(version: u64, changed: u64, fresh_until_ms: Millis) -> EntryRecord {
-        EntryRecord { version, changed, fresh_until_ms, ..Default::default() }
+        EntryRecord {
+            version,
+            changed,
+            fresh_until_ms,
+            ..Default::default()
+        }
     }
 
     #[test]
     fn a_waiter_gets_what_its_fetch_brought_even_if_that_expired_at_once() {
         assert!(landed(&record(5, 5, 2_000), 5, 1_000));
-        assert!(landed(&record(5, 5, 2_000), 5, 2_000), "expired, but its own");
+        assert!(
+            landed(&record(5, 5, 2_000), 5, 2_000),
+            "expired, but its own"
+        );
         assert!(landed(&record(6, 6, 2_000), 5, 2_000), "a newer one");
         assert!(!landed(&record(4, 4, 2_000), 5, 2_000), "from before");
         assert!(!landed(&record(5, 6, 2_000), 5, 2_000), "invalidated since");
@@ -261,12 +372,30 @@ mod tests {
 
     #[test]
     fn without_a_value_the_reader_learns_why() {
-        let failure = |class| Failure { class, status: 0, count: 1, at_ms: 9_000, next_attempt_ms: 12_500 };
+        let failure = |class| Failure {
+            class,
+            status: 0,
+            count: 1,
+            at_ms: 9_000,
+            next_attempt_ms: 12_500,
+        };
         let failed = told(NoValue::Failed(failure(FailureClass::Connect)));
-        assert_eq!((failed.code(), failed.reason()), (Code::Unavailable, reason::UPSTREAM_FAILED));
-        assert_eq!((failed.metadata(reason::UPSTREAM), failed.metadata(reason::CLASS)), (Some("profiles"), Some("CONNECT")));
+        assert_eq!(
+            (failed.code(), failed.reason()),
+            (Code::Unavailable, reason::UPSTREAM_FAILED)
+        );
+        assert_eq!(
+            (
+                failed.metadata(reason::UPSTREAM),
+                failed.metadata(reason::CLASS)
+            ),
+            (Some("profiles"), Some("CONNECT"))
+        );
 
-        assert_eq!(told(NoValue::Failed(failure(FailureClass::Overloaded))).code(), Code::ResourceExhausted);
+        assert_eq!(
+            told(NoValue::Failed(failure(FailureClass::Overloaded))).code(),
+            Code::ResourceExhausted
+        );
         assert_eq!(told(NoValue::Overloaded).code(), Code::ResourceExhausted);
         assert_eq!(told(NoValue::NoLeader).reason(), reason::NO_LEADER);
     }
@@ -274,7 +403,13 @@ mod tests {
     #[test]
     fn who_ran_out_of_time_decides_what_is_said() {
         let hard_timeout = told(NoValue::Deadline);
-        assert_eq!((hard_timeout.code(), hard_timeout.metadata(reason::CLASS)), (Code::Unavailable, Some("TIMEOUT")));
-        assert_eq!(no_value(NoValue::Deadline, "profiles", 10_000, true).code(), Code::DeadlineExceeded);
+        assert_eq!(
+            (hard_timeout.code(), hard_timeout.metadata(reason::CLASS)),
+            (Code::Unavailable, Some("TIMEOUT"))
+        );
+        assert_eq!(
+            no_value(NoValue::Deadline, "profiles", 10_000, true).code(),
+            Code::DeadlineExceeded
+        );
     }
 }

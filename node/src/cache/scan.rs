@@ -1,4 +1,5 @@
-//! Scan: one page of keys in order over all shards, in messages of a bounded size. Counts as no read, starts no fetch.
+//! Scan: one page of keys in order over all shards, in messages of a bounded size. Counts as no
+//! read, starts no fetch.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -61,16 +62,39 @@ struct ShardRows {
 }
 
 impl Cache {
-    pub async fn scan(self: &Arc<Self>, request: v1::ScanRequest, timeout: Duration) -> Result<ScanStream, Error> {
+    pub async fn scan(
+        self: &Arc<Self>,
+        request: v1::ScanRequest,
+        timeout: Duration,
+    ) -> Result<ScanStream, Error> {
         let deadline = self.deadline(timeout);
-        let Checked { prefix, from, limit, keys_only, controls } = check(request)?;
+        let Checked {
+            prefix,
+            from,
+            limit,
+            keys_only,
+            controls,
+        } = check(request)?;
         self.peers()?;
         for replica in self.replicas.replicas() {
             self.seen_here(replica, &controls, deadline).await?;
         }
-        let rows = |replica: &Arc<Replica>| ShardRows { replica: replica.clone(), ahead: VecDeque::new(), from: Some(from.clone()) };
+        let rows = |replica: &Arc<Replica>| ShardRows {
+            replica: replica.clone(),
+            ahead: VecDeque::new(),
+            from: Some(from.clone()),
+        };
         let shards = self.replicas.replicas().iter().map(rows).collect();
-        let page = Page { cache: self.clone(), prefix, keys_only, controls, deadline, left: limit, shards, ended: false };
+        let page = Page {
+            cache: self.clone(),
+            prefix,
+            keys_only,
+            controls,
+            deadline,
+            left: limit,
+            shards,
+            ended: false,
+        };
         let messages = stream::unfold(page, |mut page| async {
             if page.ended {
                 return None;
@@ -83,15 +107,29 @@ impl Cache {
     }
 
     /// Reads that are not forwarded: this replica has seen enough, or says where to go.
-    pub(super) async fn seen_here(&self, replica: &Replica, controls: &Controls, deadline: Deadline) -> Result<(), Error> {
+    pub(super) async fn seen_here(
+        &self,
+        replica: &Replica,
+        controls: &Controls,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
         if replica.must_catch_up() {
-            let error = Error::new(holdfast_proto::reason::NOT_READY, "this replica has not caught up since it joined");
+            let error = Error::new(
+                holdfast_proto::reason::NOT_READY,
+                "this replica has not caught up since it joined",
+            );
             return Err(self.sent_to_leader(replica, error));
         }
         // A session's revision may be waited for as long as the caller waits: nobody else is asked.
         let left = self.left(deadline);
-        let patience = if matches!(controls.seen, Seen::Token(_)) { left } else { self.settings.session_wait };
-        let seen = replica.wait_until_seen(&controls.seen, patience, left).await;
+        let patience = if matches!(controls.seen, Seen::Token(_)) {
+            left
+        } else {
+            self.settings.session_wait
+        };
+        let seen = replica
+            .wait_until_seen(&controls.seen, patience, left)
+            .await;
         seen.map_err(|error| self.sent_to_leader(replica, error.into()))
     }
 }
@@ -104,12 +142,15 @@ impl Page {
             let Some((shard, now)) = self.next_live().await? else {
                 return self.end(message, Bytes::new());
             };
-            let Some((key, entry)) = self.shards[shard].ahead.front() else { continue };
+            let Some((key, entry)) = self.shards[shard].ahead.front() else {
+                continue;
+            };
             if self.left == 0 {
                 let cursor = encode_cursor(key);
                 return self.end(message, cursor);
             }
-            let size = key.len() + ANSWER_BYTES + if self.keys_only { 0 } else { entry.value.len() };
+            let size =
+                key.len() + ANSWER_BYTES + if self.keys_only { 0 } else { entry.value.len() };
             if bytes > 0 && bytes + size > SCAN_MESSAGE_BYTES {
                 return Ok(message);
             }
@@ -128,12 +169,18 @@ impl Page {
             }
             let prefix = &self.prefix;
             try_join_all(self.shards.iter_mut().map(|shard| shard.read_ahead(prefix))).await?;
-            let Some(first) = least(self.shards.iter().map(|shard| shard.ahead.front().map(|(key, _)| &**key))) else {
+            let Some(first) = least(
+                self.shards
+                    .iter()
+                    .map(|shard| shard.ahead.front().map(|(key, _)| &**key)),
+            ) else {
                 return Ok(None);
             };
             let rows = &mut self.shards[first];
             let now = self.controls.now(&rows.replica);
-            let expired = |(_, entry): &(Key, Entry)| Timeline::from(&entry.record).phase(now) == Phase::Expired;
+            let expired = |(_, entry): &(Key, Entry)| {
+                Timeline::from(&entry.record).phase(now) == Phase::Expired
+            };
             if !rows.ahead.front().is_some_and(expired) {
                 return Ok(Some((first, now)));
             }
@@ -143,14 +190,25 @@ impl Page {
 
     fn row(&self, key: &Key, entry: &Entry, now: Millis) -> v1::ScanEntry {
         let due = is_due(&entry.record, now);
-        let mut answer = answer::stored(entry, now, self.cache.behind(key, due, self.cache.policy_of(key)));
+        let mut answer = answer::stored(
+            entry,
+            now,
+            self.cache.behind(key, due, self.cache.policy_of(key)),
+        );
         if self.keys_only {
             answer.value = None;
         }
-        v1::ScanEntry { key: key.as_bytes().clone(), answer: Some(answer) }
+        v1::ScanEntry {
+            key: key.as_bytes().clone(),
+            answer: Some(answer),
+        }
     }
 
-    fn end(&mut self, mut message: v1::ScanResponse, next_cursor: Bytes) -> Result<v1::ScanResponse, Error> {
+    fn end(
+        &mut self,
+        mut message: v1::ScanResponse,
+        next_cursor: Bytes,
+    ) -> Result<v1::ScanResponse, Error> {
         self.ended = true;
         let replicas: Vec<&Replica> = self.shards.iter().map(|shard| &*shard.replica).collect();
         let (replica, token) = self.cache.position(&*self.cache.peers()?, &replicas);
@@ -169,7 +227,9 @@ impl ShardRows {
         {
             let (state, prefix) = (self.replica.state().clone(), prefix.clone());
             let read = task::blocking(move || state.scan(&prefix, &from, READ_AHEAD)).await;
-            let read = read.map_err(|ended| Error::internal("a disk read was cut off", ended))?.map_err(|error| Error::disk(&error))?;
+            let read = read
+                .map_err(|ended| Error::internal("a disk read was cut off", ended))?
+                .map_err(|error| Error::disk(&error))?;
             self.from = read.next;
             self.ahead = read.entries.into();
         }
@@ -178,14 +238,27 @@ impl ShardRows {
 }
 
 fn check(request: v1::ScanRequest) -> Result<Checked, Error> {
-    let v1::ScanRequest { prefix, limit, cursor, keys_only, consistency, token } = request;
+    let v1::ScanRequest {
+        prefix,
+        limit,
+        cursor,
+        keys_only,
+        consistency,
+        token,
+    } = request;
     if prefix.len() > KEY_BYTES_MAX {
-        return Err(Error::field("prefix", format_args!("it has {} bytes, more than any key", prefix.len())));
+        return Err(Error::field(
+            "prefix",
+            format_args!("it has {} bytes, more than any key", prefix.len()),
+        ));
     }
     let limit = match limit {
         0 => SCAN_LIMIT_DEFAULT,
         limit if limit > SCAN_LIMIT_MAX => {
-            return Err(Error::field("limit", format_args!("{limit} is more than {SCAN_LIMIT_MAX}")));
+            return Err(Error::field(
+                "limit",
+                format_args!("{limit} is more than {SCAN_LIMIT_MAX}"),
+            ));
         }
         limit => limit,
     };
@@ -193,9 +266,20 @@ fn check(request: v1::ScanRequest) -> Result<Checked, Error> {
         true => prefix.clone(),
         false => decode_cursor(cursor)
             .filter(|key| key.starts_with(&prefix))
-            .ok_or_else(|| Error::field("cursor", "it is not one of ours, or of a scan with another prefix"))?,
+            .ok_or_else(|| {
+                Error::field(
+                    "cursor",
+                    "it is not one of ours, or of a scan with another prefix",
+                )
+            })?,
     };
-    Ok(Checked { prefix, from, limit, keys_only, controls: Controls::parse(consistency, token)? })
+    Ok(Checked {
+        prefix,
+        from,
+        limit,
+        keys_only,
+        controls: Controls::parse(consistency, token)?,
+    })
 }
 
 /// The next key, behind a format.
@@ -208,12 +292,19 @@ fn encode_cursor(next: &Key) -> Bytes {
 
 fn decode_cursor(mut cursor: Bytes) -> Option<Bytes> {
     let known = cursor.get_u8() == CURSOR_FORMAT;
-    known.then_some(cursor).and_then(|key| Key::new(key).ok()).map(Bytes::from)
+    known
+        .then_some(cursor)
+        .and_then(|key| Key::new(key).ok())
+        .map(Bytes::from)
 }
 
 /// Which of them is least.
 fn least<'a>(heads: impl Iterator<Item = Option<&'a [u8]>>) -> Option<usize> {
-    heads.enumerate().filter_map(|(shard, key)| Some((key?, shard))).min().map(|(_, shard)| shard)
+    heads
+        .enumerate()
+        .filter_map(|(shard, key)| Some((key?, shard)))
+        .min()
+        .map(|(_, shard)| shard)
 }
 
 #[cfg(test)]
@@ -237,21 +328,35 @@ mod tests {
     fn a_page_has_100_entries_unless_told_and_1000_at_most() {
         assert_eq!(checked(|_| ()).unwrap().limit, 100);
         assert_eq!(checked(|scan| scan.limit = 1000).unwrap().limit, 1000);
-        assert_eq!(checked(|scan| scan.limit = 1001).unwrap_err(), mistake("limit"));
-        assert_eq!(checked(|scan| scan.consistency = 99).unwrap_err(), mistake("consistency"));
-        assert_eq!(checked(|scan| scan.prefix = vec![0; 1025].into()).unwrap_err(), mistake("prefix"));
+        assert_eq!(
+            checked(|scan| scan.limit = 1001).unwrap_err(),
+            mistake("limit")
+        );
+        assert_eq!(
+            checked(|scan| scan.consistency = 99).unwrap_err(),
+            mistake("consistency")
+        );
+        assert_eq!(
+            checked(|scan| scan.prefix = vec![0; 1025].into()).unwrap_err(),
+            mistake("prefix")
+        );
     }
 
     #[test]
     fn a_cursor_that_is_none_of_ours_is_a_mistake() {
         let ours = encode_cursor(&Key::new("user/7").unwrap());
         let from = |prefix: &'static str, cursor: Bytes| {
-            checked(|scan| (scan.prefix, scan.cursor) = (prefix.into(), cursor)).map(|checked| checked.from)
+            checked(|scan| (scan.prefix, scan.cursor) = (prefix.into(), cursor))
+                .map(|checked| checked.from)
         };
         assert_eq!(from("user/", ours.clone()).unwrap(), "user/7");
         assert_eq!(from("", ours.clone()).unwrap(), "user/7");
         assert_eq!(from("user/", Bytes::new()).unwrap(), "user/");
-        for cursor in [Bytes::from_static(b"\x02user/7"), Bytes::from_static(b"\x01"), vec![1; 1026].into()] {
+        for cursor in [
+            Bytes::from_static(b"\x02user/7"),
+            Bytes::from_static(b"\x01"),
+            vec![1; 1026].into(),
+        ] {
             assert_eq!(from("", cursor).unwrap_err(), mistake("cursor"));
         }
         assert_eq!(from("group/", ours).unwrap_err(), mistake("cursor"));

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use holdfast_proto::{
     Key,
-    limits::{CONTENT_TYPE_BYTES_MAX, TAG_BYTES_MAX, TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX},
+    limits::{
+        CONTENT_TYPE_BYTES_MAX, TAG_BYTES_MAX, TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX,
+    },
     peer::{self, Lifetime, command::Op},
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
@@ -38,12 +40,19 @@ enum Life {
 }
 
 impl Cache {
-    pub async fn set(&self, mut request: v1::SetRequest, timeout: Duration) -> Result<Acknowledged<v1::SetResponse>, Error> {
+    pub async fn set(
+        &self,
+        mut request: v1::SetRequest,
+        timeout: Duration,
+    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
         let deadline = self.deadline(timeout);
         let checked = check(&mut request).map_err(Error::not_applied)?;
         let policy = self.policy_of(&checked.key);
         check_size(request.value.len(), policy).map_err(Error::not_applied)?;
-        let now = self.replica_of(&checked.key).map_err(Error::not_applied)?.now();
+        let now = self
+            .replica_of(&checked.key)
+            .map_err(Error::not_applied)?
+            .now();
         let op = Op::Set(peer::Set {
             key: checked.key.as_bytes().clone(),
             value: request.value,
@@ -53,19 +62,40 @@ impl Cache {
             expires_at_ms: checked.life.until(),
             if_version: request.if_version,
             if_absent: request.if_absent,
-            origin: if policy.is_some() { Origin::Set } else { Origin::Plain }.into(),
+            origin: if policy.is_some() {
+                Origin::Set
+            } else {
+                Origin::Plain
+            }
+            .into(),
         });
-        let written = self.write(&checked.key, op, request.request_id, deadline).await?;
-        let response = v1::SetResponse { version: written.revision, replica: Some(written.replica), token: written.token.encode() };
-        Ok(Acknowledged { response, leader: written.leader })
+        let written = self
+            .write(&checked.key, op, request.request_id, deadline)
+            .await?;
+        let response = v1::SetResponse {
+            version: written.revision,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
     }
 }
 
-/// Looks at everything but the value's size, which is the policy's to say. Takes out what the answer no longer needs.
+/// Looks at everything but the value's size, which is the policy's to say. Takes out what the
+/// answer no longer needs.
 fn check(request: &mut v1::SetRequest) -> Result<Checked, Error> {
-    let key = Key::new(std::mem::take(&mut request.key)).map_err(|invalid| Error::key("key", invalid))?;
+    let key =
+        Key::new(std::mem::take(&mut request.key)).map_err(|invalid| Error::key("key", invalid))?;
     let life = match (request.ttl, request.expires_at) {
-        (Some(_), Some(_)) => return Err(Error::field("expires_at", "at most one of `ttl` and `expires_at`")),
+        (Some(_), Some(_)) => {
+            return Err(Error::field(
+                "expires_at",
+                "at most one of `ttl` and `expires_at`",
+            ));
+        }
         (Some(ttl), None) => match millis("ttl", ttl)? {
             0 => return Err(Error::field("ttl", "it is not above 0")),
             ttl => Life::Ttl(ttl),
@@ -73,32 +103,57 @@ fn check(request: &mut v1::SetRequest) -> Result<Checked, Error> {
         (None, Some(at)) => Life::Until(instant("expires_at", at)?),
         (None, None) => Life::Unsaid,
     };
-    let window = |field, duration: Option<prost_types::Duration>| duration.map(|duration| millis(field, duration)).transpose();
+    let window = |field, duration: Option<prost_types::Duration>| {
+        duration.map(|duration| millis(field, duration)).transpose()
+    };
     let stale_while_revalidate = window("stale_while_revalidate", request.stale_while_revalidate)?;
     let stale_if_error = window("stale_if_error", request.stale_if_error)?;
     check_tags(&request.tags)?;
     check_content_type(&request.content_type)?;
     if request.if_version.is_some() && request.if_absent {
-        return Err(Error::field("if_absent", "at most one of `if_version` and `if_absent`"));
+        return Err(Error::field(
+            "if_absent",
+            "at most one of `if_version` and `if_absent`",
+        ));
     }
     request.request_id = check_request_id(request.request_id.take())?;
-    Ok(Checked { key, life, stale_while_revalidate, stale_if_error })
+    Ok(Checked {
+        key,
+        life,
+        stale_while_revalidate,
+        stale_if_error,
+    })
 }
 
 fn check_size(size: usize, policy: Option<&Policy>) -> Result<(), Error> {
-    let most = policy.map_or(VALUE_BYTES_DEFAULT as u64, |policy| policy.max_value_bytes).min(VALUE_BYTES_MAX as u64);
+    let most = policy
+        .map_or(VALUE_BYTES_DEFAULT as u64, |policy| policy.max_value_bytes)
+        .min(VALUE_BYTES_MAX as u64);
     match size as u64 {
-        size if size > most => Err(Error::too_large("value", format_args!("it has {size} bytes, more than {most}"))),
+        size if size > most => Err(Error::too_large(
+            "value",
+            format_args!("it has {size} bytes, more than {most}"),
+        )),
         _ => Ok(()),
     }
 }
 
 fn check_tags(tags: &[String]) -> Result<(), Error> {
     if tags.len() > TAGS_MAX {
-        return Err(Error::field("tags", format_args!("there are {}, more than {TAGS_MAX}", tags.len())));
+        return Err(Error::field(
+            "tags",
+            format_args!("there are {}, more than {TAGS_MAX}", tags.len()),
+        ));
     }
-    match tags.iter().map(String::len).find(|length| !(1..=TAG_BYTES_MAX).contains(length)) {
-        Some(length) => Err(Error::field("tags", format_args!("one has {length} bytes; a tag has 1 to {TAG_BYTES_MAX}"))),
+    match tags
+        .iter()
+        .map(String::len)
+        .find(|length| !(1..=TAG_BYTES_MAX).contains(length))
+    {
+        Some(length) => Err(Error::field(
+            "tags",
+            format_args!("one has {length} bytes; a tag has 1 to {TAG_BYTES_MAX}"),
+        )),
         None => Ok(()),
     }
 }
@@ -107,11 +162,20 @@ fn check_tags(tags: &[String]) -> Result<(), Error> {
 fn check_content_type(content_type: &str) -> Result<(), Error> {
     if content_type.len() > CONTENT_TYPE_BYTES_MAX {
         let length = content_type.len();
-        return Err(Error::field("content_type", format_args!("it has {length} bytes, more than {CONTENT_TYPE_BYTES_MAX}")));
+        return Err(Error::field(
+            "content_type",
+            format_args!("it has {length} bytes, more than {CONTENT_TYPE_BYTES_MAX}"),
+        ));
     }
-    match content_type.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+    match content_type
+        .bytes()
+        .all(|byte| (b' '..=b'~').contains(&byte))
+    {
         true => Ok(()),
-        false => Err(Error::field("content_type", "only printable ASCII may be in it")),
+        false => Err(Error::field(
+            "content_type",
+            "only printable ASCII may be in it",
+        )),
     }
 }
 
@@ -135,7 +199,10 @@ fn instant(field: &'static str, at: prost_types::Timestamp) -> Result<Millis, Er
     const SECONDS_MAX: i64 = 253_402_300_799;
     let prost_types::Timestamp { seconds, nanos } = at;
     if !(0..=SECONDS_MAX).contains(&seconds) || !(0..=999_999_999).contains(&nanos) {
-        return Err(Error::field(field, "it is not between the years 1970 and 9999"));
+        return Err(Error::field(
+            field,
+            "it is not between the years 1970 and 9999",
+        ));
     }
     Ok(seconds.unsigned_abs() * 1000 + u64::from(nanos.unsigned_abs()) / 1_000_000)
 }
@@ -149,17 +216,24 @@ impl Life {
     }
 }
 
-/// A plain entry lives as the client says; one with an upstream as its policy says where the client does not, and is
-/// refreshed from there in its time.
+/// A plain entry lives as the client says; one with an upstream as its policy says where the client
+/// does not, and is refreshed from there in its time.
 fn lifetime(checked: &Checked, policy: Option<&Policy>, now: Millis, random: f64) -> Lifetime {
     let mut lifetime = match policy {
-        None => Lifetime { fresh_ms: FOREVER, refresh_after_ms: FOREVER, stale_while_revalidate_ms: 0, stale_if_error_ms: 0 },
+        None => Lifetime {
+            fresh_ms: FOREVER,
+            refresh_after_ms: FOREVER,
+            stale_while_revalidate_ms: 0,
+            stale_if_error_ms: 0,
+        },
         Some(policy) => policy_lifetime(checked.life, policy, now, random),
     };
     if let (Life::Ttl(ttl), None) | (Life::Ttl(ttl @ FOREVER), Some(_)) = (checked.life, policy) {
         lifetime.fresh_ms = ttl;
     }
-    lifetime.stale_while_revalidate_ms = checked.stale_while_revalidate.unwrap_or(lifetime.stale_while_revalidate_ms);
+    lifetime.stale_while_revalidate_ms = checked
+        .stale_while_revalidate
+        .unwrap_or(lifetime.stale_while_revalidate_ms);
     lifetime.stale_if_error_ms = checked.stale_if_error.unwrap_or(lifetime.stale_if_error_ms);
     lifetime
 }
@@ -171,7 +245,10 @@ fn policy_lifetime(life: Life, policy: &Policy, now: Millis, random: f64) -> Lif
         Life::Ttl(ttl) => ttl,
         Life::Until(at) => at.saturating_sub(now),
     };
-    let policy = Policy { ttl: Duration::from_millis(ttl), ..policy.clone() };
+    let policy = Policy {
+        ttl: Duration::from_millis(ttl),
+        ..policy.clone()
+    };
     policy.lifetime(random, Duration::ZERO, false)
 }
 
@@ -188,9 +265,13 @@ mod tests {
     }
 
     fn checked(change: impl FnOnce(&mut v1::SetRequest)) -> Result<Checked, (Code, String)> {
-        let mut request = v1::SetRequest { key: "k".into(), ..Default::default() };
+        let mut request = v1::SetRequest {
+            key: "k".into(),
+            ..Default::default()
+        };
         change(&mut request);
-        check(&mut request).map_err(|error| (error.code(), error.metadata("field").unwrap().to_owned()))
+        check(&mut request)
+            .map_err(|error| (error.code(), error.metadata("field").unwrap().to_owned()))
     }
 
     #[test]
@@ -201,37 +282,98 @@ mod tests {
             ("key", |set| set.key = vec![0; 1025].into()),
             ("ttl", |set| set.ttl = seconds(0)),
             ("ttl", |set| set.ttl = seconds(-1)),
-            ("ttl", |set| set.ttl = Some(Proto { seconds: 0, nanos: -1 })),
-            ("ttl", |set| set.ttl = Some(Proto { seconds: 1, nanos: 1_000_000_000 })),
+            ("ttl", |set| {
+                set.ttl = Some(Proto {
+                    seconds: 0,
+                    nanos: -1,
+                })
+            }),
+            ("ttl", |set| {
+                set.ttl = Some(Proto {
+                    seconds: 1,
+                    nanos: 1_000_000_000,
+                })
+            }),
             ("ttl", |set| set.ttl = seconds(FOREVER_SECONDS + 1)),
-            ("expires_at", |set| (set.ttl, set.expires_at) = (seconds(1), Some(Timestamp::default()))),
-            ("expires_at", |set| set.expires_at = Some(Timestamp { seconds: -1, nanos: 0 })),
-            ("expires_at", |set| set.expires_at = Some(Timestamp { seconds: i64::MAX, nanos: 0 })),
-            ("stale_while_revalidate", |set| set.stale_while_revalidate = seconds(-1)),
+            ("expires_at", |set| {
+                (set.ttl, set.expires_at) = (seconds(1), Some(Timestamp::default()))
+            }),
+            ("expires_at", |set| {
+                set.expires_at = Some(Timestamp {
+                    seconds: -1,
+                    nanos: 0,
+                })
+            }),
+            ("expires_at", |set| {
+                set.expires_at = Some(Timestamp {
+                    seconds: i64::MAX,
+                    nanos: 0,
+                })
+            }),
+            ("stale_while_revalidate", |set| {
+                set.stale_while_revalidate = seconds(-1)
+            }),
             ("stale_if_error", |set| set.stale_if_error = seconds(-1)),
             ("tags", |set| set.tags = vec!["t".into(); 65]),
             ("tags", |set| set.tags = vec![String::new()]),
             ("tags", |set| set.tags = vec!["t".repeat(257)]),
             ("content_type", |set| set.content_type = "t".repeat(257)),
-            ("content_type", |set| set.content_type = "text/plain\r\nx: y".into()),
-            ("if_absent", |set| (set.if_version, set.if_absent) = (Some(1), true)),
+            ("content_type", |set| {
+                set.content_type = "text/plain\r\nx: y".into()
+            }),
+            ("if_absent", |set| {
+                (set.if_version, set.if_absent) = (Some(1), true)
+            }),
         ];
         for (field, change) in mistakes {
-            assert_eq!(checked(change).unwrap_err(), (Code::InvalidArgument, field.to_owned()));
+            assert_eq!(
+                checked(change).unwrap_err(),
+                (Code::InvalidArgument, field.to_owned())
+            );
         }
-        assert_eq!(checked(|set| set.request_id = Some(Default::default())).unwrap_err().1, "request_id.client");
+        assert_eq!(
+            checked(|set| set.request_id = Some(Default::default()))
+                .unwrap_err()
+                .1,
+            "request_id.client"
+        );
     }
 
     #[test]
     fn the_bounds_themselves_are_allowed() {
         let life = |change: fn(&mut v1::SetRequest)| checked(change).unwrap().life;
         assert_eq!(life(|_| ()), Life::Unsaid);
-        assert_eq!(life(|set| set.ttl = Some(Proto { seconds: 0, nanos: 1 })), Life::Ttl(1));
-        assert_eq!(life(|set| set.ttl = seconds(FOREVER_SECONDS)), Life::Ttl(FOREVER));
-        assert_eq!(life(|set| set.expires_at = Some(Timestamp { seconds: 2, nanos: 999_999 })), Life::Until(2_000));
+        assert_eq!(
+            life(|set| set.ttl = Some(Proto {
+                seconds: 0,
+                nanos: 1
+            })),
+            Life::Ttl(1)
+        );
+        assert_eq!(
+            life(|set| set.ttl = seconds(FOREVER_SECONDS)),
+            Life::Ttl(FOREVER)
+        );
+        assert_eq!(
+            life(|set| set.expires_at = Some(Timestamp {
+                seconds: 2,
+                nanos: 999_999
+            })),
+            Life::Until(2_000)
+        );
         assert!(checked(|set| set.tags = vec!["t".repeat(256); 64]).is_ok());
-        assert_eq!(checked(|set| set.stale_if_error = seconds(0)).unwrap().stale_if_error, Some(0));
-        assert_eq!(checked(|set| set.stale_if_error = seconds(FOREVER_SECONDS)).unwrap().stale_if_error, Some(FOREVER));
+        assert_eq!(
+            checked(|set| set.stale_if_error = seconds(0))
+                .unwrap()
+                .stale_if_error,
+            Some(0)
+        );
+        assert_eq!(
+            checked(|set| set.stale_if_error = seconds(FOREVER_SECONDS))
+                .unwrap()
+                .stale_if_error,
+            Some(FOREVER)
+        );
     }
 
     fn policy(max_value_bytes: u64) -> Policy {
@@ -257,7 +399,11 @@ mod tests {
 
     #[test]
     fn a_value_has_the_size_its_policy_allows_and_never_more_than_8_mib() {
-        let size = |size, policy: Option<&Policy>| check_size(size, policy).err().map(|error| (error.code(), error.reason().to_owned()));
+        let size = |size, policy: Option<&Policy>| {
+            check_size(size, policy)
+                .err()
+                .map(|error| (error.code(), error.reason().to_owned()))
+        };
         let too_large = Some((Code::ResourceExhausted, "TOO_LARGE".to_owned()));
         assert_eq!(size(1 << 20, None), None);
         assert_eq!(size((1 << 20) + 1, None), too_large);
@@ -272,10 +418,26 @@ mod tests {
 
     #[test]
     fn a_plain_entry_lives_as_the_client_says() {
-        let forever = Lifetime { fresh_ms: FOREVER, refresh_after_ms: FOREVER, ..Default::default() };
+        let forever = Lifetime {
+            fresh_ms: FOREVER,
+            refresh_after_ms: FOREVER,
+            ..Default::default()
+        };
         assert_eq!(life(|_| (), None), forever);
-        assert_eq!(life(|set| set.ttl = seconds(5), None), Lifetime { fresh_ms: 5_000, ..forever });
-        assert_eq!(life(|set| set.stale_if_error = seconds(7), None), Lifetime { stale_if_error_ms: 7_000, ..forever });
+        assert_eq!(
+            life(|set| set.ttl = seconds(5), None),
+            Lifetime {
+                fresh_ms: 5_000,
+                ..forever
+            }
+        );
+        assert_eq!(
+            life(|set| set.stale_if_error = seconds(7), None),
+            Lifetime {
+                stale_if_error_ms: 7_000,
+                ..forever
+            }
+        );
     }
 
     #[test]
@@ -284,12 +446,31 @@ mod tests {
         let full = policy.lifetime(0.0, Duration::ZERO, false);
         assert_eq!((full.fresh_ms, full.refresh_after_ms), (60_000, 48_000));
         assert_eq!(life(|_| (), Some(&policy)), full);
-        let named = life(|set| (set.ttl, set.stale_while_revalidate) = (seconds(10), seconds(0)), Some(&policy));
+        let named = life(
+            |set| (set.ttl, set.stale_while_revalidate) = (seconds(10), seconds(0)),
+            Some(&policy),
+        );
         assert_eq!((named.fresh_ms, named.refresh_after_ms), (10_000, 8_000));
-        assert_eq!((named.stale_while_revalidate_ms, named.stale_if_error_ms), (0, FOREVER));
+        assert_eq!(
+            (named.stale_while_revalidate_ms, named.stale_if_error_ms),
+            (0, FOREVER)
+        );
         // Until 110 s, judged at 100 s: the refresh comes before that.
-        assert_eq!(life(|set| set.expires_at = Some(Timestamp { seconds: 110, nanos: 0 }), Some(&policy)).refresh_after_ms, 8_000);
+        assert_eq!(
+            life(
+                |set| set.expires_at = Some(Timestamp {
+                    seconds: 110,
+                    nanos: 0
+                }),
+                Some(&policy)
+            )
+            .refresh_after_ms,
+            8_000
+        );
         let forever = life(|set| set.ttl = seconds(FOREVER_SECONDS), Some(&policy));
-        assert_eq!((forever.fresh_ms, forever.refresh_after_ms), (FOREVER, 48_000));
+        assert_eq!(
+            (forever.fresh_ms, forever.refresh_after_ms),
+            (FOREVER, 48_000)
+        );
     }
 }

@@ -12,13 +12,17 @@ const HOST_BYTES_MAX: usize = 253;
 pub struct Address {
     /// A name or an IP address, without brackets.
     pub host: String,
-    /// 0 only where it was made of a listen address that leaves the port open: the port bound counts then.
+    /// 0 only where it was made of a listen address that leaves the port open: the port bound
+    /// counts then.
     pub port: u16,
 }
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
-        Self { host: address.ip().to_string(), port: address.port() }
+        Self {
+            host: address.ip().to_string(),
+            port: address.port(),
+        }
     }
 }
 
@@ -26,31 +30,55 @@ impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let no_port = || format!("`{text}` has no port: write it like `{}:7401`", if text.is_empty() { "host" } else { text });
+        let no_port = || {
+            format!(
+                "`{text}` has no port: write it like `{}:7401`",
+                if text.is_empty() { "host" } else { text }
+            )
+        };
         let (host, port) = text.rsplit_once(':').ok_or_else(no_port)?;
-        let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-            Some(inner) => inner.parse::<Ipv6Addr>().map_err(|_| format!("`{inner}` is not an IPv6 address"))?.to_string(),
+        let host = match host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+        {
+            Some(inner) => inner
+                .parse::<Ipv6Addr>()
+                .map_err(|_| format!("`{inner}` is not an IPv6 address"))?
+                .to_string(),
             None if host.contains(':') => {
-                return Err(format!("`{text}` is ambiguous: write an IPv6 address in brackets, like `[::1]:7401`"));
+                return Err(format!(
+                    "`{text}` is ambiguous: write an IPv6 address in brackets, like `[::1]:7401`"
+                ));
             }
             None => host.to_owned(),
         };
         if !is_host(&host) {
             return Err(format!("`{host}` is not a host name or IP address"));
         }
-        let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(|| format!("`{port}` is not a port from 1 to 65535"))?;
+        let port = port
+            .parse()
+            .ok()
+            .filter(|port| *port != 0)
+            .ok_or_else(|| format!("`{port}` is not a port from 1 to 65535"))?;
         Ok(Self { host, port })
     }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') { write!(f, "[{}]:{}", self.host, self.port) } else { write!(f, "{}:{}", self.host, self.port) }
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
     }
 }
 
 fn is_host(host: &str) -> bool {
-    (1..=HOST_BYTES_MAX).contains(&host.len()) && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_:".contains(&byte))
+    (1..=HOST_BYTES_MAX).contains(&host.len())
+        && host
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b".-_:".contains(&byte))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What is wrong with a configuration, and where.
 //!
-//! Promises `file:line: reason` for everything that came from the file, the variable's or flag's name for the rest, and
-//! never a secret's text. Must never know what a setting means.
+//! Promises `file:line: reason` for everything that came from the file, the variable's or flag's
+//! name for the rest, and never a secret's text. Must never know what a setting means.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -45,7 +45,12 @@ pub(super) struct Problems(RefCell<Vec<Problem>>);
 impl ConfigError {
     /// For a setting that loads but cannot be used, such as a directory that cannot be written.
     pub fn at(place: Place, reason: impl Into<String>) -> Self {
-        Self { problems: vec![Problem { place, reason: reason.into() }] }
+        Self {
+            problems: vec![Problem {
+                place,
+                reason: reason.into(),
+            }],
+        }
     }
 }
 
@@ -53,7 +58,10 @@ impl Problems {
     pub(super) fn add(&self, place: &Place, reason: impl Into<String>) {
         let mut problems = self.0.borrow_mut();
         if problems.len() < PROBLEMS_MAX {
-            problems.push(Problem { place: place.clone(), reason: reason.into() });
+            problems.push(Problem {
+                place: place.clone(),
+                reason: reason.into(),
+            });
         }
     }
 
@@ -62,7 +70,13 @@ impl Problems {
         if problems.is_empty() {
             return Ok(());
         }
-        problems.sort_by_key(|problem| if let Place::Line(_, line) = problem.place { line } else { u64::MAX });
+        problems.sort_by_key(|problem| {
+            if let Place::Line(_, line) = problem.place {
+                line
+            } else {
+                u64::MAX
+            }
+        });
         problems.dedup();
         Err(ConfigError { problems })
     }
@@ -96,5 +110,9 @@ impl fmt::Display for Problem {
 }
 
 fn lines(problems: &[Problem]) -> String {
-    problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+    problems
+        .iter()
+        .map(Problem::to_string)
+        .collect::<Vec<_>>()
+        .join("\n")
 }

@@ -1,7 +1,8 @@
 //! Takes typed settings out of a section of the tree.
 //!
-//! Promises that every key of a section is taken, refused by name because its feature is not built, or refused as unknown;
-//! and that reading goes on after a mistake, so that all mistakes are shown. Must never know which sections there are.
+//! Promises that every key of a section is taken, refused by name because its feature is not built,
+//! or refused as unknown; and that reading goes on after a mistake, so that all mistakes are shown.
+//! Must never know which sections there are.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -40,7 +41,12 @@ pub(super) struct Fields<'p> {
 
 impl<'p> Fields<'p> {
     /// Reports the keys that `keys` does not have.
-    pub(super) fn open(name: impl Into<String>, tree: Tree, keys: &Keys, problems: &'p Problems) -> Self {
+    pub(super) fn open(
+        name: impl Into<String>,
+        tree: Tree,
+        keys: &Keys,
+        problems: &'p Problems,
+    ) -> Self {
         let mut fields = Self::open_any(name, tree, problems);
         fields.entries.retain(|(key, _)| {
             let known = keys.built.contains(&key.name.as_str());
@@ -60,27 +66,50 @@ impl<'p> Fields<'p> {
             Value::Map(entries) => entries,
             Value::Null => Vec::new(),
             other => {
-                let section = if name.is_empty() { "the configuration".to_owned() } else { format!("`{name}`") };
-                problems.add(&tree.place, format!("{section} wants keys and values, not {}", kind(&other)));
+                let section = if name.is_empty() {
+                    "the configuration".to_owned()
+                } else {
+                    format!("`{name}`")
+                };
+                problems.add(
+                    &tree.place,
+                    format!("{section} wants keys and values, not {}", kind(&other)),
+                );
                 Vec::new()
             }
         };
-        Self { name, place: tree.place, is_section, entries, problems }
+        Self {
+            name,
+            place: tree.place,
+            is_section,
+            entries,
+            problems,
+        }
     }
 
     /// The key's full name, as errors say it.
     pub(super) fn full(&self, key: &str) -> String {
-        if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) }
+        if self.name.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.name)
+        }
     }
 
     /// Whether somebody set it, well or not.
     pub(super) fn has(&self, key: &str) -> bool {
-        self.entries.iter().any(|(own, tree)| own.name == key && !matches!(tree.value, Value::Null))
+        self.entries
+            .iter()
+            .any(|(own, tree)| own.name == key && !matches!(tree.value, Value::Null))
     }
 
     /// The key's own place, the section's if it is not there.
     pub(super) fn place_of(&self, key: &str) -> Place {
-        self.entries.iter().find(|(own, _)| own.name == key).map_or(&self.place, |(own, _)| &own.place).clone()
+        self.entries
+            .iter()
+            .find(|(own, _)| own.name == key)
+            .map_or(&self.place, |(own, _)| &own.place)
+            .clone()
     }
 
     pub(super) fn take(&mut self, key: &str) -> Option<Tree> {
@@ -94,7 +123,9 @@ impl<'p> Fields<'p> {
     }
 
     pub(super) fn section(&mut self, key: &str, keys: &Keys) -> Fields<'p> {
-        let tree = self.take(key).unwrap_or_else(|| Tree::null(self.place.clone()));
+        let tree = self
+            .take(key)
+            .unwrap_or_else(|| Tree::null(self.place.clone()));
         Fields::open(self.full(key), tree, keys, self.problems)
     }
 
@@ -104,35 +135,52 @@ impl<'p> Fields<'p> {
     }
 
     /// A text that `parse` understands.
-    pub(super) fn parsed<T, E: Display>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<Set<T>> {
+    pub(super) fn parsed<T, E: Display>(
+        &mut self,
+        key: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<Set<T>> {
         let Set { value, place } = self.text(key)?;
         match parse(&value) {
             Ok(value) => Some(Set { value, place }),
             Err(reason) => {
-                self.problems.add(&place, format!("`{}`: {reason}", self.full(key)));
+                self.problems
+                    .add(&place, format!("`{}`: {reason}", self.full(key)));
                 None
             }
         }
     }
 
-    pub(super) fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Option<Duration> {
+    pub(super) fn duration(
+        &mut self,
+        key: &str,
+        range: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
         let parse = |text: &str| {
             let duration = parse_duration(text)?;
             let show = |end: &Duration| humantime::format_duration(*end).to_string();
-            within(duration, &range).map_err(|(low, high)| format!("must be from {} to {}", show(&low), show(&high)))
+            within(duration, &range)
+                .map_err(|(low, high)| format!("must be from {} to {}", show(&low), show(&high)))
         };
         self.quantity(key, bare_time, parse)
     }
 
     pub(super) fn window(&mut self, key: &str) -> Option<Window> {
-        let parse = |text: &str| if text == "forever" { Ok(Window::Forever) } else { parse_duration(text).map(Window::For) };
+        let parse = |text: &str| {
+            if text == "forever" {
+                Ok(Window::Forever)
+            } else {
+                parse_duration(text).map(Window::For)
+            }
+        };
         self.quantity(key, bare_time, parse)
     }
 
     pub(super) fn size(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<u64> {
         let parse = |text: &str| {
             let size = parse_size(text)?;
-            within(size, &range).map_err(|(low, high)| format!("must be from {low} to {high} bytes"))
+            within(size, &range)
+                .map_err(|(low, high)| format!("must be from {low} to {high} bytes"))
         };
         self.quantity(key, bare_size, parse)
     }
@@ -140,13 +188,22 @@ impl<'p> Fields<'p> {
     pub(super) fn integer(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<Set<u64>> {
         let tree = self.take(key)?;
         let found = match tree.value {
-            Value::Integer(integer) => u64::try_from(integer).ok().filter(|integer| range.contains(integer)),
+            Value::Integer(integer) => u64::try_from(integer)
+                .ok()
+                .filter(|integer| range.contains(integer)),
             _ => None,
         };
         if found.is_none() {
-            self.wrong(&tree, key, &format!("a whole number from {} to {}", range.start(), range.end()));
+            self.wrong(
+                &tree,
+                key,
+                &format!("a whole number from {} to {}", range.start(), range.end()),
+            );
         }
-        found.map(|value| Set { value, place: tree.place })
+        found.map(|value| Set {
+            value,
+            place: tree.place,
+        })
     }
 
     pub(super) fn number(&mut self, key: &str, range: RangeInclusive<f64>) -> Option<f64> {
@@ -158,7 +215,11 @@ impl<'p> Fields<'p> {
         };
         let found = found.filter(|number| range.contains(number));
         if found.is_none() {
-            self.wrong(&tree, key, &format!("a number from {} to {}", range.start(), range.end()));
+            self.wrong(
+                &tree,
+                key,
+                &format!("a number from {} to {}", range.start(), range.end()),
+            );
         }
         found
     }
@@ -175,8 +236,17 @@ impl<'p> Fields<'p> {
     /// One of a few words.
     pub(super) fn choice<T: Copy>(&mut self, key: &str, choices: &[(&str, T)]) -> Option<Set<T>> {
         let find = |text: &str| {
-            let found = choices.iter().find(|(word, _)| *word == text).map(|(_, choice)| *choice);
-            let words = || choices.iter().map(|(word, _)| format!("`{word}`")).collect::<Vec<_>>().join(" or ");
+            let found = choices
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, choice)| *choice);
+            let words = || {
+                choices
+                    .iter()
+                    .map(|(word, _)| format!("`{word}`"))
+                    .collect::<Vec<_>>()
+                    .join(" or ")
+            };
             found.ok_or_else(|| format!("`{text}` is none of {}", words()))
         };
         self.parsed(key, find)
@@ -184,7 +254,9 @@ impl<'p> Fields<'p> {
 
     /// Empty if absent.
     pub(super) fn list(&mut self, key: &str) -> Vec<Tree> {
-        let Some(tree) = self.take(key) else { return Vec::new() };
+        let Some(tree) = self.take(key) else {
+            return Vec::new();
+        };
         match tree.value {
             Value::List(items) => items,
             _ => {
@@ -196,11 +268,19 @@ impl<'p> Fields<'p> {
 
     pub(super) fn texts(&mut self, key: &str) -> Vec<Set<String>> {
         let name = format!("{}[]", self.full(key));
-        self.list(key).into_iter().filter_map(|item| text(item, &name, self.problems)).collect()
+        self.list(key)
+            .into_iter()
+            .filter_map(|item| text(item, &name, self.problems))
+            .collect()
     }
 
     /// A time or a size: a text, and a number is a unit forgotten.
-    fn quantity<T>(&mut self, key: &str, bare: fn(&str) -> String, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+    fn quantity<T>(
+        &mut self,
+        key: &str,
+        bare: fn(&str) -> String,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<T> {
         let tree = self.take(key)?;
         let parsed = match &tree.value {
             Value::Text(text) => parse(text),
@@ -208,7 +288,12 @@ impl<'p> Fields<'p> {
             Value::Float(float) => Err(bare(&float.to_string())),
             other => Err(format!("wants a number and its unit, not {}", kind(other))),
         };
-        parsed.map_err(|reason| self.problems.add(&tree.place, format!("`{}`: {reason}", self.full(key)))).ok()
+        parsed
+            .map_err(|reason| {
+                self.problems
+                    .add(&tree.place, format!("`{}`: {reason}", self.full(key)))
+            })
+            .ok()
     }
 
     fn wrong(&self, tree: &Tree, key: &str, wanted: &str) {
@@ -217,14 +302,24 @@ impl<'p> Fields<'p> {
             Value::Float(float) => float.to_string(),
             other => kind(other).to_owned(),
         };
-        self.problems.add(&tree.place, format!("`{}` wants {wanted}, not {found}", self.full(key)));
+        self.problems.add(
+            &tree.place,
+            format!("`{}` wants {wanted}, not {found}", self.full(key)),
+        );
     }
 }
 
 pub(super) fn text(tree: Tree, name: &str, problems: &Problems) -> Option<Set<String>> {
     let found = match tree.value {
-        Value::Text(value) => return Some(Set { value, place: tree.place }),
-        Value::Integer(_) | Value::Float(_) | Value::Bool(_) => format!("{}: put it in quotes", kind(&tree.value)),
+        Value::Text(value) => {
+            return Some(Set {
+                value,
+                place: tree.place,
+            });
+        }
+        Value::Integer(_) | Value::Float(_) | Value::Bool(_) => {
+            format!("{}: put it in quotes", kind(&tree.value))
+        }
         _ => kind(&tree.value).to_owned(),
     };
     problems.add(&tree.place, format!("`{name}` wants a text, not {found}"));
@@ -232,7 +327,11 @@ pub(super) fn text(tree: Tree, name: &str, problems: &Problems) -> Option<Set<St
 }
 
 fn within<T: PartialOrd + Copy>(value: T, range: &RangeInclusive<T>) -> Result<T, (T, T)> {
-    if range.contains(&value) { Ok(value) } else { Err((*range.start(), *range.end())) }
+    if range.contains(&value) {
+        Ok(value)
+    } else {
+        Err((*range.start(), *range.end()))
+    }
 }
 
 fn kind(value: &Value) -> &'static str {
@@ -247,13 +346,23 @@ fn kind(value: &Value) -> &'static str {
 }
 
 fn refusal(key: &str, section: &str, keys: &Keys) -> String {
-    let within = if section.is_empty() { String::new() } else { format!(" in `{section}`") };
+    let within = if section.is_empty() {
+        String::new()
+    } else {
+        format!(" in `{section}`")
+    };
     if keys.not_built.contains(&key) {
         return format!("`{key}`{within} is not built yet");
     }
-    let closest = keys.built.iter().map(|known| (distance(key, known), known)).min();
+    let closest = keys
+        .built
+        .iter()
+        .map(|known| (distance(key, known), known))
+        .min();
     match closest {
-        Some((distance, known)) if distance <= 1 + known.len() / 4 => format!("unknown key `{key}`{within}: did you mean `{known}`?"),
+        Some((distance, known)) if distance <= 1 + known.len() / 4 => {
+            format!("unknown key `{key}`{within}: did you mean `{known}`?")
+        }
         _ => format!("unknown key `{key}`{within}"),
     }
 }
@@ -279,18 +388,35 @@ mod tests {
 
     #[test]
     fn a_misspelt_key_is_recognised_and_a_strange_one_is_not() {
-        let keys = Keys { built: &["ttl", "ttl_jitter", "soft_timeout"], not_built: &["keep"] };
-        assert_eq!(refusal("tll", "policy", &keys), "unknown key `tll` in `policy`: did you mean `ttl`?");
-        assert_eq!(refusal("soft_timeuot", "", &keys), "unknown key `soft_timeuot`: did you mean `soft_timeout`?");
+        let keys = Keys {
+            built: &["ttl", "ttl_jitter", "soft_timeout"],
+            not_built: &["keep"],
+        };
+        assert_eq!(
+            refusal("tll", "policy", &keys),
+            "unknown key `tll` in `policy`: did you mean `ttl`?"
+        );
+        assert_eq!(
+            refusal("soft_timeuot", "", &keys),
+            "unknown key `soft_timeuot`: did you mean `soft_timeout`?"
+        );
         assert_eq!(refusal("colour", "", &keys), "unknown key `colour`");
-        assert_eq!(refusal("keep", "policy", &keys), "`keep` in `policy` is not built yet");
+        assert_eq!(
+            refusal("keep", "policy", &keys),
+            "`keep` in `policy` is not built yet"
+        );
     }
 
     #[test]
     fn distance_counts_letters() {
-        for (from, to, expected) in
-            [("", "abc", 3), ("abc", "", 3), ("abc", "abc", 0), ("abc", "abd", 1), ("abc", "xabc", 1), ("acb", "abc", 2)]
-        {
+        for (from, to, expected) in [
+            ("", "abc", 3),
+            ("abc", "", 3),
+            ("abc", "abc", 0),
+            ("abc", "abd", 1),
+            ("abc", "xabc", 1),
+            ("acb", "abc", 2),
+        ] {
             assert_eq!(distance(from, to), expected, "{from} {to}");
         }
     }

@@ -1,7 +1,8 @@
 //! Stacks file, variables and flags into one tree.
 //!
-//! Promises that of a setting in several layers the last counts: file, then `HOLDFAST__SECTION__KEY`, then flags. Must
-//! never read the process's own environment: it is given.
+//! Promises that of a setting in several layers the last counts: file, then
+//! `HOLDFAST__SECTION__KEY`, then flags. Must never read the process's own environment: it is
+//! given.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -11,7 +12,8 @@ use std::sync::Arc;
 use super::error::{ConfigError, Place, Problem};
 use super::tree::{Source, Tree, Value};
 
-/// Variables that count begin so. Kubernetes sets `HOLDFAST_PORT` for a service of our name, which must not.
+/// Variables that count begin so. Kubernetes sets `HOLDFAST_PORT` for a service of our name, which
+/// must not.
 const PREFIX: &str = "HOLDFAST__";
 /// Largest file read at all.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -39,7 +41,8 @@ enum Setting {
 }
 
 impl Overrides {
-    /// Sets `path`, such as `node.data_dir`, to a text exactly as it is. `flag` is what errors name.
+    /// Sets `path`, such as `node.data_dir`, to a text exactly as it is. `flag` is what errors
+    /// name.
     pub fn text(self, flag: &str, path: &str, text: impl Into<String>) -> Self {
         self.with(flag, path, Setting::Text(text.into()))
     }
@@ -49,18 +52,27 @@ impl Overrides {
         self.with(flag, path, Setting::Yaml(yaml.into()))
     }
 
-    /// Puts the items of a list written as YAML before those of a top-level list, such as `policies`: they match first.
+    /// Puts the items of a list written as YAML before those of a top-level list, such as
+    /// `policies`: they match first.
     pub fn prepend(self, flag: &str, list: &str, yaml: impl Into<String>) -> Self {
         self.with(flag, list, Setting::Prepend(yaml.into()))
     }
 
     fn with(mut self, flag: &str, path: &str, setting: Setting) -> Self {
-        self.0.push(Override { flag: flag.into(), path: path.to_owned(), setting });
+        self.0.push(Override {
+            flag: flag.into(),
+            path: path.to_owned(),
+            setting,
+        });
         self
     }
 }
 
-pub(super) fn stack(file: Option<&Path>, environment: &Environment, overrides: &Overrides) -> Result<Tree, ConfigError> {
+pub(super) fn stack(
+    file: Option<&Path>,
+    environment: &Environment,
+    overrides: &Overrides,
+) -> Result<Tree, ConfigError> {
     let mut tree = match file {
         Some(path) => parse_file(path)?,
         None => Tree::null(Place::Default("the configuration")),
@@ -71,26 +83,43 @@ pub(super) fn stack(file: Option<&Path>, environment: &Environment, overrides: &
             problems.extend(put_variable(&mut tree, name, path, text).err());
         }
     }
-    for Override { flag, path, setting } in &overrides.0 {
+    for Override {
+        flag,
+        path,
+        setting,
+    } in &overrides.0
+    {
         problems.extend(put_flag(&mut tree, flag, path, setting).err());
     }
-    if problems.is_empty() { Ok(tree) } else { Err(ConfigError { problems }) }
+    if problems.is_empty() {
+        Ok(tree)
+    } else {
+        Err(ConfigError { problems })
+    }
 }
 
 fn parse_file(path: &Path) -> Result<Tree, ConfigError> {
-    let cannot = |reason: String| ConfigError::at(Place::file(path), format!("cannot be read: {reason}"));
+    let cannot =
+        |reason: String| ConfigError::at(Place::file(path), format!("cannot be read: {reason}"));
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(|error| cannot(error.to_string()))?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| cannot(error.to_string()))?;
+    file.take(FILE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| cannot(error.to_string()))?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(cannot("it is over 1 MiB".to_owned()));
     }
     let path: Arc<Path> = path.into();
     let text = String::from_utf8(bytes).map_err(|error| {
-        let line = 1 + error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+        let line = 1 + error.as_bytes()[..error.utf8_error().valid_up_to()]
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count();
         ConfigError::at(Place::line(&path, line as u64), "is not UTF-8")
     })?;
-    Tree::parse(&text, &Source::File(&path)).map_err(|problem| ConfigError { problems: vec![problem] })
+    Tree::parse(&text, &Source::File(&path)).map_err(|problem| ConfigError {
+        problems: vec![problem],
+    })
 }
 
 fn put_variable(tree: &mut Tree, name: &str, path: &str, text: &str) -> Result<(), Problem> {
@@ -98,17 +127,31 @@ fn put_variable(tree: &mut Tree, name: &str, path: &str, text: &str) -> Result<(
     let path = path.to_ascii_lowercase();
     let path: Vec<&str> = path.split("__").collect();
     if path.iter().any(|key| key.is_empty()) {
-        return Err(Problem { place, reason: "names no key: write it like HOLDFAST__NODE__NAME".to_owned() });
+        return Err(Problem {
+            place,
+            reason: "names no key: write it like HOLDFAST__NODE__NAME".to_owned(),
+        });
     }
     let value = Tree::parse(text, &Source::Whole(place))?;
     tree.put(&path, value)
 }
 
-fn put_flag(tree: &mut Tree, flag: &Arc<str>, path: &str, setting: &Setting) -> Result<(), Problem> {
+fn put_flag(
+    tree: &mut Tree,
+    flag: &Arc<str>,
+    path: &str,
+    setting: &Setting,
+) -> Result<(), Problem> {
     let place = Place::Flag(flag.clone());
     let keys: Vec<&str> = path.split('.').collect();
     match setting {
-        Setting::Text(text) => tree.put(&keys, Tree { place, value: Value::Text(text.clone()) }),
+        Setting::Text(text) => tree.put(
+            &keys,
+            Tree {
+                place,
+                value: Value::Text(text.clone()),
+            },
+        ),
         Setting::Yaml(yaml) => tree.put(&keys, Tree::parse(yaml, &Source::Whole(place))?),
         Setting::Prepend(yaml) => tree.prepend(path, Tree::parse(yaml, &Source::Whole(place))?),
     }

@@ -1,7 +1,9 @@
-//! What a node is told to be: defaults < file < `HOLDFAST__*` variables < flags, checked once, whole, before anything runs.
+//! What a node is told to be: defaults < file < `HOLDFAST__*` variables < flags, checked once,
+//! whole, before anything runs.
 //!
-//! Promises that a `Config` makes sense as it is, that every mistake is reported with its file and line, and that no
-//! formatting shows a secret. Must never know how a setting is used, nor read the process's environment by itself.
+//! Promises that a `Config` makes sense as it is, that every mistake is reported with its file and
+//! line, and that no formatting shows a secret. Must never know how a setting is used, nor read the
+//! process's environment by itself.
 //!
 //! ```text
 //! file, variables, flags ─► layers (one tree) ─► fields (types) ─► sections, upstreams, policies ─► Config
@@ -149,7 +151,8 @@ pub struct Places {
 }
 
 impl Config {
-    /// `environment` is the process's, whole: of it count the names that begin `HOLDFAST__`, and those that a secret names.
+    /// `environment` is the process's, whole: of it count the names that begin `HOLDFAST__`, and
+    /// those that a secret names.
     pub fn load(
         file: Option<&Path>,
         environment: impl IntoIterator<Item = (String, String)>,
@@ -164,12 +167,23 @@ impl Config {
     pub fn check_data_dir(&self) -> Result<(), ConfigError> {
         let path = &self.node.data_dir;
         let cannot = |what: &str, error: std::io::Error| {
-            ConfigError::at(self.places.data_dir.clone(), format!("data directory `{}` cannot be {what}: {error}", path.display()))
+            ConfigError::at(
+                self.places.data_dir.clone(),
+                format!(
+                    "data directory `{}` cannot be {what}: {error}",
+                    path.display()
+                ),
+            )
         };
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| cannot("made", error))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(|error| cannot("made", error))?;
         // Permissions alone do not say it: the file system may be full or read-only.
         let probe = path.join(format!(".write-test-{}", std::process::id()));
-        let written = std::fs::write(&probe, b"holdfast").and_then(|()| std::fs::remove_file(&probe));
+        let written =
+            std::fs::write(&probe, b"holdfast").and_then(|()| std::fs::remove_file(&probe));
         written.map_err(|error| cannot("written", error))
     }
 }

@@ -57,11 +57,26 @@ const RETRY_MULTIPLIER_MAX: f64 = 100.0;
 /// A read tries the policies one by one.
 const POLICIES_MAX: usize = 10_000;
 
-pub(super) fn policies(items: Vec<Tree>, upstreams: &DeclaredUpstreams, problems: &Problems) -> Policies {
+pub(super) fn policies(
+    items: Vec<Tree>,
+    upstreams: &DeclaredUpstreams,
+    problems: &Problems,
+) -> Policies {
     if let Some(item) = items.get(POLICIES_MAX) {
-        problems.add(&item.place, format!("there are more than {POLICIES_MAX} policies"));
+        problems.add(
+            &item.place,
+            format!("there are more than {POLICIES_MAX} policies"),
+        );
     }
-    items.into_iter().filter_map(|item| policy(Fields::open("policies[]", item, &POLICY, problems), upstreams)).collect()
+    items
+        .into_iter()
+        .filter_map(|item| {
+            policy(
+                Fields::open("policies[]", item, &POLICY, problems),
+                upstreams,
+            )
+        })
+        .collect()
 }
 
 fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Policy> {
@@ -69,7 +84,9 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Polic
         return None;
     }
     let pattern = required(&mut fields, "match", Glob::parse);
-    let upstream = required(&mut fields, "upstream", |name| find_upstream(name, upstreams));
+    let upstream = required(&mut fields, "upstream", |name| {
+        find_upstream(name, upstreams)
+    });
     let tags = tags(&mut fields, pattern.as_ref());
     if let (Some(pattern), Some(upstream)) = (&pattern, &upstream) {
         check_captures(pattern, &upstream.value, upstreams, fields.problems);
@@ -85,17 +102,27 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Polic
     let policy = Policy {
         ttl,
         ttl_jitter: fields.number("ttl_jitter", 0.0..=1.0).unwrap_or(0.10),
-        eager_refresh_threshold: fields.number("eager_refresh_threshold", 0.0..=1.0).unwrap_or(0.80),
+        eager_refresh_threshold: fields
+            .number("eager_refresh_threshold", 0.0..=1.0)
+            .unwrap_or(0.80),
         min_refresh_interval,
-        stale_while_revalidate: fields.window("stale_while_revalidate").unwrap_or(Window::For(600 * SECOND)),
-        stale_if_error: fields.window("stale_if_error").unwrap_or(Window::For(30 * DAY)),
+        stale_while_revalidate: fields
+            .window("stale_while_revalidate")
+            .unwrap_or(Window::For(600 * SECOND)),
+        stale_if_error: fields
+            .window("stale_if_error")
+            .unwrap_or(Window::For(30 * DAY)),
         soft_timeout,
         hard_timeout,
         error_ttl,
         retry_base,
-        retry_multiplier: fields.number("retry_multiplier", 1.0..=RETRY_MULTIPLIER_MAX).unwrap_or(1.5),
+        retry_multiplier: fields
+            .number("retry_multiplier", 1.0..=RETRY_MULTIPLIER_MAX)
+            .unwrap_or(1.5),
         retry_cap,
-        max_value_bytes: fields.size("max_value_bytes", 1..=VALUE_BYTES_MAX as u64).unwrap_or(VALUE_BYTES_DEFAULT as u64),
+        max_value_bytes: fields
+            .size("max_value_bytes", 1..=VALUE_BYTES_MAX as u64)
+            .unwrap_or(VALUE_BYTES_DEFAULT as u64),
         tags,
         pattern: pattern?.value,
         upstream: upstream?.value,
@@ -103,9 +130,15 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Polic
     Some(policy)
 }
 
-fn required<T, E: std::fmt::Display>(fields: &mut Fields<'_>, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<Set<T>> {
+fn required<T, E: std::fmt::Display>(
+    fields: &mut Fields<'_>,
+    key: &str,
+    parse: impl FnOnce(&str) -> Result<T, E>,
+) -> Option<Set<T>> {
     if !fields.has(key) {
-        fields.problems.add(&fields.place, format!("a policy has no `{key}`"));
+        fields
+            .problems
+            .add(&fields.place, format!("a policy has no `{key}`"));
     }
     fields.parsed(key, parse)
 }
@@ -114,8 +147,16 @@ fn find_upstream(name: &str, upstreams: &DeclaredUpstreams) -> Result<Arc<str>, 
     if upstreams.get(name).is_some() {
         return Ok(name.into());
     }
-    let declared = upstreams.names().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-    let declared = if declared.is_empty() { "no upstream is declared".to_owned() } else { format!("declared are {declared}") };
+    let declared = upstreams
+        .names()
+        .map(|name| format!("`{name}`"))
+        .collect::<Vec<_>>()
+        .join(", ");
+    let declared = if declared.is_empty() {
+        "no upstream is declared".to_owned()
+    } else {
+        format!("declared are {declared}")
+    };
     Err(format!("no upstream `{name}`: {declared}"))
 }
 
@@ -124,14 +165,19 @@ fn tags(fields: &mut Fields<'_>, pattern: Option<&Set<Glob>>) -> Vec<TextTemplat
     let problems = fields.problems;
     let mut tags = Vec::new();
     for tag in fields.texts("tags") {
-        let wrong = |reason: String| problems.add(&tag.place, format!("tag `{}`: {reason}", tag.value));
+        let wrong =
+            |reason: String| problems.add(&tag.place, format!("tag `{}`: {reason}", tag.value));
         match TextTemplate::parse(&tag.value) {
             Err(reason) => wrong(reason.to_string()),
             Ok(_) if tag.value.is_empty() => wrong("it is empty".to_owned()),
             // Tags are replicated and shown: a secret must not get there.
-            Ok(template) if template.secrets().next().is_some() => wrong("a secret cannot be in a tag".to_owned()),
+            Ok(template) if template.secrets().next().is_some() => {
+                wrong("a secret cannot be in a tag".to_owned())
+            }
             Ok(template) => {
-                if let Some(pattern) = pattern.filter(|pattern| template.captures_max() > pattern.value.stars()) {
+                if let Some(pattern) =
+                    pattern.filter(|pattern| template.captures_max() > pattern.value.stars())
+                {
                     wrong(too_many(template.captures_max(), &pattern.value));
                 }
                 tags.push(template);
@@ -145,20 +191,36 @@ fn tags(fields: &mut Fields<'_>, pattern: Option<&Set<Glob>>) -> Vec<TextTemplat
 }
 
 /// What the upstream's url and headers take from a key, the pattern must give.
-fn check_captures(pattern: &Set<Glob>, upstream: &str, upstreams: &DeclaredUpstreams, problems: &Problems) {
-    let Some((place, Some(http))) = upstreams.get(upstream) else { return };
+fn check_captures(
+    pattern: &Set<Glob>,
+    upstream: &str,
+    upstreams: &DeclaredUpstreams,
+    problems: &Problems,
+) {
+    let Some((place, Some(http))) = upstreams.get(upstream) else {
+        return;
+    };
     let url = ("url".to_owned(), http.url.captures_max());
-    let headers = http.headers.iter().map(|(name, template)| (format!("header `{name}`"), template.captures_max()));
+    let headers = http
+        .headers
+        .iter()
+        .map(|(name, template)| (format!("header `{name}`"), template.captures_max()));
     for (what, captures_max) in std::iter::once(url).chain(headers) {
         if captures_max > pattern.value.stars() {
-            let reason = format!("upstream `{upstream}` ({place}), {what}: {}", too_many(captures_max, &pattern.value));
+            let reason = format!(
+                "upstream `{upstream}` ({place}), {what}: {}",
+                too_many(captures_max, &pattern.value)
+            );
             problems.add(&pattern.place, reason);
         }
     }
 }
 
 fn too_many(captures_max: usize, pattern: &Glob) -> String {
-    format!("`{{{captures_max}}}` is not captured: `{pattern}` has {} `*`", pattern.stars())
+    format!(
+        "`{{{captures_max}}}` is not captured: `{pattern}` has {} `*`",
+        pattern.stars()
+    )
 }
 
 fn default_retry_base(ttl: Duration) -> Duration {

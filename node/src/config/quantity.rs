@@ -22,7 +22,8 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     if is_number(text) {
         return Err(bare_time(text));
     }
-    let duration = humantime::parse_duration(text).map_err(|_| format!("`{text}` is not a time; write it like `60s`, `10min` or `30d`"))?;
+    let duration = humantime::parse_duration(text)
+        .map_err(|_| format!("`{text}` is not a time; write it like `60s`, `10min` or `30d`"))?;
     if duration.subsec_nanos() % 1_000_000 != 0 {
         return Err(format!("`{text}` is finer than a millisecond"));
     }
@@ -37,13 +38,24 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     if is_number(text) {
         return Err(bare_size(text));
     }
-    let wrong = || format!("`{text}` is not a size; write a whole number and B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as `512MiB`");
-    let (unit, bytes) = UNITS.iter().find(|(unit, _)| text.ends_with(unit)).ok_or_else(wrong)?;
+    let wrong = || {
+        format!(
+            "`{text}` is not a size; write a whole number and B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as `512MiB`"
+        )
+    };
+    let (unit, bytes) = UNITS
+        .iter()
+        .find(|(unit, _)| text.ends_with(unit))
+        .ok_or_else(wrong)?;
     let count = text.strip_suffix(unit).unwrap_or(text).trim();
     if count.is_empty() || !count.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(wrong());
     }
-    count.parse::<u64>().ok().and_then(|count| count.checked_mul(*bytes)).ok_or_else(|| format!("`{text}` is too large a size"))
+    count
+        .parse::<u64>()
+        .ok()
+        .and_then(|count| count.checked_mul(*bytes))
+        .ok_or_else(|| format!("`{text}` is too large a size"))
 }
 
 pub(super) fn bare_time(number: &str) -> String {
@@ -64,8 +76,19 @@ mod tests {
 
     #[test]
     fn times_have_a_unit_and_whole_milliseconds() {
-        for (text, ms) in [("60s", 60_000), ("0s", 0), ("100ms", 100), ("1h 30m", 5_400_000), ("10min", 600_000), ("30d", 2_592_000_000)] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        for (text, ms) in [
+            ("60s", 60_000),
+            ("0s", 0),
+            ("100ms", 100),
+            ("1h 30m", 5_400_000),
+            ("10min", 600_000),
+            ("30d", 2_592_000_000),
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_millis(ms)),
+                "{text}"
+            );
         }
         for (text, reason) in [
             ("60", "write `60s`"),
@@ -86,9 +109,15 @@ mod tests {
 
     #[test]
     fn sizes_have_a_unit() {
-        for (text, bytes) in
-            [("0B", 0), ("100B", 100), ("8MiB", 8 << 20), ("8 MiB", 8 << 20), ("1GB", 1_000_000_000), ("2kB", 2_000), ("1TiB", 1 << 40)]
-        {
+        for (text, bytes) in [
+            ("0B", 0),
+            ("100B", 100),
+            ("8MiB", 8 << 20),
+            ("8 MiB", 8 << 20),
+            ("1GB", 1_000_000_000),
+            ("2kB", 2_000),
+            ("1TiB", 1 << 40),
+        ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for (text, reason) in [

@@ -1,7 +1,8 @@
-//! YAML as a tree in which everything knows where it came from, and the layers put over one another.
+//! YAML as a tree in which everything knows where it came from, and the layers put over one
+//! another.
 //!
-//! Promises that a later layer takes the place of what an earlier one said at the same path, whole. Must never know which
-//! keys there are. Not printable: an inline secret may be in it.
+//! Promises that a later layer takes the place of what an earlier one said at the same path, whole.
+//! Must never know which keys there are. Not printable: an inline secret may be in it.
 
 use std::fmt;
 use std::path::Path;
@@ -54,31 +55,51 @@ impl Tree {
             Ok(parsed) => Ok(parsed.value.located(line_of(&parsed.referenced), source)),
             Err(error) => {
                 let line = error.location().map_or(1, |location| line_of(&location));
-                Err(Problem { place: source.place(line), reason: reason(&error) })
+                Err(Problem {
+                    place: source.place(line),
+                    reason: reason(&error),
+                })
             }
         }
     }
 
     pub(super) fn null(place: Place) -> Self {
-        Self { place, value: Value::Null }
+        Self {
+            place,
+            value: Value::Null,
+        }
     }
 
-    /// Puts `tree` at `path`, in the place of what is there. A list on the way is an error: its items have no names.
+    /// Puts `tree` at `path`, in the place of what is there. A list on the way is an error: its
+    /// items have no names.
     pub(super) fn put(&mut self, path: &[&str], tree: Self) -> Result<(), Problem> {
         let Some((name, rest)) = path.split_first() else {
             *self = tree;
             return Ok(());
         };
         if let Value::List(_) = self.value {
-            let reason = format!("`{name}` is looked for in a list: give the list whole, such as `[{{…}}, {{…}}]`");
-            return Err(Problem { place: tree.place, reason });
+            let reason = format!(
+                "`{name}` is looked for in a list: give the list whole, such as `[{{…}}, {{…}}]`"
+            );
+            return Err(Problem {
+                place: tree.place,
+                reason,
+            });
         }
         if !matches!(self.value, Value::Map(_)) {
-            *self = Self { place: tree.place.clone(), value: Value::Map(Vec::new()) };
+            *self = Self {
+                place: tree.place.clone(),
+                value: Value::Map(Vec::new()),
+            };
         }
-        let Value::Map(entries) = &mut self.value else { return Ok(()) };
+        let Value::Map(entries) = &mut self.value else {
+            return Ok(());
+        };
         let at = position(entries, name).unwrap_or_else(|| {
-            let key = Key { name: (*name).to_owned(), place: tree.place.clone() };
+            let key = Key {
+                name: (*name).to_owned(),
+                place: tree.place.clone(),
+            };
             entries.push((key, Self::null(tree.place.clone())));
             entries.len() - 1
         });
@@ -91,11 +112,20 @@ impl Tree {
     /// Puts the items of `list` before those of the list at the top-level key `name`.
     pub(super) fn prepend(&mut self, name: &str, list: Self) -> Result<(), Problem> {
         let earlier = match &mut self.value {
-            Value::Map(entries) => entries.iter_mut().find(|(key, _)| key.name == name).map(|(_, tree)| tree),
+            Value::Map(entries) => entries
+                .iter_mut()
+                .find(|(key, _)| key.name == name)
+                .map(|(_, tree)| tree),
             _ => None,
         };
         match (earlier.map(|tree| &mut tree.value), list) {
-            (Some(Value::List(items)), Self { value: Value::List(mut first), .. }) => {
+            (
+                Some(Value::List(items)),
+                Self {
+                    value: Value::List(mut first),
+                    ..
+                },
+            ) => {
                 first.append(items);
                 *items = first;
                 Ok(())
@@ -108,7 +138,11 @@ impl Tree {
 /// A variable's name has no case, so it finds a key in any, the exact one first.
 fn position(entries: &[(Key, Tree)], name: &str) -> Option<usize> {
     let exact = entries.iter().position(|(key, _)| key.name == name);
-    exact.or_else(|| entries.iter().position(|(key, _)| key.name.eq_ignore_ascii_case(name)))
+    exact.or_else(|| {
+        entries
+            .iter()
+            .position(|(key, _)| key.name.eq_ignore_ascii_case(name))
+    })
 }
 
 impl Source<'_> {
@@ -127,8 +161,12 @@ fn line_of(location: &serde_saphyr::Location) -> u64 {
 
 fn reason(error: &serde_saphyr::Error) -> String {
     match error.without_snippet() {
-        serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => format!("key `{key}` is here twice"),
-        serde_saphyr::Error::DuplicateMappingKey { key: None, .. } => "a key is here twice".to_owned(),
+        serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
+            format!("key `{key}` is here twice")
+        }
+        serde_saphyr::Error::DuplicateMappingKey { key: None, .. } => {
+            "a key is here twice".to_owned()
+        }
         error => {
             let message = UserMessageFormatter.format_message(error).into_owned();
             format!("not valid YAML: {message}")
@@ -147,18 +185,32 @@ impl Parsed {
     fn located(self, line: u64, source: &Source<'_>) -> Tree {
         let value = match self {
             Self::Scalar(value) => value,
-            Self::List(items) => Value::List(items.into_iter().map(|item| item.value.located(line_of(&item.referenced), source)).collect()),
+            Self::List(items) => Value::List(
+                items
+                    .into_iter()
+                    .map(|item| item.value.located(line_of(&item.referenced), source))
+                    .collect(),
+            ),
             Self::Map(entries) => Value::Map(
                 entries
                     .into_iter()
                     .map(|(key, tree)| {
                         let place = source.place(line_of(&key.referenced));
-                        (Key { name: key.value, place }, tree.value.located(line_of(&tree.referenced), source))
+                        (
+                            Key {
+                                name: key.value,
+                                place,
+                            },
+                            tree.value.located(line_of(&tree.referenced), source),
+                        )
                     })
                     .collect(),
             ),
         };
-        Tree { place: source.place(line), value }
+        Tree {
+            place: source.place(line),
+            value,
+        }
     }
 }
 

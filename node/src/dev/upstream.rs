@@ -1,4 +1,5 @@
-//! The demo upstream: any path has a JSON value that changes with each call, after a little while, as a real one would.
+//! The demo upstream: any path has a JSON value that changes with each call, after a little while,
+//! as a real one would.
 
 use std::{
     io,
@@ -42,10 +43,18 @@ impl Demo {
     pub(super) async fn start(clock: Clock) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let calls = Arc::new(Calls { clock, count: AtomicU64::new(0) });
-        let router = Router::new().route("/{*key}", get(answer)).with_state(calls);
+        let calls = Arc::new(Calls {
+            clock,
+            count: AtomicU64::new(0),
+        });
+        let router = Router::new()
+            .route("/{*key}", get(answer))
+            .with_state(calls);
         let serving = Serving::start(|drain, _| async move {
-            if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(drain.cancelled_owned()).await {
+            if let Err(error) = axum::serve(listener, router)
+                .with_graceful_shutdown(drain.cancelled_owned())
+                .await
+            {
                 tracing::error!(%error, "the demo upstream ended");
             }
         });
@@ -64,7 +73,8 @@ impl Demo {
 async fn answer(State(calls): State<Arc<Calls>>, Path(key): Path<String>) -> impl IntoResponse {
     let call = calls.count.fetch_add(1, Ordering::Relaxed) + 1;
     tokio::time::sleep(DELAY).await;
-    let value = serde_json::json!({ "key": key, "call": call, "made_at_ms": calls.clock.wall_ms() });
+    let value =
+        serde_json::json!({ "key": key, "call": call, "made_at_ms": calls.clock.wall_ms() });
     ([(CONTENT_TYPE, "application/json")], value.to_string())
 }
 
@@ -79,7 +89,10 @@ mod tests {
 
     async fn get(address: SocketAddr) -> serde_json::Value {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET /a/b HTTP/1.1\r\nhost: demo\r\nconnection: close\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET /a/b HTTP/1.1\r\nhost: demo\r\nconnection: close\r\n\r\n")
+            .await
+            .unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap()
@@ -89,7 +102,14 @@ mod tests {
     async fn its_values_change_with_each_call() {
         let demo = Demo::start(Clock::system()).await.unwrap();
         let (first, second) = (get(demo.address()).await, get(demo.address()).await);
-        assert_eq!((first["key"].as_str(), first["call"].as_u64(), second["call"].as_u64()), (Some("a/b"), Some(1), Some(2)));
+        assert_eq!(
+            (
+                first["key"].as_str(),
+                first["call"].as_u64(),
+                second["call"].as_u64()
+            ),
+            (Some("a/b"), Some(1), Some(2))
+        );
         demo.stop().await;
     }
 }

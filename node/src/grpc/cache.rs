@@ -22,9 +22,21 @@ use crate::{
 };
 
 /// What the client listener serves of the cache.
-pub fn cache_service(cache: Arc<Cache>, metrics: Arc<Metrics>, clock: Clock) -> CodecTold<CacheServiceServer<CacheServer>> {
-    let service = CacheServiceServer::new(CacheServer { cache, metrics, clock });
-    CodecTold(service.max_decoding_message_size(CLIENT_MESSAGE_BYTES_MAX).max_encoding_message_size(CLIENT_MESSAGE_BYTES_MAX))
+pub fn cache_service(
+    cache: Arc<Cache>,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+) -> CodecTold<CacheServiceServer<CacheServer>> {
+    let service = CacheServiceServer::new(CacheServer {
+        cache,
+        metrics,
+        clock,
+    });
+    CodecTold(
+        service
+            .max_decoding_message_size(CLIENT_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(CLIENT_MESSAGE_BYTES_MAX),
+    )
 }
 
 pub struct CacheServer {
@@ -35,20 +47,38 @@ pub struct CacheServer {
 
 impl CacheServer {
     /// Counts the request, and tells its error as gRPC does.
-    fn end<T>(&self, method: &'static str, began: Duration, result: Result<T, Error>, state: &str) -> Result<T, Status> {
+    fn end<T>(
+        &self,
+        method: &'static str,
+        began: Duration,
+        result: Result<T, Error>,
+        state: &str,
+    ) -> Result<T, Status> {
         let (code, state) = match &result {
             Ok(_) => (Code::Ok, state),
             Err(error) => (error.code(), "ERROR"),
         };
-        self.metrics.request(method, state, code, self.clock.monotonic().saturating_sub(began));
+        self.metrics.request(
+            method,
+            state,
+            code,
+            self.clock.monotonic().saturating_sub(began),
+        );
         result.map_err(Status::from)
     }
 
-    fn end_write<T>(&self, method: &'static str, began: Duration, result: Result<Acknowledged<T>, Error>) -> Result<Response<T>, Status> {
+    fn end_write<T>(
+        &self,
+        method: &'static str,
+        began: Duration,
+        result: Result<Acknowledged<T>, Error>,
+    ) -> Result<Response<T>, Status> {
         let Acknowledged { response, leader } = self.end(method, began, result, "")?;
         let mut response = Response::new(response);
         if let Some(leader) = leader.and_then(|leader| MetadataValue::try_from(leader).ok()) {
-            response.metadata_mut().insert(reason::LEADER_HEADER, leader);
+            response
+                .metadata_mut()
+                .insert(reason::LEADER_HEADER, leader);
         }
         Ok(response)
     }
@@ -58,50 +88,80 @@ impl CacheServer {
 impl CacheService for CacheServer {
     type ScanStream = Pin<Box<dyn Stream<Item = Result<v1::ScanResponse, Status>> + Send>>;
 
-    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let read = self.cache.get(request.into_inner(), timeout).await;
-        let state = read.as_ref().ok().and_then(|read| read.answer.as_ref()).map_or("", |answer| state_name(answer.state()));
+        let state = read
+            .as_ref()
+            .ok()
+            .and_then(|read| read.answer.as_ref())
+            .map_or("", |answer| state_name(answer.state()));
         self.end("Get", began, read, state).map(Response::new)
     }
 
-    async fn batch_get(&self, request: Request<v1::BatchGetRequest>) -> Result<Response<v1::BatchGetResponse>, Status> {
+    async fn batch_get(
+        &self,
+        request: Request<v1::BatchGetRequest>,
+    ) -> Result<Response<v1::BatchGetResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let read = self.cache.batch_get(request.into_inner(), timeout).await;
         self.end("BatchGet", began, read, "").map(Response::new)
     }
 
-    async fn set(&self, request: Request<v1::SetRequest>) -> Result<Response<v1::SetResponse>, Status> {
+    async fn set(
+        &self,
+        request: Request<v1::SetRequest>,
+    ) -> Result<Response<v1::SetResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let written = self.cache.set(request.into_inner(), timeout).await;
         self.end_write("Set", began, written)
     }
 
-    async fn delete(&self, request: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteResponse>, Status> {
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let written = self.cache.delete(request.into_inner(), timeout).await;
         self.end_write("Delete", began, written)
     }
 
-    async fn invalidate(&self, request: Request<v1::InvalidateRequest>) -> Result<Response<v1::InvalidateResponse>, Status> {
+    async fn invalidate(
+        &self,
+        request: Request<v1::InvalidateRequest>,
+    ) -> Result<Response<v1::InvalidateResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let written = self.cache.invalidate(request.into_inner(), timeout).await;
         self.end_write("Invalidate", began, written)
     }
 
-    async fn inspect(&self, request: Request<v1::InspectRequest>) -> Result<Response<v1::InspectResponse>, Status> {
+    async fn inspect(
+        &self,
+        request: Request<v1::InspectRequest>,
+    ) -> Result<Response<v1::InspectResponse>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let read = self.cache.inspect(request.into_inner(), timeout).await;
         self.end("Inspect", began, read, "").map(Response::new)
     }
 
-    async fn scan(&self, request: Request<v1::ScanRequest>) -> Result<Response<Self::ScanStream>, Status> {
+    async fn scan(
+        &self,
+        request: Request<v1::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
         let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
         let page = match self.cache.scan(request.into_inner(), timeout).await {
             Ok(page) => page,
             Err(error) => return self.end("Scan", began, Err(error), ""),
         };
-        let mut counted = CountedScan { metrics: self.metrics.clone(), clock: self.clock.clone(), began, code: Code::Cancelled };
+        let mut counted = CountedScan {
+            metrics: self.metrics.clone(),
+            clock: self.clock.clone(),
+            began,
+            code: Code::Cancelled,
+        };
         let ending = stream::once(async { None });
         let messages = page.map(Some).chain(ending).filter_map(move |message| {
             let message = match message {
@@ -121,7 +181,8 @@ impl CacheService for CacheServer {
     }
 }
 
-/// Counts a page when its stream is gone: sent whole, broken off by an error of ours, or by a caller that went away.
+/// Counts a page when its stream is gone: sent whole, broken off by an error of ours, or by a
+/// caller that went away.
 struct CountedScan {
     metrics: Arc<Metrics>,
     clock: Clock,
@@ -140,7 +201,12 @@ impl CountedScan {
 impl Drop for CountedScan {
     fn drop(&mut self) {
         let state = if self.code == Code::Ok { "" } else { "ERROR" };
-        self.metrics.request("Scan", state, self.code, self.clock.monotonic().saturating_sub(self.began));
+        self.metrics.request(
+            "Scan",
+            state,
+            self.code,
+            self.clock.monotonic().saturating_sub(self.began),
+        );
     }
 }
 

@@ -13,8 +13,16 @@ use super::{CodecTold, deadline_of};
 use crate::{error::Error, metrics::Metrics};
 
 /// What the client listener serves of the cluster.
-pub fn cluster_service(replicas: Arc<Replicas>, metrics: Arc<Metrics>, clock: Clock) -> CodecTold<ClusterServiceServer<ClusterServer>> {
-    CodecTold(ClusterServiceServer::new(ClusterServer { replicas, metrics, clock }))
+pub fn cluster_service(
+    replicas: Arc<Replicas>,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+) -> CodecTold<ClusterServiceServer<ClusterServer>> {
+    CodecTold(ClusterServiceServer::new(ClusterServer {
+        replicas,
+        metrics,
+        clock,
+    }))
 }
 
 pub struct ClusterServer {
@@ -24,7 +32,8 @@ pub struct ClusterServer {
 }
 
 impl ClusterServer {
-    /// Runs a change until its caller stops waiting; what it came to by then nobody knows, and repeating it is safe.
+    /// Runs a change until its caller stops waiting; what it came to by then nobody knows, and
+    /// repeating it is safe.
     async fn change<T>(
         &self,
         method: &'static str,
@@ -36,7 +45,12 @@ impl ClusterServer {
         let result = ended.unwrap_or_else(|_| Err(Error::deadline().maybe_applied()));
         let code = result.as_ref().err().map_or(Code::Ok, Error::code);
         let state = if result.is_ok() { "" } else { "ERROR" };
-        self.metrics.request(method, state, code, self.clock.monotonic().saturating_sub(began));
+        self.metrics.request(
+            method,
+            state,
+            code,
+            self.clock.monotonic().saturating_sub(began),
+        );
         result.map_err(|error| self.sent_to_leader(error).into())
     }
 
@@ -44,7 +58,11 @@ impl ClusterServer {
         if error.code() != Code::Unavailable {
             return error;
         }
-        let leader = self.replicas.replica(0).and_then(|first| first.leader()).filter(|leader| !leader.is_self);
+        let leader = self
+            .replicas
+            .replica(0)
+            .and_then(|first| first.leader())
+            .filter(|leader| !leader.is_self);
         let member = leader.and_then(|leader| self.replicas.peers()?.member(leader.id));
         error.with_leader(member.map(|member| member.client_address))
     }
@@ -52,42 +70,82 @@ impl ClusterServer {
 
 #[tonic::async_trait]
 impl ClusterService for ClusterServer {
-    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+    async fn status(
+        &self,
+        _: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
         let began = self.clock.monotonic();
         let status = self.replicas.status().await;
-        self.metrics.request("Status", "", Code::Ok, self.clock.monotonic().saturating_sub(began));
+        self.metrics.request(
+            "Status",
+            "",
+            Code::Ok,
+            self.clock.monotonic().saturating_sub(began),
+        );
         Ok(Response::new(status))
     }
 
-    async fn add_member(&self, request: Request<v1::AddMemberRequest>) -> Result<Response<v1::AddMemberResponse>, Status> {
+    async fn add_member(
+        &self,
+        request: Request<v1::AddMemberRequest>,
+    ) -> Result<Response<v1::AddMemberResponse>, Status> {
         let timeout = deadline_of(&request, &self.clock);
         let v1::AddMemberRequest { name, peer_address } = request.into_inner();
         let id = self.change("AddMember", timeout, async {
-            let (name, peer_address) = (named("name", &name)?, named("peer_address", &peer_address)?);
-            self.replicas.add_member(name, peer_address).await.map_err(failed)
+            let (name, peer_address) =
+                (named("name", &name)?, named("peer_address", &peer_address)?);
+            self.replicas
+                .add_member(name, peer_address)
+                .await
+                .map_err(failed)
         });
         Ok(Response::new(v1::AddMemberResponse { id: id.await? }))
     }
 
-    async fn promote(&self, request: Request<v1::PromoteRequest>) -> Result<Response<v1::PromoteResponse>, Status> {
+    async fn promote(
+        &self,
+        request: Request<v1::PromoteRequest>,
+    ) -> Result<Response<v1::PromoteResponse>, Status> {
         let timeout = deadline_of(&request, &self.clock);
         let v1::PromoteRequest { name } = request.into_inner();
-        self.change("Promote", timeout, async { self.replicas.promote(named("name", &name)?).await.map_err(failed) }).await?;
+        self.change("Promote", timeout, async {
+            self.replicas
+                .promote(named("name", &name)?)
+                .await
+                .map_err(failed)
+        })
+        .await?;
         Ok(Response::new(v1::PromoteResponse {}))
     }
 
-    async fn remove(&self, request: Request<v1::RemoveRequest>) -> Result<Response<v1::RemoveResponse>, Status> {
+    async fn remove(
+        &self,
+        request: Request<v1::RemoveRequest>,
+    ) -> Result<Response<v1::RemoveResponse>, Status> {
         let timeout = deadline_of(&request, &self.clock);
         let v1::RemoveRequest { name } = request.into_inner();
-        self.change("Remove", timeout, async { self.replicas.remove(named("name", &name)?).await.map_err(failed) }).await?;
+        self.change("Remove", timeout, async {
+            self.replicas
+                .remove(named("name", &name)?)
+                .await
+                .map_err(failed)
+        })
+        .await?;
         Ok(Response::new(v1::RemoveResponse {}))
     }
 
-    async fn transfer_leader(&self, request: Request<v1::TransferLeaderRequest>) -> Result<Response<v1::TransferLeaderResponse>, Status> {
+    async fn transfer_leader(
+        &self,
+        request: Request<v1::TransferLeaderRequest>,
+    ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
         let timeout = deadline_of(&request, &self.clock);
         let v1::TransferLeaderRequest { to } = request.into_inner();
-        let leader = self.change("TransferLeader", timeout, async { self.replicas.transfer_leader(&to).await.map_err(failed) });
-        Ok(Response::new(v1::TransferLeaderResponse { leader: leader.await? }))
+        let leader = self.change("TransferLeader", timeout, async {
+            self.replicas.transfer_leader(&to).await.map_err(failed)
+        });
+        Ok(Response::new(v1::TransferLeaderResponse {
+            leader: leader.await?,
+        }))
     }
 }
 
@@ -98,7 +156,8 @@ fn named<'a>(field: &'static str, text: &'a str) -> Result<&'a str, Error> {
     }
 }
 
-/// A change goes through several steps; only one that could not begin is certain to have done nothing.
+/// A change goes through several steps; only one that could not begin is certain to have done
+/// nothing.
 fn failed(error: ChangeError) -> Error {
     let error = match error {
         ChangeError::Write(error) => return error.into(),

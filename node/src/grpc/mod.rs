@@ -1,4 +1,5 @@
-//! The gRPC door: proto to rules and back, nothing more. The rules are in `cache`, the table of errors in `error`.
+//! The gRPC door: proto to rules and back, nothing more. The rules are in `cache`, the table of
+//! errors in `error`.
 
 mod cache;
 mod cluster;
@@ -20,7 +21,8 @@ pub use self::{
     codec::CodecTold,
 };
 
-/// How long a request may take here: until the deadline that the layers gave it, else by what its caller says.
+/// How long a request may take here: until the deadline that the layers gave it, else by what its
+/// caller says.
 pub fn deadline_of<T>(request: &Request<T>, clock: &Clock) -> Duration {
     match request.extensions().get::<Deadline>() {
         Some(deadline) => deadline.left(clock),

@@ -5,11 +5,12 @@
 //! |------------------------------|-----------|---------|
 //!                                | reserve/2 | reserve/2
 //! ```
-//! A handler's deadline is a little before the caller's, so that its answer, which knows what was applied, still arrives.
-//! If it does not come, the layer answers, which can only say that it does not know. Both are before the caller's own end.
+//! A handler's deadline is a little before the caller's, so that its answer, which knows what was
+//! applied, still arrives. If it does not come, the layer answers, which can only say that it does
+//! not know. Both are before the caller's own end.
 //!
-//! The time counts until the answer begins. A stream ends at the deadline by its handler's hand: ending it from outside
-//! would cut a page in two.
+//! The time counts until the answer begins. A stream ends at the deadline by its handler's hand:
+//! ending it from outside would cut a page in two.
 
 use std::{
     collections::HashMap,
@@ -32,7 +33,8 @@ const RESERVE_MAX: Duration = Duration::from_millis(50);
 /// Nothing that is asked of us takes longer than the longest fetch.
 const TIMEOUT_MAX: Duration = FETCH_TIMEOUT_MAX;
 
-/// When the handler has to have answered, as monotonic time of the node's clock. In the extensions of every request.
+/// When the handler has to have answered, as monotonic time of the node's clock. In the extensions
+/// of every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadline {
     pub at: Duration,
@@ -52,7 +54,9 @@ pub struct Timed<S> {
 impl Deadline {
     /// For work that no request asked for, and for tests.
     pub fn after(clock: &Clock, timeout: Duration) -> Self {
-        Self { at: clock.monotonic() + timeout }
+        Self {
+            at: clock.monotonic() + timeout,
+        }
     }
 
     /// What is left; zero once it has passed.
@@ -71,7 +75,10 @@ impl<S> Layer<S> for DeadlineLayer {
     type Service = Timed<S>;
 
     fn layer(&self, inner: S) -> Timed<S> {
-        Timed { inner, clock: self.clock.clone() }
+        Timed {
+            inner,
+            clock: self.clock.clone(),
+        }
     }
 }
 
@@ -91,7 +98,9 @@ where
         let timeout = timeout_of(&request);
         let reserve = (timeout / RESERVE_SHARE).min(RESERVE_MAX);
         let is_mutation = is_mutation(request.uri().path());
-        request.extensions_mut().insert(Deadline::after(&self.clock, timeout - reserve));
+        request
+            .extensions_mut()
+            .insert(Deadline::after(&self.clock, timeout - reserve));
         let answer = self.inner.call(request);
         Box::pin(async move {
             match tokio::time::timeout(timeout - reserve / 2, answer).await {
@@ -113,8 +122,10 @@ fn named_timeout(request: &Request) -> Option<Duration> {
 }
 
 fn passed(is_mutation: bool) -> Status {
-    let applied: HashMap<String, String> =
-        is_mutation.then(|| (reason::APPLIED.into(), reason::APPLIED_UNKNOWN.into())).into_iter().collect();
+    let applied: HashMap<String, String> = is_mutation
+        .then(|| (reason::APPLIED.into(), reason::APPLIED_UNKNOWN.into()))
+        .into_iter()
+        .collect();
     let details = ErrorDetails::with_error_info(reason::DEADLINE, reason::DOMAIN, applied);
     Status::with_error_details(Code::DeadlineExceeded, "the deadline passed", details)
 }
@@ -130,7 +141,9 @@ mod tests {
 
     fn request(path: &str, timeout: Option<&str>) -> Request {
         let request = http::Request::builder().uri(path);
-        let request = timeout.into_iter().fold(request, |request, timeout| request.header("grpc-timeout", timeout));
+        let request = timeout.into_iter().fold(request, |request, timeout| {
+            request.header("grpc-timeout", timeout)
+        });
         request.body(Body::empty()).unwrap()
     }
 
@@ -143,8 +156,13 @@ mod tests {
             response.extensions_mut().insert(deadline);
             Ok::<_, Infallible>(response)
         });
-        let stack = ServiceBuilder::new().layer(DeadlineLayer::new(clock)).service(handler);
-        let response = stack.oneshot(request("/holdfast.v1.CacheService/Get", timeout)).await.unwrap();
+        let stack = ServiceBuilder::new()
+            .layer(DeadlineLayer::new(clock))
+            .service(handler);
+        let response = stack
+            .oneshot(request("/holdfast.v1.CacheService/Get", timeout))
+            .await
+            .unwrap();
         response.extensions().get::<Deadline>().unwrap().at - before
     }
 
@@ -161,13 +179,24 @@ mod tests {
     #[tokio::test]
     async fn a_handler_that_does_not_answer_is_answered_for() {
         let never = service_fn(|_: Request| std::future::pending::<Result<Response, Infallible>>());
-        for (path, applied) in [("/holdfast.v1.CacheService/Set", Some("unknown")), ("/holdfast.v1.CacheService/Get", None)] {
-            let stack = ServiceBuilder::new().layer(DeadlineLayer::new(Clock::system())).service(never);
+        for (path, applied) in [
+            ("/holdfast.v1.CacheService/Set", Some("unknown")),
+            ("/holdfast.v1.CacheService/Get", None),
+        ] {
+            let stack = ServiceBuilder::new()
+                .layer(DeadlineLayer::new(Clock::system()))
+                .service(never);
             let response = stack.oneshot(request(path, Some("50m"))).await.unwrap();
             let status = Status::from_header_map(response.headers()).unwrap();
             assert_eq!(status.code(), Code::DeadlineExceeded);
             let info = status.get_details_error_info().unwrap();
-            assert_eq!((info.reason.as_str(), info.metadata.get("applied").map(String::as_str)), (reason::DEADLINE, applied));
+            assert_eq!(
+                (
+                    info.reason.as_str(),
+                    info.metadata.get("applied").map(String::as_str)
+                ),
+                (reason::DEADLINE, applied)
+            );
         }
     }
 }

@@ -1,12 +1,14 @@
-//! Refuses requests while too many, or too many bytes of them, are in flight. A refusal is at once and cheap, and says that
-//! nothing was applied and when to come again.
+//! Refuses requests while too many, or too many bytes of them, are in flight. A refusal is at once
+//! and cheap, and says that nothing was applied and when to come again.
 //!
-//! A request is in flight until the last byte of its answer is taken; its bytes are counted as they arrive, because gRPC
-//! does not announce them. Probes and operators have a small lane of their own, so that an overloaded node can be looked at;
-//! streams without an end have another, so that they leave room in it.
+//! A request is in flight until the last byte of its answer is taken; its bytes are counted as they
+//! arrive, because gRPC does not announce them. Probes and operators have a small lane of their
+//! own, so that an overloaded node can be looked at; streams without an end have another, so that
+//! they leave room in it.
 //!
-//! Who does not take its answer, long after its deadline, does not keep others out: its connection is ended when its place is
-//! needed. Nothing less would do, since without an HTTP/2 window nobody looks at the answer again.
+//! Who does not take its answer, long after its deadline, does not keep others out: its connection
+//! is ended when its place is needed. Nothing less would do, since without an HTTP/2 window nobody
+//! looks at the answer again.
 
 use std::{
     collections::HashMap,
@@ -118,20 +120,42 @@ struct Held {
 impl Default for Limits {
     /// As many endless streams as connections: a caller watches once.
     fn default() -> Self {
-        Self { requests: 4096, bytes: 256 << 20, reserved: 64, endless: 10_000 }
+        Self {
+            requests: 4096,
+            bytes: 256 << 20,
+            reserved: 64,
+            endless: 10_000,
+        }
     }
 }
 
 impl Load {
     pub fn new(limits: Limits, clock: Clock) -> Arc<Self> {
-        let lane = |limit| Lane { limit, places: Mutex::default() };
-        let (requests, reserved, endless) = (lane(limits.requests), lane(limits.reserved), lane(limits.endless));
-        Arc::new(Self { clock, bytes_max: limits.bytes, bytes: AtomicUsize::new(0), requests, reserved, endless })
+        let lane = |limit| Lane {
+            limit,
+            places: Mutex::default(),
+        };
+        let (requests, reserved, endless) = (
+            lane(limits.requests),
+            lane(limits.reserved),
+            lane(limits.endless),
+        );
+        Arc::new(Self {
+            clock,
+            bytes_max: limits.bytes,
+            bytes: AtomicUsize::new(0),
+            requests,
+            reserved,
+            endless,
+        })
     }
 
     /// Requests in flight.
     pub fn requests(&self) -> usize {
-        [&self.requests, &self.reserved, &self.endless].iter().map(|lane| lane.places.lock().taken.len()).sum()
+        [&self.requests, &self.reserved, &self.endless]
+            .iter()
+            .map(|lane| lane.places.lock().taken.len())
+            .sum()
     }
 
     /// Bytes of requests in flight.
@@ -153,9 +177,24 @@ impl Load {
             return None;
         }
         let now = self.clock.monotonic();
-        let until = if kind == Kind::Endless { Duration::MAX } else { now + timeout_of(request) + TAKING_MAX };
-        let place = self.lane(kind).take(now, Place { until, caller: request.extensions().get().cloned() })?;
-        Some(Arc::new(Admitted { load: self.clone(), kind, place, bytes: AtomicUsize::new(0) }))
+        let until = if kind == Kind::Endless {
+            Duration::MAX
+        } else {
+            now + timeout_of(request) + TAKING_MAX
+        };
+        let place = self.lane(kind).take(
+            now,
+            Place {
+                until,
+                caller: request.extensions().get().cloned(),
+            },
+        )?;
+        Some(Arc::new(Admitted {
+            load: self.clone(),
+            kind,
+            place,
+            bytes: AtomicUsize::new(0),
+        }))
     }
 }
 
@@ -201,7 +240,12 @@ impl Places {
                 caller.end();
             }
         }
-        self.soonest = self.taken.values().map(|place| place.until).min().unwrap_or(Duration::MAX);
+        self.soonest = self
+            .taken
+            .values()
+            .map(|place| place.until)
+            .min()
+            .unwrap_or(Duration::MAX);
     }
 }
 
@@ -225,8 +269,15 @@ impl Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.load.bytes.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
-        self.load.lane(self.kind).places.lock().taken.remove(&self.place);
+        self.load
+            .bytes
+            .fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
+        self.load
+            .lane(self.kind)
+            .places
+            .lock()
+            .taken
+            .remove(&self.place);
     }
 }
 
@@ -240,7 +291,10 @@ impl<S> Layer<S> for LoadLayer {
     type Service = Limited<S>;
 
     fn layer(&self, inner: S) -> Limited<S> {
-        Limited { inner, load: self.load.clone() }
+        Limited {
+            inner,
+            load: self.load.clone(),
+        }
     }
 }
 
@@ -260,13 +314,31 @@ where
     fn call(&mut self, request: Request) -> Self::Future {
         let is_mutation = is_mutation(request.uri().path());
         let Some(admitted) = self.load.admit(&request) else {
-            return Box::pin(std::future::ready(Ok(overloaded("too many requests are in flight", is_mutation).into_http())));
+            return Box::pin(std::future::ready(Ok(overloaded(
+                "too many requests are in flight",
+                is_mutation,
+            )
+            .into_http())));
         };
         let held = admitted.clone();
-        let answer = self.inner.call(request.map(|body| Body::new(Held { body, admitted, counts: true, is_mutation })));
+        let answer = self.inner.call(request.map(|body| {
+            Body::new(Held {
+                body,
+                admitted,
+                counts: true,
+                is_mutation,
+            })
+        }));
         Box::pin(async move {
             let answer = answer.await?;
-            Ok(answer.map(|body| Body::new(Held { body, admitted: held, counts: false, is_mutation })))
+            Ok(answer.map(|body| {
+                Body::new(Held {
+                    body,
+                    admitted: held,
+                    counts: false,
+                    is_mutation,
+                })
+            }))
         })
     }
 }
@@ -275,14 +347,20 @@ impl http_body::Body for Held {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let polled = Pin::new(&mut self.body).poll_frame(context);
         if let Poll::Ready(Some(Ok(frame))) = &polled
             && self.counts
             && let Some(data) = frame.data_ref()
             && !self.admitted.take(data.len())
         {
-            return Poll::Ready(Some(Err(overloaded("the requests in flight are too large together", self.is_mutation))));
+            return Poll::Ready(Some(Err(overloaded(
+                "the requests in flight are too large together",
+                self.is_mutation,
+            ))));
         }
         polled
     }
@@ -298,12 +376,19 @@ impl http_body::Body for Held {
 
 /// Adds if the sum stays within the limit.
 fn take(count: &AtomicUsize, more: usize, limit: usize) -> bool {
-    count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| now.checked_add(more).filter(|sum| *sum <= limit)).is_ok()
+    count
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+            now.checked_add(more).filter(|sum| *sum <= limit)
+        })
+        .is_ok()
 }
 
 /// A request that is refused here has reached no handler.
 fn overloaded(message: &str, is_mutation: bool) -> Status {
-    let applied: HashMap<String, String> = is_mutation.then(|| (reason::APPLIED.into(), reason::APPLIED_NO.into())).into_iter().collect();
+    let applied: HashMap<String, String> = is_mutation
+        .then(|| (reason::APPLIED.into(), reason::APPLIED_NO.into()))
+        .into_iter()
+        .collect();
     let mut details = ErrorDetails::with_error_info(reason::OVERLOADED, reason::DOMAIN, applied);
     details.set_retry_info(Some(RETRY_AFTER));
     Status::with_error_details(Code::ResourceExhausted, message, details)
@@ -326,7 +411,10 @@ mod tests {
     const STATUS: &str = "/holdfast.v1.ClusterService/Status";
 
     fn request(path: &str, bytes: usize) -> Request {
-        http::Request::builder().uri(path).body(Body::new(Full::new(Bytes::from(vec![0; bytes])))).unwrap()
+        http::Request::builder()
+            .uri(path)
+            .body(Body::new(Full::new(Bytes::from(vec![0; bytes]))))
+            .unwrap()
     }
 
     /// Reads the request and answers, or passes the body's error on as tonic's handlers do.
@@ -343,17 +431,37 @@ mod tests {
 
     #[tokio::test]
     async fn requests_beyond_the_limit_are_refused_at_once_until_one_ends() {
-        let load = Load::new(Limits { requests: 1, bytes: 1024, reserved: 1, endless: 1 }, Clock::system());
-        let stack = ServiceBuilder::new().layer(LoadLayer::new(load.clone())).service(service_fn(echo));
+        let load = Load::new(
+            Limits {
+                requests: 1,
+                bytes: 1024,
+                reserved: 1,
+                endless: 1,
+            },
+            Clock::system(),
+        );
+        let stack = ServiceBuilder::new()
+            .layer(LoadLayer::new(load.clone()))
+            .service(service_fn(echo));
         let first = stack.clone().oneshot(request(GET, 10)).await.unwrap();
         assert!(refusal(&first).is_none());
-        assert_eq!((load.requests(), load.bytes()), (1, 10), "an answer that nobody has read yet is in flight");
+        assert_eq!(
+            (load.requests(), load.bytes()),
+            (1, 10),
+            "an answer that nobody has read yet is in flight"
+        );
 
         let refused = refusal(&stack.clone().oneshot(request(SET, 10)).await.unwrap()).unwrap();
         assert_eq!(refused.code(), Code::ResourceExhausted);
         let info = refused.get_details_error_info().unwrap();
-        assert_eq!((info.reason.as_str(), info.metadata["applied"].as_str()), (reason::OVERLOADED, "no"));
-        assert_eq!(refused.get_details_retry_info().unwrap().retry_delay, Some(RETRY_AFTER));
+        assert_eq!(
+            (info.reason.as_str(), info.metadata["applied"].as_str()),
+            (reason::OVERLOADED, "no")
+        );
+        assert_eq!(
+            refused.get_details_retry_info().unwrap().retry_delay,
+            Some(RETRY_AFTER)
+        );
 
         drop(first);
         assert_eq!((load.requests(), load.bytes()), (0, 0));
@@ -362,12 +470,25 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_beyond_the_limit_are_refused_while_they_arrive() {
-        let load = Load::new(Limits { requests: 10, bytes: 1024, reserved: 1, endless: 1 }, Clock::system());
-        let stack = ServiceBuilder::new().layer(LoadLayer::new(load.clone())).service(service_fn(echo));
+        let load = Load::new(
+            Limits {
+                requests: 10,
+                bytes: 1024,
+                reserved: 1,
+                endless: 1,
+            },
+            Clock::system(),
+        );
+        let stack = ServiceBuilder::new()
+            .layer(LoadLayer::new(load.clone()))
+            .service(service_fn(echo));
         let _first = stack.clone().oneshot(request(SET, 1000)).await.unwrap();
         let second = stack.clone().oneshot(request(SET, 25)).await.unwrap();
         let status = refusal(&second).unwrap();
-        assert_eq!(status.get_details_error_info().unwrap().reason, reason::OVERLOADED);
+        assert_eq!(
+            status.get_details_error_info().unwrap().reason,
+            reason::OVERLOADED
+        );
         drop(second);
         assert!(refusal(&stack.oneshot(request(SET, 24)).await.unwrap()).is_none());
         assert_eq!(load.bytes(), 1000);
@@ -375,20 +496,43 @@ mod tests {
 
     #[tokio::test]
     async fn an_overloaded_node_can_be_looked_at() {
-        let load = Load::new(Limits { requests: 1, bytes: 1, reserved: 1, endless: 1 }, Clock::system());
-        let stack = ServiceBuilder::new().layer(LoadLayer::new(load)).service(service_fn(echo));
+        let load = Load::new(
+            Limits {
+                requests: 1,
+                bytes: 1,
+                reserved: 1,
+                endless: 1,
+            },
+            Clock::system(),
+        );
+        let stack = ServiceBuilder::new()
+            .layer(LoadLayer::new(load))
+            .service(service_fn(echo));
         let _held = stack.clone().oneshot(request(GET, 1)).await.unwrap();
         assert!(refusal(&stack.clone().oneshot(request(GET, 1)).await.unwrap()).is_some());
         let _looked = stack.clone().oneshot(request(STATUS, 5)).await.unwrap();
         assert!(refusal(&_looked).is_none());
-        assert!(refusal(&stack.oneshot(request(STATUS, 5)).await.unwrap()).is_some(), "the lane is bounded too");
+        assert!(
+            refusal(&stack.oneshot(request(STATUS, 5)).await.unwrap()).is_some(),
+            "the lane is bounded too"
+        );
     }
 
     #[tokio::test]
     async fn what_is_given_up_takes_no_room() {
-        let load = Load::new(Limits { requests: 1, bytes: 1024, reserved: 1, endless: 1 }, Clock::system());
+        let load = Load::new(
+            Limits {
+                requests: 1,
+                bytes: 1024,
+                reserved: 1,
+                endless: 1,
+            },
+            Clock::system(),
+        );
         let never = service_fn(|_: Request| std::future::pending::<Result<Response, Infallible>>());
-        let mut stack = ServiceBuilder::new().layer(LoadLayer::new(load.clone())).service(never);
+        let mut stack = ServiceBuilder::new()
+            .layer(LoadLayer::new(load.clone()))
+            .service(never);
         let call = stack.call(request(GET, 10));
         assert_eq!(load.requests(), 1);
         drop(call);
@@ -397,30 +541,70 @@ mod tests {
 
     #[tokio::test]
     async fn streams_without_an_end_leave_room_for_operators() {
-        let load = Load::new(Limits { requests: 1, bytes: 1024, reserved: 1, endless: 2 }, Clock::system());
-        let stack = ServiceBuilder::new().layer(LoadLayer::new(load.clone())).service(service_fn(echo));
+        let load = Load::new(
+            Limits {
+                requests: 1,
+                bytes: 1024,
+                reserved: 1,
+                endless: 2,
+            },
+            Clock::system(),
+        );
+        let stack = ServiceBuilder::new()
+            .layer(LoadLayer::new(load.clone()))
+            .service(service_fn(echo));
         let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
         let _watched = [
-            stack.clone().oneshot(request("/grpc.health.v1.Health/Watch", 5)).await.unwrap(),
+            stack
+                .clone()
+                .oneshot(request("/grpc.health.v1.Health/Watch", 5))
+                .await
+                .unwrap(),
             stack.clone().oneshot(request(reflection, 5)).await.unwrap(),
         ];
         let looked = stack.clone().oneshot(request(STATUS, 5)).await.unwrap();
         assert!(refusal(&looked).is_none());
-        assert!(refusal(&stack.clone().oneshot(request(reflection, 5)).await.unwrap()).is_some(), "they are bounded too");
-        assert_eq!(load.bytes(), 5, "what a stream said is not in flight as long as the stream");
+        assert!(
+            refusal(&stack.clone().oneshot(request(reflection, 5)).await.unwrap()).is_some(),
+            "they are bounded too"
+        );
+        assert_eq!(
+            load.bytes(),
+            5,
+            "what a stream said is not in flight as long as the stream"
+        );
     }
 
     /// A node's listener with room for one answer, and an answer for every call.
     async fn listening(clock: Clock) -> (String, Serving) {
         let bound = Bound::bind("clients", "127.0.0.1:0".parse().unwrap()).unwrap();
         let address = format!("http://{}", bound.address());
-        let load = Load::new(Limits { requests: 1, bytes: 1024, reserved: 1, endless: 1 }, clock);
+        let load = Load::new(
+            Limits {
+                requests: 1,
+                bytes: 1024,
+                reserved: 1,
+                endless: 1,
+            },
+            clock,
+        );
         let (_, health) = tonic_health::server::health_reporter();
-        let windows = Windows { stream: 1 << 20, connection: 1 << 20 };
-        let router = serve::server(windows).layer(LoadLayer::new(load)).add_service(health);
+        let windows = Windows {
+            stream: 1 << 20,
+            connection: 1 << 20,
+        };
+        let router = serve::server(windows)
+            .layer(LoadLayer::new(load))
+            .add_service(health);
         let listener = bound.open().unwrap();
         let serving = Serving::start(|drain, close| async move {
-            router.serve_with_incoming_shutdown(serve::connections(listener, close), drain.cancelled_owned()).await.unwrap();
+            router
+                .serve_with_incoming_shutdown(
+                    serve::connections(listener, close),
+                    drain.cancelled_owned(),
+                )
+                .await
+                .unwrap();
         });
         (address, serving)
     }
@@ -431,7 +615,11 @@ mod tests {
         let (address, serving) = listening(clock.clone()).await;
         let check = |endpoint: Endpoint| async move {
             let mut client = HealthClient::new(endpoint.connect().await.unwrap());
-            client.check(HealthCheckRequest::default()).await.map(|_| ()).map_err(|status| status.code())
+            client
+                .check(HealthCheckRequest::default())
+                .await
+                .map(|_| ())
+                .map_err(|status| status.code())
         };
         let endpoint = Endpoint::from_shared(address).unwrap();
         let windowless = endpoint.clone().initial_stream_window_size(0);
@@ -449,7 +637,9 @@ mod tests {
         assert_eq!(check(endpoint.clone()).await, Err(Code::ResourceExhausted));
         clock.advance(Duration::from_secs(2));
         assert_eq!(check(endpoint.clone()).await, Ok(()));
-        let ended = tokio::time::timeout(Duration::from_secs(20), never_takes).await.expect("its connection ends");
+        let ended = tokio::time::timeout(Duration::from_secs(20), never_takes)
+            .await
+            .expect("its connection ends");
         assert!(ended.unwrap().is_err());
         serving.stop(Duration::ZERO).await;
     }

@@ -1,5 +1,6 @@
-//! Counts the requests that no handler counts: unknown methods, refusals, deadlines, messages that cannot be read, and those
-//! whose caller went away. Handlers count the rest, because they know the state of what they answered.
+//! Counts the requests that no handler counts: unknown methods, refusals, deadlines, messages that
+//! cannot be read, and those whose caller went away. Handlers count the rest, because they know the
+//! state of what they answered.
 
 use std::{
     sync::Arc,
@@ -46,7 +47,11 @@ impl<S> Layer<S> for MetricsLayer {
     type Service = Counted<S>;
 
     fn layer(&self, inner: S) -> Counted<S> {
-        Counted { inner, metrics: self.metrics.clone(), clock: self.clock.clone() }
+        Counted {
+            inner,
+            metrics: self.metrics.clone(),
+            clock: self.clock.clone(),
+        }
     }
 }
 
@@ -74,10 +79,11 @@ where
         Box::pin(async move {
             let (answer, was_counted) = counting(answer).await;
             pending.is_settled = true;
-            // An answer that is only a header and a status came from no stream: a handler's streams count themselves.
-            let ended = answer
-                .as_ref()
-                .map_or(Some(Code::Internal), |answer| Status::from_header_map(answer.headers()).map(|status| status.code()));
+            // An answer that is only a header and a status came from no stream: a handler's streams
+            // count themselves.
+            let ended = answer.as_ref().map_or(Some(Code::Internal), |answer| {
+                Status::from_header_map(answer.headers()).map(|status| status.code())
+            });
             let is_handlers = pending.path.starts_with("/holdfast.v1.") && ended.is_none();
             if !was_counted && !is_handlers {
                 pending.count(ended.unwrap_or(Code::Ok));
@@ -89,7 +95,12 @@ where
 
 impl Pending {
     fn count(&self, code: Code) {
-        self.metrics.request(&self.path, "", code, self.clock.monotonic().saturating_sub(self.started));
+        self.metrics.request(
+            &self.path,
+            "",
+            code,
+            self.clock.monotonic().saturating_sub(self.started),
+        );
     }
 }
 
@@ -111,7 +122,10 @@ mod tests {
     use super::*;
 
     fn request(path: &str) -> Request {
-        http::Request::builder().uri(path).body(Body::empty()).unwrap()
+        http::Request::builder()
+            .uri(path)
+            .body(Body::empty())
+            .unwrap()
     }
 
     fn layer(metrics: &Arc<Metrics>) -> MetricsLayer {
@@ -121,10 +135,20 @@ mod tests {
     #[tokio::test]
     async fn what_reaches_no_handler_is_counted_and_nothing_twice() {
         let metrics = Arc::new(Metrics::new());
-        let refused = service_fn(|_| async { Ok::<_, Infallible>(Status::unimplemented("").into_http::<Body>()) });
-        let stack = ServiceBuilder::new().layer(layer(&metrics)).service(refused);
-        stack.oneshot(request("/holdfast.v2.CacheService/Guess")).await.unwrap();
-        assert_eq!(metrics.requests_counted("other", "", Code::Unimplemented), 1);
+        let refused = service_fn(|_| async {
+            Ok::<_, Infallible>(Status::unimplemented("").into_http::<Body>())
+        });
+        let stack = ServiceBuilder::new()
+            .layer(layer(&metrics))
+            .service(refused);
+        stack
+            .oneshot(request("/holdfast.v2.CacheService/Guess"))
+            .await
+            .unwrap();
+        assert_eq!(
+            metrics.requests_counted("other", "", Code::Unimplemented),
+            1
+        );
 
         let counter = metrics.clone();
         let handler = service_fn(move |_| {
@@ -135,8 +159,13 @@ mod tests {
             let handler = handler.clone();
             async move { handler.oneshot(request).await }
         });
-        let stack = ServiceBuilder::new().layer(layer(&metrics)).service(handler);
-        stack.oneshot(request("/holdfast.v1.CacheService/Get")).await.unwrap();
+        let stack = ServiceBuilder::new()
+            .layer(layer(&metrics))
+            .service(handler);
+        stack
+            .oneshot(request("/holdfast.v1.CacheService/Get"))
+            .await
+            .unwrap();
         assert_eq!(metrics.requests_counted("Get", "MISS", Code::Ok), 1);
         assert_eq!(metrics.requests_counted("Get", "", Code::Ok), 0);
     }

@@ -1,7 +1,8 @@
 //! The one stack that every client's request goes through, as a list with a reason per layer.
 //!
-//! Promises that a request is traced and counted whatever becomes of it, that no more are taken in than this node can hold,
-//! and that each has a deadline. Must never know what a request asks for: only its path, its headers and its size.
+//! Promises that a request is traced and counted whatever becomes of it, that no more are taken in
+//! than this node can hold, and that each has a deadline. Must never know what a request asks for:
+//! only its path, its headers and its size.
 
 mod deadline;
 mod load;
@@ -26,7 +27,10 @@ type Response = http::Response<tonic::body::Body>;
 type Answer<E> = Pin<Box<dyn Future<Output = Result<Response, E>> + Send>>;
 
 /// All layers, outermost first.
-pub type Layers = Stack<deadline::DeadlineLayer, Stack<load::LoadLayer, Stack<metrics::MetricsLayer, Stack<TraceLayer, Identity>>>>;
+pub type Layers = Stack<
+    deadline::DeadlineLayer,
+    Stack<load::LoadLayer, Stack<metrics::MetricsLayer, Stack<TraceLayer, Identity>>>,
+>;
 
 pub fn stack(metrics: Arc<Metrics>, load: Arc<Load>, clock: Clock) -> Layers {
     tower::ServiceBuilder::new()
@@ -34,9 +38,11 @@ pub fn stack(metrics: Arc<Metrics>, load: Arc<Load>, clock: Clock) -> Layers {
         .layer(TraceLayer::All)
         // Around what refuses and what gives up, so that what never reaches a handler is counted.
         .layer(metrics::MetricsLayer::new(metrics, clock.clone()))
-        // Before anything is read or waits: a refusal must cost next to nothing, or it does not help.
+        // Before anything is read or waits: a refusal must cost next to nothing, or it does not
+        // help.
         .layer(load::LoadLayer::new(load))
-        // Last, so that the handler's time starts when it does, and finds its deadline in the request.
+        // Last, so that the handler's time starts when it does, and finds its deadline in the
+        // request.
         .layer(deadline::DeadlineLayer::new(clock))
         .into_inner()
 }
@@ -48,5 +54,6 @@ fn method(path: &str) -> &str {
 
 /// A call that may change something: only there does it matter whether it was applied.
 fn is_mutation(path: &str) -> bool {
-    path.starts_with("/holdfast.v1.") && !["Get", "BatchGet", "Inspect", "Scan", "Status"].contains(&method(path))
+    path.starts_with("/holdfast.v1.")
+        && !["Get", "BatchGet", "Inspect", "Scan", "Status"].contains(&method(path))
 }

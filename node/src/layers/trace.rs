@@ -29,7 +29,10 @@ impl<S> Layer<S> for TraceLayer {
     type Service = Trace<S>;
 
     fn layer(&self, inner: S) -> Trace<S> {
-        Trace { inner, which: *self }
+        Trace {
+            inner,
+            which: *self,
+        }
     }
 }
 
@@ -44,7 +47,11 @@ impl<S: Service<Request>> Service<Request> for Trace<S> {
 
     fn call(&mut self, request: Request) -> Self::Future {
         let is_traced = request.headers().contains_key(TRACEPARENT);
-        let span = if is_traced || self.which == TraceLayer::All { span(&request) } else { Span::none() };
+        let span = if is_traced || self.which == TraceLayer::All {
+            span(&request)
+        } else {
+            Span::none()
+        };
         let _inside = span.clone().entered();
         self.inner.call(request).instrument(span)
     }
@@ -52,7 +59,12 @@ impl<S: Service<Request>> Service<Request> for Trace<S> {
 
 /// Holds the method's name and nothing of what is asked.
 fn span(request: &Request) -> Span {
-    let span = tracing::info_span!("rpc", method = method(request.uri().path()), otel.kind = "server", rpc.system = "grpc");
+    let span = tracing::info_span!(
+        "rpc",
+        method = method(request.uri().path()),
+        otel.kind = "server",
+        rpc.system = "grpc"
+    );
     if request.headers().contains_key(TRACEPARENT) {
         // Fails where no layer exports spans: then there is no trace to go on with.
         let _ = span.set_parent(telemetry::incoming(request.headers()));
@@ -78,13 +90,21 @@ mod tests {
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test"));
         let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
 
-        let handler = service_fn(|_: Request| async { Ok::<_, Infallible>(telemetry::trace_headers()) });
-        let stack = ServiceBuilder::new().layer(TraceLayer::Traced).service(handler);
+        let handler =
+            service_fn(|_: Request| async { Ok::<_, Infallible>(telemetry::trace_headers()) });
+        let stack = ServiceBuilder::new()
+            .layer(TraceLayer::Traced)
+            .service(handler);
         let mut request = http::Request::new(Body::empty());
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        request.headers_mut().insert("traceparent", parent.parse().unwrap());
+        request
+            .headers_mut()
+            .insert("traceparent", parent.parse().unwrap());
         let passed_on = stack.oneshot(request).await.unwrap();
         let passed_on = passed_on.get("traceparent").unwrap().to_str().unwrap();
-        assert!(passed_on.starts_with("00-0af7651916cd43dd8448eb211c80319c-"), "{passed_on}");
+        assert!(
+            passed_on.starts_with("00-0af7651916cd43dd8448eb211c80319c-"),
+            "{passed_on}"
+        );
     }
 }

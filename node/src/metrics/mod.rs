@@ -1,8 +1,8 @@
 //! What a node counts, for `/metrics`: a method per event, named after what happened.
 //!
-//! Promises that every label has a bounded set of values, whatever clients send, and that counting never blocks for longer
-//! than another thread counts. One per node, with its own registry: many nodes share a test process. Must never know a key,
-//! a value or a credential (P8).
+//! Promises that every label has a bounded set of values, whatever clients send, and that counting
+//! never blocks for longer than another thread counts. One per node, with its own registry: many
+//! nodes share a test process. Must never know a key, a value or a credential (P8).
 
 mod scrape;
 
@@ -26,7 +26,8 @@ pub use self::scrape::Seen;
 /// What a scrape answers with.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The methods that have a label of their own; all others are `other`. Held against the descriptors by a test.
+/// The methods that have a label of their own; all others are `other`. Held against the descriptors
+/// by a test.
 const METHODS: [&str; 14] = [
     "AddMember",
     "BatchGet",
@@ -43,7 +44,15 @@ const METHODS: [&str; 14] = [
     "health",
     "reflection",
 ];
-const STATES: [&str; 7] = ["FRESH", "STALE", "STALE_ON_ERROR", "NEGATIVE", "PLACEHOLDER", "MISS", "ERROR"];
+const STATES: [&str; 7] = [
+    "FRESH",
+    "STALE",
+    "STALE_ON_ERROR",
+    "NEGATIVE",
+    "PLACEHOLDER",
+    "MISS",
+    "ERROR",
+];
 
 /// Of a Get that is answered, as long as nothing makes the others.
 const SERVED_STATES: [&str; 4] = ["FRESH", "STALE", "STALE_ON_ERROR", "MISS"];
@@ -53,12 +62,18 @@ const WAITS: [&str; 5] = ["token", "read_index", "miss", "soft_timeout", "forwar
 const COMMITS: [&str; 4] = ["stored", "fenced", "failed", "unstored"];
 
 /// From a look-up in memory to the longest deadline.
-const REQUEST_SECONDS: [f64; 16] =
-    [0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+const REQUEST_SECONDS: [f64; 16] = [
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0,
+];
 /// From a write cache that lies to a disk that makes the node leave its peers.
-const SYNC_SECONDS: [f64; 13] = [0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.512, 2.0];
+const SYNC_SECONDS: [f64; 13] = [
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.512, 2.0,
+];
 /// From a neighbour to the longest fetch timeout.
-const UPSTREAM_SECONDS: [f64; 13] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 300.0];
+const UPSTREAM_SECONDS: [f64; 13] = [
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 30.0, 300.0,
+];
 
 #[derive(Debug)]
 pub struct Metrics {
@@ -123,7 +138,8 @@ struct ShardLabel {
 struct Buckets(&'static [f64]);
 
 tokio::task_local! {
-    /// Whether the request of this task has been counted, so that what ends early is counted too, and nothing twice.
+    /// Whether the request of this task has been counted, so that what ends early is counted too,
+    /// and nothing twice.
     static COUNTED: Cell<bool>;
 }
 
@@ -151,12 +167,23 @@ impl Metrics {
         metrics
     }
 
-    /// What can be counted is there before it happens, at 0: the first of its kind is a rise too, and an alert sees it.
+    /// What can be counted is there before it happens, at 0: the first of its kind is a rise too,
+    /// and an alert sees it.
     pub(crate) fn begin<'a>(&self, shards: ShardId, upstreams: impl IntoIterator<Item = &'a str>) {
         for method in METHODS {
-            let states: &[&'static str] = if method == "Get" { &SERVED_STATES } else { &[""] };
+            let states: &[&'static str] = if method == "Get" {
+                &SERVED_STATES
+            } else {
+                &[""]
+            };
             for &state in states {
-                self.requests.get_or_create(&RequestLabels { method, state, code: code_name(Code::Ok) }).inc_by(0);
+                self.requests
+                    .get_or_create(&RequestLabels {
+                        method,
+                        state,
+                        code: code_name(Code::Ok),
+                    })
+                    .inc_by(0);
             }
             drop(self.request_duration.get_or_create(&MethodLabel { method }));
         }
@@ -164,31 +191,63 @@ impl Metrics {
             self.reads_waited.get_or_create(&WhyLabel { why }).inc_by(0);
         }
         for outcome in COMMITS {
-            self.commits.get_or_create(&OutcomeLabel { outcome }).inc_by(0);
+            self.commits
+                .get_or_create(&OutcomeLabel { outcome })
+                .inc_by(0);
         }
         for upstream in upstreams {
-            for flights in [&self.flights_started, &self.flights_joined, &self.flights_refused] {
-                flights.get_or_create(&UpstreamLabel::of(upstream)).inc_by(0);
+            for flights in [
+                &self.flights_started,
+                &self.flights_joined,
+                &self.flights_refused,
+            ] {
+                flights
+                    .get_or_create(&UpstreamLabel::of(upstream))
+                    .inc_by(0);
             }
-            self.upstream_calls.get_or_create(&CallLabels { upstream: upstream.into(), code: "200".into() }).inc_by(0);
-            drop(self.upstream_call_duration.get_or_create(&UpstreamLabel::of(upstream)));
+            self.upstream_calls
+                .get_or_create(&CallLabels {
+                    upstream: upstream.into(),
+                    code: "200".into(),
+                })
+                .inc_by(0);
+            drop(
+                self.upstream_call_duration
+                    .get_or_create(&UpstreamLabel::of(upstream)),
+            );
         }
         for shard in 0..shards {
-            let snapshots = [&self.snapshots_sent, &self.snapshot_bytes_sent, &self.snapshots_installed, &self.snapshot_bytes_installed];
+            let snapshots = [
+                &self.snapshots_sent,
+                &self.snapshot_bytes_sent,
+                &self.snapshots_installed,
+                &self.snapshot_bytes_installed,
+            ];
             for counter in snapshots.into_iter().chain([&self.leader_changes]) {
                 counter.get_or_create(&ShardLabel { shard }).inc_by(0);
             }
         }
     }
 
-    /// Once per request, when it has ended. `method` is its last segment or its whole path; `state` is `""` where an answer
-    /// has none, and `ERROR` where a handler had no answer.
+    /// Once per request, when it has ended. `method` is its last segment or its whole path; `state`
+    /// is `""` where an answer has none, and `ERROR` where a handler had no answer.
     pub fn request(&self, method: &str, state: &str, code: Code, took: Duration) {
         let _ = COUNTED.try_with(|counted| counted.set(true));
         let method = known_method(method);
-        let state = STATES.into_iter().find(|known| *known == state).unwrap_or("");
-        self.requests.get_or_create(&RequestLabels { method, state, code: code_name(code) }).inc();
-        self.request_duration.get_or_create(&MethodLabel { method }).observe(took.as_secs_f64());
+        let state = STATES
+            .into_iter()
+            .find(|known| *known == state)
+            .unwrap_or("");
+        self.requests
+            .get_or_create(&RequestLabels {
+                method,
+                state,
+                code: code_name(code),
+            })
+            .inc();
+        self.request_duration
+            .get_or_create(&MethodLabel { method })
+            .observe(took.as_secs_f64());
     }
 
     /// `why` is one of `WAITS`.
@@ -197,22 +256,35 @@ impl Metrics {
     }
 
     pub fn flight_started(&self, upstream: &str) {
-        self.flights_started.get_or_create(&UpstreamLabel::of(upstream)).inc();
+        self.flights_started
+            .get_or_create(&UpstreamLabel::of(upstream))
+            .inc();
     }
 
     pub fn flight_joined(&self, upstream: &str) {
-        self.flights_joined.get_or_create(&UpstreamLabel::of(upstream)).inc();
+        self.flights_joined
+            .get_or_create(&UpstreamLabel::of(upstream))
+            .inc();
     }
 
     pub fn flight_refused(&self, upstream: &str) {
-        self.flights_refused.get_or_create(&UpstreamLabel::of(upstream)).inc();
+        self.flights_refused
+            .get_or_create(&UpstreamLabel::of(upstream))
+            .inc();
     }
 
     /// `code` is the HTTP status, or a failure class in lower case; any other text is `other`.
     pub fn upstream_called(&self, upstream: &str, code: &str, took: Duration) {
         let code = if is_bounded_code(code) { code } else { "other" };
-        self.upstream_calls.get_or_create(&CallLabels { upstream: upstream.into(), code: code.into() }).inc();
-        self.upstream_call_duration.get_or_create(&UpstreamLabel::of(upstream)).observe(took.as_secs_f64());
+        self.upstream_calls
+            .get_or_create(&CallLabels {
+                upstream: upstream.into(),
+                code: code.into(),
+            })
+            .inc();
+        self.upstream_call_duration
+            .get_or_create(&UpstreamLabel::of(upstream))
+            .observe(took.as_secs_f64());
     }
 
     /// What a flight's commit came to: one of `COMMITS`.
@@ -221,30 +293,109 @@ impl Metrics {
     }
 
     #[cfg(test)]
-    pub(crate) fn requests_counted(&self, method: &'static str, state: &'static str, code: Code) -> u64 {
-        self.requests.get_or_create(&RequestLabels { method, state, code: code_name(code) }).get()
+    pub(crate) fn requests_counted(
+        &self,
+        method: &'static str,
+        state: &'static str,
+        code: Code,
+    ) -> u64 {
+        self.requests
+            .get_or_create(&RequestLabels {
+                method,
+                state,
+                code: code_name(code),
+            })
+            .get()
     }
 
     fn register(&mut self) {
         let registry = &mut self.registry;
-        registry.register("requests", "Requests by method, state of the answer and gRPC code", self.requests.clone());
-        registry.register_with_unit("request_duration", "Time of a request", Unit::Seconds, self.request_duration.clone());
-        registry.register("reads_waited", "Reads that waited for more than memory, by why", self.reads_waited.clone());
-        registry.register("flights_started", "Fetches started", self.flights_started.clone());
-        registry.register("flights_joined", "Readers that joined a fetch under way", self.flights_joined.clone());
-        registry.register("flights_refused", "Fetches refused because too many wait", self.flights_refused.clone());
-        registry.register("upstream_calls", "Calls to upstreams by status or failure class", self.upstream_calls.clone());
+        registry.register(
+            "requests",
+            "Requests by method, state of the answer and gRPC code",
+            self.requests.clone(),
+        );
+        registry.register_with_unit(
+            "request_duration",
+            "Time of a request",
+            Unit::Seconds,
+            self.request_duration.clone(),
+        );
+        registry.register(
+            "reads_waited",
+            "Reads that waited for more than memory, by why",
+            self.reads_waited.clone(),
+        );
+        registry.register(
+            "flights_started",
+            "Fetches started",
+            self.flights_started.clone(),
+        );
+        registry.register(
+            "flights_joined",
+            "Readers that joined a fetch under way",
+            self.flights_joined.clone(),
+        );
+        registry.register(
+            "flights_refused",
+            "Fetches refused because too many wait",
+            self.flights_refused.clone(),
+        );
+        registry.register(
+            "upstream_calls",
+            "Calls to upstreams by status or failure class",
+            self.upstream_calls.clone(),
+        );
         let calls = self.upstream_call_duration.clone();
-        registry.register_with_unit("upstream_call_duration", "Time of a call to an upstream", Unit::Seconds, calls);
-        registry.register("commits", "Fetched values by what their commit came to", self.commits.clone());
+        registry.register_with_unit(
+            "upstream_call_duration",
+            "Time of a call to an upstream",
+            Unit::Seconds,
+            calls,
+        );
+        registry.register(
+            "commits",
+            "Fetched values by what their commit came to",
+            self.commits.clone(),
+        );
         let syncs = self.log_sync_duration.clone();
-        registry.register_with_unit("log_sync_duration", "Time of one sync of the log, of however many writes", Unit::Seconds, syncs);
-        registry.register("leader_changes", "Leaders that this node did not follow before", self.leader_changes.clone());
-        registry.register("snapshots_sent", "Snapshots sent to followers", self.snapshots_sent.clone());
-        registry.register("snapshots_installed", "Snapshots installed from a leader", self.snapshots_installed.clone());
-        let (sent, installed) = (self.snapshot_bytes_sent.clone(), self.snapshot_bytes_installed.clone());
-        registry.register_with_unit("snapshot_sent", "Bytes of snapshots sent to followers", Unit::Bytes, sent);
-        registry.register_with_unit("snapshot_installed", "Bytes of snapshots installed from a leader", Unit::Bytes, installed);
+        registry.register_with_unit(
+            "log_sync_duration",
+            "Time of one sync of the log, of however many writes",
+            Unit::Seconds,
+            syncs,
+        );
+        registry.register(
+            "leader_changes",
+            "Leaders that this node did not follow before",
+            self.leader_changes.clone(),
+        );
+        registry.register(
+            "snapshots_sent",
+            "Snapshots sent to followers",
+            self.snapshots_sent.clone(),
+        );
+        registry.register(
+            "snapshots_installed",
+            "Snapshots installed from a leader",
+            self.snapshots_installed.clone(),
+        );
+        let (sent, installed) = (
+            self.snapshot_bytes_sent.clone(),
+            self.snapshot_bytes_installed.clone(),
+        );
+        registry.register_with_unit(
+            "snapshot_sent",
+            "Bytes of snapshots sent to followers",
+            Unit::Bytes,
+            sent,
+        );
+        registry.register_with_unit(
+            "snapshot_installed",
+            "Bytes of snapshots installed from a leader",
+            Unit::Bytes,
+            installed,
+        );
     }
 }
 
@@ -260,17 +411,27 @@ impl Events for Metrics {
     }
 
     fn leader_changed(&self, shard: ShardId) {
-        self.leader_changes.get_or_create(&ShardLabel { shard }).inc();
+        self.leader_changes
+            .get_or_create(&ShardLabel { shard })
+            .inc();
     }
 
     fn snapshot_sent(&self, shard: ShardId, bytes: u64) {
-        self.snapshots_sent.get_or_create(&ShardLabel { shard }).inc();
-        self.snapshot_bytes_sent.get_or_create(&ShardLabel { shard }).inc_by(bytes);
+        self.snapshots_sent
+            .get_or_create(&ShardLabel { shard })
+            .inc();
+        self.snapshot_bytes_sent
+            .get_or_create(&ShardLabel { shard })
+            .inc_by(bytes);
     }
 
     fn snapshot_installed(&self, shard: ShardId, bytes: u64) {
-        self.snapshots_installed.get_or_create(&ShardLabel { shard }).inc();
-        self.snapshot_bytes_installed.get_or_create(&ShardLabel { shard }).inc_by(bytes);
+        self.snapshots_installed
+            .get_or_create(&ShardLabel { shard })
+            .inc();
+        self.snapshot_bytes_installed
+            .get_or_create(&ShardLabel { shard })
+            .inc_by(bytes);
     }
 
     fn outgoing(&self, metadata: &mut MetadataMap) {
@@ -280,7 +441,9 @@ impl Events for Metrics {
 
 impl UpstreamLabel {
     fn of(upstream: &str) -> Self {
-        Self { upstream: upstream.into() }
+        Self {
+            upstream: upstream.into(),
+        }
     }
 }
 
@@ -300,13 +463,22 @@ pub(crate) async fn counting<T>(work: impl Future<Output = T>) -> (T, bool) {
 }
 
 fn known_method(method: &str) -> &'static str {
-    let service = method.trim_start_matches('/').split('/').next().unwrap_or_default();
+    let service = method
+        .trim_start_matches('/')
+        .split('/')
+        .next()
+        .unwrap_or_default();
     let name = match service {
         "grpc.health.v1.Health" => "health",
-        "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => "reflection",
+        "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
+            "reflection"
+        }
         _ => method.rsplit('/').next().unwrap_or_default(),
     };
-    METHODS.into_iter().find(|known| *known == name).unwrap_or("other")
+    METHODS
+        .into_iter()
+        .find(|known| *known == name)
+        .unwrap_or("other")
 }
 
 /// A status or a lower-case word: what no upstream can make many of.
@@ -354,10 +526,21 @@ mod tests {
 
     #[test]
     fn every_public_method_has_its_own_label() {
-        let files = prost_types::FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS).unwrap().file;
-        let public = files.iter().filter(|file| file.package() == "holdfast.v1").flat_map(|file| &file.service);
-        let methods: BTreeSet<&str> = public.flat_map(|service| &service.method).map(|method| method.name()).collect();
-        let known: BTreeSet<&str> = METHODS.into_iter().filter(|method| !["health", "reflection"].contains(method)).collect();
+        let files = prost_types::FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS)
+            .unwrap()
+            .file;
+        let public = files
+            .iter()
+            .filter(|file| file.package() == "holdfast.v1")
+            .flat_map(|file| &file.service);
+        let methods: BTreeSet<&str> = public
+            .flat_map(|service| &service.method)
+            .map(|method| method.name())
+            .collect();
+        let known: BTreeSet<&str> = METHODS
+            .into_iter()
+            .filter(|method| !["health", "reflection"].contains(method))
+            .collect();
         assert_eq!(methods, known);
     }
 
@@ -365,14 +548,33 @@ mod tests {
     fn requests_are_counted_by_method_state_and_code() {
         let metrics = Metrics::new();
         metrics.request("Get", "FRESH", Code::Ok, Duration::from_micros(80));
-        metrics.request("/holdfast.v1.CacheService/Get", "FRESH", Code::Ok, Duration::from_micros(80));
+        metrics.request(
+            "/holdfast.v1.CacheService/Get",
+            "FRESH",
+            Code::Ok,
+            Duration::from_micros(80),
+        );
         metrics.request("/grpc.health.v1.Health/Watch", "", Code::Ok, Duration::ZERO);
         metrics.request("Get", "ERROR", Code::Unavailable, Duration::ZERO);
         let text = text(&metrics);
-        assert!(text.contains(r#"holdfast_requests_total{method="Get",state="FRESH",code="OK"} 2"#), "{text}");
-        assert!(text.contains(r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#), "{text}");
-        assert!(text.contains(r#"holdfast_request_duration_seconds_count{method="Get"} 3"#), "{text}");
-        assert!(text.contains(r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#), "{text}");
+        assert!(
+            text.contains(r#"holdfast_requests_total{method="Get",state="FRESH",code="OK"} 2"#),
+            "{text}"
+        );
+        assert!(
+            text.contains(
+                r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"holdfast_request_duration_seconds_count{method="Get"} 3"#),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#),
+            "{text}"
+        );
     }
 
     #[test]
@@ -394,7 +596,11 @@ mod tests {
         }
         let counters = text.lines().filter(|line| line.ends_with(" counter"));
         for name in counters.filter_map(|line| line.split(' ').nth(2)) {
-            assert!(text.lines().any(|line| line.starts_with(&format!("{name}_total{{"))), "{name} has no series");
+            assert!(
+                text.lines()
+                    .any(|line| line.starts_with(&format!("{name}_total{{"))),
+                "{name} has no series"
+            );
         }
     }
 
@@ -402,12 +608,25 @@ mod tests {
     fn no_client_and_no_upstream_can_make_new_labels() {
         let metrics = Metrics::new();
         for i in 0..100 {
-            metrics.request(&format!("/made.up/Method{i}"), &format!("state{i}"), Code::Unimplemented, Duration::ZERO);
+            metrics.request(
+                &format!("/made.up/Method{i}"),
+                &format!("state{i}"),
+                Code::Unimplemented,
+                Duration::ZERO,
+            );
             metrics.upstream_called("profiles", &format!("code {i}"), Duration::ZERO);
         }
         let text = text(&metrics);
-        assert!(text.contains(r#"holdfast_requests_total{method="other",state="",code="UNIMPLEMENTED"} 100"#), "{text}");
-        assert!(text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="other"} 100"#), "{text}");
+        assert!(
+            text.contains(
+                r#"holdfast_requests_total{method="other",state="",code="UNIMPLEMENTED"} 100"#
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="other"} 100"#),
+            "{text}"
+        );
     }
 
     #[test]
@@ -418,15 +637,25 @@ mod tests {
         metrics.upstream_called("profiles", "200", Duration::from_millis(20));
         metrics.upstream_called("profiles", "connect", Duration::from_millis(20));
         let text = text(&metrics);
-        assert!(text.contains("holdfast_log_sync_duration_seconds_count 1"), "{text}");
-        assert!(text.contains(r#"holdfast_snapshot_sent_bytes_total{shard="2"} 4096"#), "{text}");
-        assert!(text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="200"} 1"#), "{text}");
+        assert!(
+            text.contains("holdfast_log_sync_duration_seconds_count 1"),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"holdfast_snapshot_sent_bytes_total{shard="2"} 4096"#),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="200"} 1"#),
+            "{text}"
+        );
     }
 
     #[tokio::test]
     async fn a_request_knows_whether_it_was_counted() {
         let metrics = Metrics::new();
-        let ((), counted) = counting(async { metrics.request("Get", "", Code::Ok, Duration::ZERO) }).await;
+        let ((), counted) =
+            counting(async { metrics.request("Get", "", Code::Ok, Duration::ZERO) }).await;
         assert!(counted);
         let ((), counted) = counting(async {}).await;
         assert!(!counted);

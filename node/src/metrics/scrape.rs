@@ -1,5 +1,5 @@
-//! One answer of `/metrics`: what was counted, and how the replicas are at this moment. Gauges live for one scrape, so that
-//! a replica, a peer or a leader that is gone leaves nothing behind.
+//! One answer of `/metrics`: what was counted, and how the replicas are at this moment. Gauges live
+//! for one scrape, so that a replica, a peer or a leader that is gone leaves nothing behind.
 
 use std::{fmt, sync::atomic::AtomicU64};
 
@@ -48,15 +48,23 @@ struct Gauges {
 }
 
 impl Metrics {
-    /// Everything, in the text format. Reads sizes from the disk: not on a thread that anybody waits for.
+    /// Everything, in the text format. Reads sizes from the disk: not on a thread that anybody
+    /// waits for.
     pub fn scrape(&self, seen: Seen<'_>) -> Result<String, fmt::Error> {
         let mut registry = Registry::with_prefix("holdfast");
         register_node(&mut registry, seen);
         if let Some(peers) = seen.replicas.peers() {
-            register_peers(&mut registry, &peers, seen.replicas.options().disk_bytes_max);
+            register_peers(
+                &mut registry,
+                &peers,
+                seen.replicas.options().disk_bytes_max,
+            );
         }
         let gauges = Gauges::default();
-        seen.replicas.replicas().iter().for_each(|replica| gauges.read(replica));
+        seen.replicas
+            .replicas()
+            .iter()
+            .for_each(|replica| gauges.read(replica));
         gauges.register(&mut registry);
 
         let mut text = String::new();
@@ -71,63 +79,146 @@ fn register_node(registry: &mut Registry, seen: Seen<'_>) {
     let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
     registry.register("build", "The software that runs", build);
     let insecure = gauge(i64::from(seen.is_insecure));
-    registry.register("insecure", "1 if a listener beyond loopback is open without TLS and auth", insecure);
-    registry.register("ready", "1 if the node can answer reads", gauge(i64::from(seen.is_ready)));
+    registry.register(
+        "insecure",
+        "1 if a listener beyond loopback is open without TLS and auth",
+        insecure,
+    );
+    registry.register(
+        "ready",
+        "1 if the node can answer reads",
+        gauge(i64::from(seen.is_ready)),
+    );
 }
 
 fn register_peers(registry: &mut Registry, peers: &Peers, disk_bytes_max: u64) {
     let permille = u64::from(peers.disk_used_permille());
     let used = gauge(signed(peers.disk_used_bytes()));
-    registry.register_with_unit("disk_used", "Disk that state and log take", Unit::Bytes, used);
-    registry.register("disk_used_permille", "The same in thousandths of storage.max_bytes", gauge(signed(permille)));
-    registry.register_with_unit("disk_limit", "storage.max_bytes", Unit::Bytes, gauge(signed(disk_bytes_max)));
+    registry.register_with_unit(
+        "disk_used",
+        "Disk that state and log take",
+        Unit::Bytes,
+        used,
+    );
+    registry.register(
+        "disk_used_permille",
+        "The same in thousandths of storage.max_bytes",
+        gauge(signed(permille)),
+    );
+    registry.register_with_unit(
+        "disk_limit",
+        "storage.max_bytes",
+        Unit::Bytes,
+        gauge(signed(disk_bytes_max)),
+    );
     let offsets = Family::<PeerLabel, Gauge<f64, AtomicU64>>::default();
     for member in peers.members() {
         if let Some(view) = peers.view(0, member.id) {
             // Exact enough: a millisecond in 285,000 years.
-            offsets.get_or_create(&PeerLabel { peer: member.name }).set(peers.clock_offset_ms(&view) as f64 / 1000.0);
+            offsets
+                .get_or_create(&PeerLabel { peer: member.name })
+                .set(peers.clock_offset_ms(&view) as f64 / 1000.0);
         }
     }
-    registry.register_with_unit("clock_offset", "A peer's wall clock minus this node's", Unit::Seconds, offsets);
+    registry.register_with_unit(
+        "clock_offset",
+        "A peer's wall clock minus this node's",
+        Unit::Seconds,
+        offsets,
+    );
 }
 
 impl Gauges {
     fn read(&self, replica: &Replica) {
-        let shard = ShardLabel { shard: replica.shard() };
+        let shard = ShardLabel {
+            shard: replica.shard(),
+        };
         let applied = replica.applied();
-        self.applied_revision.get_or_create(&shard).set(signed(applied.revision));
-        self.applied_index.get_or_create(&shard).set(signed(applied.index));
+        self.applied_revision
+            .get_or_create(&shard)
+            .set(signed(applied.revision));
+        self.applied_index
+            .get_or_create(&shard)
+            .set(signed(applied.index));
         // Unknown is no number: a replica that hears no leader has no lag to show.
         if let Some(lag) = replica.lag() {
             self.lag.get_or_create(&shard).set(lag.as_secs_f64());
         }
         let leader = replica.leader();
-        self.is_leader.get_or_create(&shard).set(i64::from(leader.is_some_and(|leader| leader.is_self)));
-        self.has_leader.get_or_create(&shard).set(i64::from(leader.is_some()));
+        self.is_leader
+            .get_or_create(&shard)
+            .set(i64::from(leader.is_some_and(|leader| leader.is_self)));
+        self.has_leader
+            .get_or_create(&shard)
+            .set(i64::from(leader.is_some()));
         self.term.get_or_create(&shard).set(signed(replica.term()));
-        self.clock_skewed.get_or_create(&shard).set(i64::from(replica.clock_is_skewed()));
+        self.clock_skewed
+            .get_or_create(&shard)
+            .set(i64::from(replica.clock_is_skewed()));
         let generation = replica.state().generation();
-        self.memory.get_or_create(&shard).set(signed(generation.memory.bytes()));
-        self.memory_entries.get_or_create(&shard).set(signed(generation.memory.entries()));
-        self.memory_evicted.get_or_create(&shard).inc_by(generation.memory.evicted_total());
+        self.memory
+            .get_or_create(&shard)
+            .set(signed(generation.memory.bytes()));
+        self.memory_entries
+            .get_or_create(&shard)
+            .set(signed(generation.memory.entries()));
+        self.memory_evicted
+            .get_or_create(&shard)
+            .inc_by(generation.memory.evicted_total());
         match replica.state().disk_bytes() {
             Ok(bytes) => _ = self.state_disk.get_or_create(&shard).set(signed(bytes)),
-            Err(error) => tracing::warn!(%error, shard = replica.shard(), "measuring the state on disk failed"),
+            Err(error) => {
+                tracing::warn!(%error, shard = replica.shard(), "measuring the state on disk failed")
+            }
         }
     }
 
     fn register(self, registry: &mut Registry) {
-        registry.register("applied_revision", "Revision that this replica has applied", self.applied_revision);
-        registry.register("applied_index", "Index of the log entry that this replica has applied", self.applied_index);
-        registry.register_with_unit("replica_lag", "How far behind the leader this replica may be", Unit::Seconds, self.lag);
-        registry.register("is_leader", "1 if this node leads the shard", self.is_leader);
-        registry.register("has_leader", "1 if there is a leader for this node", self.has_leader);
+        registry.register(
+            "applied_revision",
+            "Revision that this replica has applied",
+            self.applied_revision,
+        );
+        registry.register(
+            "applied_index",
+            "Index of the log entry that this replica has applied",
+            self.applied_index,
+        );
+        registry.register_with_unit(
+            "replica_lag",
+            "How far behind the leader this replica may be",
+            Unit::Seconds,
+            self.lag,
+        );
+        registry.register(
+            "is_leader",
+            "1 if this node leads the shard",
+            self.is_leader,
+        );
+        registry.register(
+            "has_leader",
+            "1 if there is a leader for this node",
+            self.has_leader,
+        );
         registry.register("term", "Term of the shard's log", self.term);
-        registry.register("clock_is_skewed", "1 if this leader's clock is too far from the voters'", self.clock_skewed);
+        registry.register(
+            "clock_is_skewed",
+            "1 if this leader's clock is too far from the voters'",
+            self.clock_skewed,
+        );
         registry.register_with_unit("memory", "Entries in memory", Unit::Bytes, self.memory);
         registry.register("memory_entries", "Entries in memory", self.memory_entries);
-        registry.register("memory_evicted", "Entries evicted from memory, still on disk", self.memory_evicted);
-        registry.register_with_unit("state_disk", "The state of the shard on disk", Unit::Bytes, self.state_disk);
+        registry.register(
+            "memory_evicted",
+            "Entries evicted from memory, still on disk",
+            self.memory_evicted,
+        );
+        registry.register_with_unit(
+            "state_disk",
+            "The state of the shard on disk",
+            Unit::Bytes,
+            self.state_disk,
+        );
     }
 }
 

@@ -4,8 +4,8 @@
 //! start   ports taken ─► storage, replicas ─► refresh, cache ─► ports open, served ─► replicas and refresh run
 //! stop    not ready ─► leadership handed on ─► clients drained, refresh ended meanwhile ─► state flushed ─► peers closed
 //! ```
-//! Promises that a wrong configuration is said before any port opens, and that a stop is bounded. Knows every part; no part
-//! knows it. Nothing here is of the process: many nodes share one.
+//! Promises that a wrong configuration is said before any port opens, and that a stop is bounded.
+//! Knows every part; no part knows it. Nothing here is of the process: many nodes share one.
 
 #[cfg(test)]
 mod tests;
@@ -37,20 +37,28 @@ use crate::{
 };
 
 /// A client's requests are small or one value.
-const CLIENT_WINDOWS: Windows = Windows { stream: 2 << 20, connection: 16 << 20 };
+const CLIENT_WINDOWS: Windows = Windows {
+    stream: 2 << 20,
+    connection: 16 << 20,
+};
 /// The product of a fast link and a far region's round trip.
-const PEER_WINDOWS: Windows = Windows { stream: 16 << 20, connection: 32 << 20 };
+const PEER_WINDOWS: Windows = Windows {
+    stream: 16 << 20,
+    connection: 32 << 20,
+};
 /// Of the file system, unless `storage.max_bytes` says otherwise.
 const DISK_SHARE_PERCENT: u64 = 80;
 
 /// Of the contract, the part that is for peers.
 const PEER_PACKAGE: &str = "holdfast.peer.v1";
 
-/// How long each step of a stop may take; together, with what the process does afterwards, less than the 10 s that a stop is
-/// promised to take: 1.5 + 2 + 0.5 (connections closed) + 3 + 0.5 s here, 1.5 s there.
+/// How long each step of a stop may take; together, with what the process does afterwards, less
+/// than the 10 s that a stop is promised to take: 1.5 + 2 + 0.5 (connections closed) + 3 + 0.5 s
+/// here, 1.5 s there.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(1500);
 const CLIENTS_TIMEOUT: Duration = Duration::from_millis(2000);
-/// So long into the clients' time fetches go on; then who waits for one is told that there is none, while it can be told.
+/// So long into the clients' time fetches go on; then who waits for one is told that there is none,
+/// while it can be told.
 const FETCHES_GO_ON: Duration = Duration::from_millis(1000);
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(500);
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(3000);
@@ -115,29 +123,60 @@ impl Node {
     pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
         let engine = engine(&config)?;
         let upstreams = upstreams(&config)?;
-        if engine == store::Engine::Rocksdb || !matches!(config.places.data_dir, Place::Default(_)) {
+        if engine == store::Engine::Rocksdb || !matches!(config.places.data_dir, Place::Default(_))
+        {
             config.check_data_dir()?;
         }
         let ports = Ports::take(&config)?;
         let addresses = ports.addresses();
 
         let metrics = Arc::new(Metrics::new());
-        metrics.begin(u32::from(config.cluster.shards), config.upstreams.iter().map(|upstream| upstream.name.as_str()));
+        metrics.begin(
+            u32::from(config.cluster.shards),
+            config
+                .upstreams
+                .iter()
+                .map(|upstream| upstream.name.as_str()),
+        );
         let options = options(&config, engine, addresses).map_err(StartError::Storage)?;
-        let stores = Stores::open(engine, &config.node.data_dir, Budget::default()).map_err(StartError::Storage)?;
+        let stores = Stores::open(engine, &config.node.data_dir, Budget::default())
+            .map_err(StartError::Storage)?;
         let opened = Replicas::open(options, stores, clock.clone(), metrics.clone()).await;
         let replicas = opened.map_err(|error| not_opened(&config, error))?;
 
         let policies = Arc::new(config.policies.clone());
-        let refresher = Refresher::new(replicas.clone(), policies.clone(), Arc::new(upstreams), metrics.clone(), clock.clone());
-        let settings = cache::Settings { session_wait: config.reads.session_wait };
-        let cache = Cache::new(replicas.clone(), policies, refresher.clone(), settings, metrics.clone(), clock.clone());
+        let refresher = Refresher::new(
+            replicas.clone(),
+            policies.clone(),
+            Arc::new(upstreams),
+            metrics.clone(),
+            clock.clone(),
+        );
+        let settings = cache::Settings {
+            session_wait: config.reads.session_wait,
+        };
+        let cache = Cache::new(
+            replicas.clone(),
+            policies,
+            refresher.clone(),
+            settings,
+            metrics.clone(),
+            clock.clone(),
+        );
         let reader: Arc<dyn Reader> = cache.clone();
         refresher.set_reader(Arc::downgrade(&reader));
 
         let readiness = Readiness::new(replicas.clone());
         let is_insecure = warn_of_risks(&config, engine);
-        let parts = Parts { replicas, refresher, cache, readiness, metrics, clock, is_insecure };
+        let parts = Parts {
+            replicas,
+            refresher,
+            cache,
+            readiness,
+            metrics,
+            clock,
+            is_insecure,
+        };
         match ports.open() {
             Ok(listeners) => parts.serve(listeners, addresses).await,
             Err(error) => {
@@ -151,7 +190,12 @@ impl Node {
     pub async fn stop(self) {
         let stop = async {
             self.refuse_to_be_ready().await;
-            within(HAND_OVER_TIMEOUT, "handing leadership on", self.replicas.hand_over()).await;
+            within(
+                HAND_OVER_TIMEOUT,
+                "handing leadership on",
+                self.replicas.hand_over(),
+            )
+            .await;
             self.end().await;
         };
         within(STOP_TIMEOUT, "the stop", stop).await;
@@ -179,14 +223,21 @@ impl Node {
         }
         within(CLOSE_TIMEOUT, "flushing the state", self.replicas.close()).await;
         // Streams between peers have no end of their own.
-        tokio::join!(self.peer.stop(Duration::ZERO), self.admin.stop(Duration::ZERO));
+        tokio::join!(
+            self.peer.stop(Duration::ZERO),
+            self.admin.stop(Duration::ZERO)
+        );
         tracing::info!("stopped");
     }
 
     /// Why the node can go on no more; does not return while it can.
     pub async fn failed(&self) -> String {
         let mut membership = self.replicas.membership();
-        match membership.wait_for(|membership| matches!(membership, Membership::Failed(_))).await.as_deref() {
+        match membership
+            .wait_for(|membership| matches!(membership, Membership::Failed(_)))
+            .await
+            .as_deref()
+        {
             Ok(Membership::Failed(why)) => why.clone(),
             Ok(_) | Err(_) => "the replicas are gone".to_owned(),
         }
@@ -218,7 +269,11 @@ impl Node {
 }
 
 impl Parts {
-    async fn serve(self, listeners: [TcpListener; 3], addresses: Addresses) -> Result<Node, StartError> {
+    async fn serve(
+        self,
+        listeners: [TcpListener; 3],
+        addresses: Addresses,
+    ) -> Result<Node, StartError> {
         let [client, peer, admin] = listeners;
         let (health, health_service) = health_reporter();
         ready::tell(&health, false).await;
@@ -229,26 +284,62 @@ impl Parts {
         self.refresher.start();
         tracing::info!(client = %addresses.client, peer = %addresses.peer, admin = %addresses.admin, "listening");
         let health_task = holdfast_raft::task::spawn(self.readiness.clone().report(health.clone()));
-        let Self { replicas, refresher, readiness, metrics, .. } = self;
-        Ok(Node { replicas, refresher, readiness, metrics, health, health_task, client, peer, admin, addresses })
+        let Self {
+            replicas,
+            refresher,
+            readiness,
+            metrics,
+            ..
+        } = self;
+        Ok(Node {
+            replicas,
+            refresher,
+            readiness,
+            metrics,
+            health,
+            health_task,
+            client,
+            peer,
+            admin,
+            addresses,
+        })
     }
 
-    fn serve_clients<H: Health>(&self, listener: TcpListener, health: HealthServer<H>) -> Result<Serving, StartError> {
+    fn serve_clients<H: Health>(
+        &self,
+        listener: TcpListener,
+        health: HealthServer<H>,
+    ) -> Result<Serving, StartError> {
         let described = || {
             tonic_reflection::server::Builder::configure()
                 .register_file_descriptor_set(public_descriptors())
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
-        let stack = layers::stack(self.metrics.clone(), Load::new(Limits::default(), self.clock.clone()), self.clock.clone());
+        let stack = layers::stack(
+            self.metrics.clone(),
+            Load::new(Limits::default(), self.clock.clone()),
+            self.clock.clone(),
+        );
         let router = serve::server(CLIENT_WINDOWS)
             .layer(stack)
-            .add_service(grpc::cache_service(self.cache.clone(), self.metrics.clone(), self.clock.clone()))
-            .add_service(grpc::cluster_service(self.replicas.clone(), self.metrics.clone(), self.clock.clone()))
+            .add_service(grpc::cache_service(
+                self.cache.clone(),
+                self.metrics.clone(),
+                self.clock.clone(),
+            ))
+            .add_service(grpc::cluster_service(
+                self.replicas.clone(),
+                self.metrics.clone(),
+                self.clock.clone(),
+            ))
             .add_service(health)
             .add_service(described().build_v1()?)
             .add_service(described().build_v1alpha()?);
         Ok(Serving::start(|drain, close| async move {
-            let served = router.serve_with_incoming_shutdown(serve::connections(listener, close), drain.cancelled_owned());
+            let served = router.serve_with_incoming_shutdown(
+                serve::connections(listener, close),
+                drain.cancelled_owned(),
+            );
             ended("clients", served.await);
         }))
     }
@@ -260,7 +351,10 @@ impl Parts {
             .add_service(self.replicas.membership_service())
             .add_service(self.refresher.service());
         Serving::start(|drain, close| async move {
-            let served = router.serve_with_incoming_shutdown(serve::connections(listener, close), drain.cancelled_owned());
+            let served = router.serve_with_incoming_shutdown(
+                serve::connections(listener, close),
+                drain.cancelled_owned(),
+            );
             ended("peers", served.await);
         })
     }
@@ -273,7 +367,12 @@ impl Parts {
             is_insecure: self.is_insecure,
         });
         Serving::start(|drain, _| async move {
-            ended("admin", axum::serve(listener, router).with_graceful_shutdown(drain.cancelled_owned()).await);
+            ended(
+                "admin",
+                axum::serve(listener, router)
+                    .with_graceful_shutdown(drain.cancelled_owned())
+                    .await,
+            );
         })
     }
 }
@@ -288,7 +387,11 @@ impl Ports {
     }
 
     fn addresses(&self) -> Addresses {
-        Addresses { client: self.client.address(), peer: self.peer.address(), admin: self.admin.address() }
+        Addresses {
+            client: self.client.address(),
+            peer: self.peer.address(),
+            admin: self.admin.address(),
+        }
     }
 
     /// Clients last: by then everything else answers.
@@ -298,9 +401,11 @@ impl Ports {
     }
 }
 
-/// What clients may ask. What only nodes say to each other is nobody else's to know, and answered on another port.
+/// What clients may ask. What only nodes say to each other is nobody else's to know, and answered
+/// on another port.
 fn public_descriptors() -> FileDescriptorSet {
-    let mut described = FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS).expect("the build wrote the descriptors");
+    let mut described = FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS)
+        .expect("the build wrote the descriptors");
     described.file.retain(|file| file.package() != PEER_PACKAGE);
     described
 }
@@ -308,8 +413,17 @@ fn public_descriptors() -> FileDescriptorSet {
 /// Builds every upstream: what is left of a configuration to be checked.
 pub(crate) fn upstreams(config: &Config) -> Result<Upstreams, ConfigError> {
     let one = |upstream: &crate::config::Upstream| {
-        let http = Http::new(upstream.name.clone(), upstream.http.clone(), config.secrets.clone());
-        http.map(Upstream::Http).map_err(|error| ConfigError::at(upstream.place.clone(), format!("upstream `{}`: {error}", upstream.name)))
+        let http = Http::new(
+            upstream.name.clone(),
+            upstream.http.clone(),
+            config.secrets.clone(),
+        );
+        http.map(Upstream::Http).map_err(|error| {
+            ConfigError::at(
+                upstream.place.clone(),
+                format!("upstream `{}`: {error}", upstream.name),
+            )
+        })
     };
     config.upstreams.iter().map(one).collect()
 }
@@ -319,9 +433,12 @@ fn engine(config: &Config) -> Result<store::Engine, ConfigError> {
     match config.storage.engine {
         Engine::Memory => Ok(store::Engine::Memory),
         Engine::Rocksdb if cfg!(feature = "rocksdb") => Ok(store::Engine::Rocksdb),
-        Engine::Rocksdb if matches!(config.places.engine, Place::Default(_)) => Ok(store::Engine::DEFAULT),
+        Engine::Rocksdb if matches!(config.places.engine, Place::Default(_)) => {
+            Ok(store::Engine::DEFAULT)
+        }
         Engine::Rocksdb => {
-            let reason = "`storage.engine`: this build has no engine `rocksdb`, its cargo feature is off";
+            let reason =
+                "`storage.engine`: this build has no engine `rocksdb`, its cargo feature is off";
             Err(ConfigError::at(config.places.engine.clone(), reason))
         }
     }
@@ -330,7 +447,9 @@ fn engine(config: &Config) -> Result<store::Engine, ConfigError> {
 fn options(config: &Config, engine: store::Engine, addresses: Addresses) -> io::Result<Options> {
     let disk_bytes_max = match (config.storage.max_bytes, engine) {
         (Some(bytes), _) => bytes,
-        (None, store::Engine::Rocksdb) => resources::disk_bytes(&config.node.data_dir)? / 100 * DISK_SHARE_PERCENT,
+        (None, store::Engine::Rocksdb) => {
+            resources::disk_bytes(&config.node.data_dir)? / 100 * DISK_SHARE_PERCENT
+        }
         (None, store::Engine::Memory) => u64::MAX,
     };
     Ok(Options {
@@ -341,23 +460,40 @@ fn options(config: &Config, engine: store::Engine, addresses: Addresses) -> io::
         peer_address: advertised(&config.advertise.peer, addresses.peer),
         client_address: advertised(&config.advertise.client, addresses.client),
         expect: u32::try_from(config.cluster.expect).unwrap_or(u32::MAX),
-        discover: config.cluster.discover.iter().map(Address::to_string).collect(),
+        discover: config
+            .cluster
+            .discover
+            .iter()
+            .map(Address::to_string)
+            .collect(),
         shards: u32::from(config.cluster.shards),
         memory_bytes_max: config.memory.max_bytes.unwrap_or_else(memory_bytes_default),
         disk_bytes_max,
-        log_kept: LogKept { entries: config.storage.log_keep_entries, bytes: config.storage.log_keep_bytes },
+        log_kept: LogKept {
+            entries: config.storage.log_keep_entries,
+            bytes: config.storage.log_keep_bytes,
+        },
     })
 }
 
-/// Half of what there is: the other half is for the engine, for requests in flight and for the system's page cache.
+/// Half of what there is: the other half is for the engine, for requests in flight and for the
+/// system's page cache.
 pub(crate) fn memory_bytes_default() -> u64 {
     resources::memory_bytes() / 2
 }
 
 /// An address made of a listen address that takes any port has the port that it took.
 fn advertised(address: &Address, bound: SocketAddr) -> String {
-    let port = if address.port == 0 { bound.port() } else { address.port };
-    Address { port, ..address.clone() }.to_string()
+    let port = if address.port == 0 {
+        bound.port()
+    } else {
+        address.port
+    };
+    Address {
+        port,
+        ..address.clone()
+    }
+    .to_string()
 }
 
 /// A directory that is not this node's is a mistake of the configuration.
@@ -366,7 +502,9 @@ fn not_opened(config: &Config, error: OpenError) -> StartError {
         OpenError::Identity(error @ IdentityError::OtherName { .. }) => {
             ConfigError::at(config.places.name.clone(), error.to_string()).into()
         }
-        OpenError::Identity(error) => ConfigError::at(config.places.data_dir.clone(), error.to_string()).into(),
+        OpenError::Identity(error) => {
+            ConfigError::at(config.places.data_dir.clone(), error.to_string()).into()
+        }
         OpenError::Storage(error) => StartError::Storage(error),
     }
 }
@@ -383,7 +521,10 @@ fn warn_of_risks(config: &Config, engine: store::Engine) -> bool {
         .map(SocketAddr::to_string)
         .collect();
     if !open.is_empty() {
-        tracing::warn!(listen = open.join(", "), "security.insecure: open beyond loopback without TLS and authentication");
+        tracing::warn!(
+            listen = open.join(", "),
+            "security.insecure: open beyond loopback without TLS and authentication"
+        );
     }
     !open.is_empty()
 }
@@ -396,6 +537,9 @@ fn ended<E: std::fmt::Display>(purpose: &str, served: Result<(), E>) {
 
 async fn within(timeout: Duration, what: &str, step: impl Future<Output = ()>) {
     if tokio::time::timeout(timeout, step).await.is_err() {
-        tracing::warn!("{what} took longer than {} ms and was given up", timeout.as_millis());
+        tracing::warn!(
+            "{what} took longer than {} ms and was given up",
+            timeout.as_millis()
+        );
     }
 }

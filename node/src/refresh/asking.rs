@@ -1,7 +1,8 @@
-//! What this node asked its leader to fetch and got no answer to yet, so that not every reader of a hanging upstream waits
-//! anew.
+//! What this node asked its leader to fetch and got no answer to yet, so that not every reader of a
+//! hanging upstream waits anew.
 //!
-//! Promises bounded memory, and to forget: after a while a reader tries again. Must never know who asked.
+//! Promises bounded memory, and to forget: after a while a reader tries again. Must never know who
+//! asked.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -10,7 +11,8 @@ use parking_lot::Mutex;
 
 /// Keys remembered; of more than these every reader waits for itself.
 const KEYS_MAX: usize = 10_000;
-/// A question without an answer counts for so long. By then the leader has logged the failure, or is gone.
+/// A question without an answer counts for so long. By then the leader has logged the failure, or
+/// is gone.
 const KEPT: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
@@ -54,7 +56,11 @@ impl Asking {
 
     /// Since when the refresh of this value is waited for.
     pub(crate) fn since(&self, key: &Key, version: Revision, now: Duration) -> Option<Duration> {
-        self.asked.lock().get(key).filter(|known| known.version == version && !known.is_over(now)).map(|known| known.at)
+        self.asked
+            .lock()
+            .get(key)
+            .filter(|known| known.version == version && !known.is_over(now))
+            .map(|known| known.at)
     }
 }
 

@@ -4,9 +4,9 @@
 //! index:   overdue when this node began to lead │ due since
 //! read:    once, the read ones over 10 s        │ as their instant comes, each once; the read ones at once
 //! ```
-//! Promises that a key that was read is refreshed at its refresh point, and one that was not costs one look. Rows that are
-//! written behind the cursor are an Invalidate's: the node that took it asks for the refresh. Must never know how a key is
-//! fetched.
+//! Promises that a key that was read is refreshed at its refresh point, and one that was not costs
+//! one look. Rows that are written behind the cursor are an Invalidate's: the node that took it
+//! asks for the refresh. Must never know how a key is fetched.
 
 use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
@@ -59,10 +59,14 @@ impl Cursor {
             *self = Self::at(until.saturating_add(1));
             return false;
         }
-        // Full: rows of the last instant may be missing, so that it is read again. If it was all one instant, more at once.
+        // Full: rows of the last instant may be missing, so that it is read again. If it was all
+        // one instant, more at once.
         *self = match last > self.from {
             true => Self::at(last),
-            false if self.rows < ROWS_MAX => Self { from: last, rows: self.rows * 4 },
+            false if self.rows < ROWS_MAX => Self {
+                from: last,
+                rows: self.rows * 4,
+            },
             false => Self::at(last.saturating_add(1)),
         };
         true
@@ -71,7 +75,14 @@ impl Cursor {
 
 impl Watch {
     fn new(term: u64, now: Millis) -> Self {
-        Self { term, began: now, due: Cursor::at(now), overdue: Some(Cursor::at(0)), spread: Vec::new(), turns: VecDeque::new() }
+        Self {
+            term,
+            began: now,
+            due: Cursor::at(now),
+            overdue: Some(Cursor::at(0)),
+            spread: Vec::new(),
+            turns: VecDeque::new(),
+        }
     }
 
     /// Uniform over what is left of the spread, a key's own in each term.
@@ -102,7 +113,12 @@ impl Refresher {
         }
     }
 
-    async fn look(self: &Arc<Self>, replica: &Arc<Replica>, watch: &mut Watch, now: Millis) -> io::Result<()> {
+    async fn look(
+        self: &Arc<Self>,
+        replica: &Arc<Replica>,
+        watch: &mut Watch,
+        now: Millis,
+    ) -> io::Result<()> {
         // A clock that was set back: what comes due again is looked at again.
         watch.due.from = watch.due.from.min(now.saturating_add(1));
         let mut more = watch.due.from <= now;
@@ -124,7 +140,9 @@ impl Refresher {
 
     /// One part of what was overdue a look, so that what comes due meanwhile is not late.
     async fn look_at_overdue(&self, replica: &Arc<Replica>, watch: &mut Watch) -> io::Result<()> {
-        let Some(mut cursor) = watch.overdue else { return Ok(()) };
+        let Some(mut cursor) = watch.overdue else {
+            return Ok(());
+        };
         cursor.rows = cursor.rows.max(10 * ROWS);
         let until = watch.began.saturating_sub(1);
         let overdue = rows(replica, cursor, until).await?;
@@ -149,9 +167,15 @@ impl Refresher {
     }
 }
 
-async fn rows(replica: &Arc<Replica>, cursor: Cursor, until: Millis) -> io::Result<Vec<(Millis, Key)>> {
+async fn rows(
+    replica: &Arc<Replica>,
+    cursor: Cursor,
+    until: Millis,
+) -> io::Result<Vec<(Millis, Key)>> {
     let replica = replica.clone();
-    holdfast_raft::task::blocking(move || replica.due_for_refresh(cursor.from, until, cursor.rows)).await.map_err(io::Error::other)?
+    holdfast_raft::task::blocking(move || replica.due_for_refresh(cursor.from, until, cursor.rows))
+        .await
+        .map_err(io::Error::other)?
 }
 
 #[cfg(test)]
@@ -165,8 +189,15 @@ mod tests {
         let mut cursor = Cursor::at(0);
         let mut seen = BTreeMap::new();
         for _ in 0..10_000 {
-            let found: Vec<_> = index.iter().filter(|(at, _)| (cursor.from..=until).contains(at)).take(cursor.rows).cloned().collect();
-            found.iter().for_each(|(_, key)| *seen.entry(key.clone()).or_default() += 1);
+            let found: Vec<_> = index
+                .iter()
+                .filter(|(at, _)| (cursor.from..=until).contains(at))
+                .take(cursor.rows)
+                .cloned()
+                .collect();
+            found
+                .iter()
+                .for_each(|(_, key)| *seen.entry(key.clone()).or_default() += 1);
             if !cursor.advance(until, &found) {
                 return (seen, cursor);
             }
@@ -188,7 +219,10 @@ mod tests {
 
     #[test]
     fn rows_of_one_instant_that_do_not_fit_a_look_are_not_lost() {
-        let index: Vec<_> = (0..5_000).map(|n| (7, key(n))).chain([(8, key(5_000))]).collect();
+        let index: Vec<_> = (0..5_000)
+            .map(|n| (7, key(n)))
+            .chain([(8, key(5_000))])
+            .collect();
         let (seen, cursor) = walk(&index, 10);
         assert_eq!(seen.len(), 5_001);
         assert_eq!(cursor, Cursor::at(11));
@@ -200,7 +234,11 @@ mod tests {
         let mut cursor = Cursor::at(0);
         let mut looks = 0;
         for until in (0..200).step_by(10) {
-            let found: Vec<_> = index.iter().filter(|(at, _)| (cursor.from..=until).contains(at)).cloned().collect();
+            let found: Vec<_> = index
+                .iter()
+                .filter(|(at, _)| (cursor.from..=until).contains(at))
+                .cloned()
+                .collect();
             looks += found.len();
             assert!(!cursor.advance(until, &found));
         }
@@ -217,7 +255,13 @@ mod tests {
             seconds[after as usize / 1_000] += 1;
         }
         assert_eq!(seconds[0], 0);
-        assert!(seconds[2..].iter().all(|&n| (900..1_400).contains(&n)), "{seconds:?}");
-        assert_ne!(Watch::new(4, 1_000_000).turn_of(&key(1)), watch.turn_of(&key(1)));
+        assert!(
+            seconds[2..].iter().all(|&n| (900..1_400).contains(&n)),
+            "{seconds:?}"
+        );
+        assert_ne!(
+            Watch::new(4, 1_000_000).turn_of(&key(1)),
+            watch.turn_of(&key(1))
+        );
     }
 }

@@ -4,8 +4,9 @@
 //! with an entry:     1 ─ logged   2 ─ logged   3   4 ─ logged   5 6 7   8 ─ logged …   and at each change of class
 //! without:           here only, for `error_ttl`
 //! ```
-//! Promises that nothing is asked for again before its next attempt, and bounded memory: when full, what may be tried again
-//! soonest is forgotten first. Classes and statuses only, never text. Must never know an upstream or a clock.
+//! Promises that nothing is asked for again before its next attempt, and bounded memory: when full,
+//! what may be tried again soonest is forgotten first. Classes and statuses only, never text. Must
+//! never know an upstream or a clock.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -55,34 +56,56 @@ struct Known {
 
 struct Held {
     failure: Failure,
-    /// Of the value that could not be refreshed, 0 without one: a failure says nothing about another value's refresh.
+    /// Of the value that could not be refreshed, 0 without one: a failure says nothing about
+    /// another value's refresh.
     version: Revision,
 }
 
 impl Default for Failures {
     fn default() -> Self {
-        Self { keys_max: KEYS_MAX, known: Mutex::default() }
+        Self {
+            keys_max: KEYS_MAX,
+            known: Mutex::default(),
+        }
     }
 }
 
 impl Failures {
-    /// Failures of the key in a row so far: what is remembered here or what the log says of the entry, whichever is later. The
-    /// log knows less of the failures of one term, and more once another node has led.
+    /// Failures of the key in a row so far: what is remembered here or what the log says of the
+    /// entry, whichever is later. The log knows less of the failures of one term, and more once
+    /// another node has led.
     pub(crate) fn last(&self, key: &Key, record: Option<&EntryRecord>) -> Option<Failure> {
         let version = record.map_or(0, |record| record.version);
-        let known = self.known.lock().failures.get(key).filter(|held| held.version == version).map(|held| held.failure);
-        let logged = record.and_then(|record| record.failure.as_ref()).map(Failure::from);
-        [logged, known].into_iter().flatten().max_by_key(|failure| failure.at_ms)
+        let known = self
+            .known
+            .lock()
+            .failures
+            .get(key)
+            .filter(|held| held.version == version)
+            .map(|held| held.failure);
+        let logged = record
+            .and_then(|record| record.failure.as_ref())
+            .map(Failure::from);
+        [logged, known]
+            .into_iter()
+            .flatten()
+            .max_by_key(|failure| failure.at_ms)
     }
 
     /// The failure because of which the key is left alone at `now`.
-    pub(crate) fn backoff(&self, key: &Key, record: Option<&EntryRecord>, now: Millis) -> Option<Failure> {
-        self.last(key, record).filter(|failure| now < failure.next_attempt_ms)
+    pub(crate) fn backoff(
+        &self,
+        key: &Key,
+        record: Option<&EntryRecord>,
+        now: Millis,
+    ) -> Option<Failure> {
+        self.last(key, record)
+            .filter(|failure| now < failure.next_attempt_ms)
     }
 
-    /// Counts one more. The next attempt comes after the policy's delay (without an entry after `error_ttl`) and not before
-    /// the upstream's `Retry-After`, of which `retry_cap` is the most that counts: it is the operator's word on how long a key
-    /// may go without being tried.
+    /// Counts one more. The next attempt comes after the policy's delay (without an entry after
+    /// `error_ttl`) and not before the upstream's `Retry-After`, of which `retry_cap` is the most
+    /// that counts: it is the operator's word on how long a key may go without being tried.
     pub(crate) fn note(
         &self,
         key: &Key,
@@ -94,13 +117,37 @@ impl Failures {
     ) -> Noted {
         let before = self.last(key, record);
         let count = before.map_or(0, |before| before.count).saturating_add(1);
-        let delay = if record.is_some() { policy.retry_delay(count, random) } else { policy.error_ttl };
+        let delay = if record.is_some() {
+            policy.retry_delay(count, random)
+        } else {
+            policy.error_ttl
+        };
         let delay = delay.max(failed.retry_after.unwrap_or_default().min(policy.retry_cap));
-        let next_attempt_ms = after(now, Millis::try_from(delay.as_millis()).unwrap_or(Millis::MAX));
-        let failure = Failure { class: failed.class, status: failed.status, count, at_ms: now, next_attempt_ms };
-        self.known.lock().insert(key, Held { failure, version: record.map_or(0, |record| record.version) }, self.keys_max);
-        let is_news = count.is_power_of_two() || before.is_none_or(|before| before.class != failed.class);
-        Noted { failure, is_logged: record.is_some() && is_news }
+        let next_attempt_ms = after(
+            now,
+            Millis::try_from(delay.as_millis()).unwrap_or(Millis::MAX),
+        );
+        let failure = Failure {
+            class: failed.class,
+            status: failed.status,
+            count,
+            at_ms: now,
+            next_attempt_ms,
+        };
+        self.known.lock().insert(
+            key,
+            Held {
+                failure,
+                version: record.map_or(0, |record| record.version),
+            },
+            self.keys_max,
+        );
+        let is_news =
+            count.is_power_of_two() || before.is_none_or(|before| before.class != failed.class);
+        Noted {
+            failure,
+            is_logged: record.is_some() && is_news,
+        }
     }
 
     /// A fetch succeeded.
@@ -129,13 +176,15 @@ impl Known {
         {
             self.failures.remove(&soonest);
         }
-        self.by_next_attempt.insert((held.failure.next_attempt_ms, key.clone()));
+        self.by_next_attempt
+            .insert((held.failure.next_attempt_ms, key.clone()));
         self.failures.insert(key.clone(), held);
     }
 
     fn remove(&mut self, key: &Key) {
         if let Some(held) = self.failures.remove(key) {
-            self.by_next_attempt.remove(&(held.failure.next_attempt_ms, key.clone()));
+            self.by_next_attempt
+                .remove(&(held.failure.next_attempt_ms, key.clone()));
         }
     }
 }
@@ -147,19 +196,34 @@ mod tests {
     use super::*;
     use crate::refresh::testing::policy;
 
-    const REFUSED: FetchFailed = FetchFailed { class: FailureClass::Connect, status: 0, retry_after: None };
+    const REFUSED: FetchFailed = FetchFailed {
+        class: FailureClass::Connect,
+        status: 0,
+        retry_after: None,
+    };
 
     fn key(n: usize) -> Key {
         Key::new(format!("k{n}")).unwrap()
     }
 
     fn status(status: u32, retry_after: Option<u64>) -> FetchFailed {
-        FetchFailed { class: FailureClass::Status, status, retry_after: retry_after.map(Duration::from_secs) }
+        FetchFailed {
+            class: FailureClass::Status,
+            status,
+            retry_after: retry_after.map(Duration::from_secs),
+        }
     }
 
     #[test]
     fn a_failure_is_logged_on_the_first_on_each_doubling_and_on_a_change_of_class() {
-        let (failures, policy, record) = (Failures::default(), policy(), EntryRecord { version: 7, ..Default::default() });
+        let (failures, policy, record) = (
+            Failures::default(),
+            policy(),
+            EntryRecord {
+                version: 7,
+                ..Default::default()
+            },
+        );
         let logged = |failed: &FetchFailed| {
             let noted = failures.note(&key(0), Some(&record), &policy, failed, 0, 1.0);
             noted.is_logged.then_some(noted.failure.count)
@@ -172,9 +236,18 @@ mod tests {
 
     #[test]
     fn a_new_leader_goes_on_counting_where_the_log_stopped() {
-        let failure =
-            FailureRecord { class: FailureClass::Connect.into(), count: 8, at_ms: 1_000, next_attempt_ms: 9_000, ..Default::default() };
-        let record = EntryRecord { version: 7, failure: Some(failure), ..Default::default() };
+        let failure = FailureRecord {
+            class: FailureClass::Connect.into(),
+            count: 8,
+            at_ms: 1_000,
+            next_attempt_ms: 9_000,
+            ..Default::default()
+        };
+        let record = EntryRecord {
+            version: 7,
+            failure: Some(failure),
+            ..Default::default()
+        };
         let failures = Failures::default();
         assert!(failures.backoff(&key(0), Some(&record), 8_999).is_some());
         assert!(failures.backoff(&key(0), Some(&record), 9_000).is_none());
@@ -186,20 +259,71 @@ mod tests {
     #[test]
     fn what_another_leader_logged_since_counts_more_than_what_is_remembered() {
         let logged = |at_ms, count| {
-            let failure = FailureRecord { count, at_ms, next_attempt_ms: at_ms + 9_000, ..Default::default() };
-            EntryRecord { version: 7, failure: Some(failure), ..Default::default() }
+            let failure = FailureRecord {
+                count,
+                at_ms,
+                next_attempt_ms: at_ms + 9_000,
+                ..Default::default()
+            };
+            EntryRecord {
+                version: 7,
+                failure: Some(failure),
+                ..Default::default()
+            }
         };
         let failures = Failures::default();
-        failures.note(&key(0), Some(&logged(1_000, 2)), &policy(), &REFUSED, 5_000, 1.0);
-        assert_eq!(failures.last(&key(0), Some(&logged(1_000, 2))).unwrap().count, 3);
-        assert_eq!(failures.last(&key(0), Some(&logged(60_000, 16))).unwrap().count, 16);
-        assert!(failures.backoff(&key(0), Some(&logged(60_000, 16)), 68_999).is_some());
+        failures.note(
+            &key(0),
+            Some(&logged(1_000, 2)),
+            &policy(),
+            &REFUSED,
+            5_000,
+            1.0,
+        );
+        assert_eq!(
+            failures
+                .last(&key(0), Some(&logged(1_000, 2)))
+                .unwrap()
+                .count,
+            3
+        );
+        assert_eq!(
+            failures
+                .last(&key(0), Some(&logged(60_000, 16)))
+                .unwrap()
+                .count,
+            16
+        );
+        assert!(
+            failures
+                .backoff(&key(0), Some(&logged(60_000, 16)), 68_999)
+                .is_some()
+        );
     }
 
     #[test]
     fn retry_after_is_the_least_and_retry_cap_the_most_of_it() {
-        let (failures, policy, record) = (Failures::default(), policy(), EntryRecord { version: 7, ..Default::default() });
-        let next = |retry_after| failures.note(&key(0), Some(&record), &policy, &status(503, retry_after), 0, 1.0).failure.next_attempt_ms;
+        let (failures, policy, record) = (
+            Failures::default(),
+            policy(),
+            EntryRecord {
+                version: 7,
+                ..Default::default()
+            },
+        );
+        let next = |retry_after| {
+            failures
+                .note(
+                    &key(0),
+                    Some(&record),
+                    &policy,
+                    &status(503, retry_after),
+                    0,
+                    1.0,
+                )
+                .failure
+                .next_attempt_ms
+        };
         assert_eq!(next(None), 3_000);
         assert_eq!(next(Some(20)), 20_000);
         assert_eq!(next(Some(86_400)), 60_000);
@@ -209,30 +333,65 @@ mod tests {
     fn without_an_entry_a_failure_is_never_logged_and_holds_for_error_ttl() {
         let (failures, policy) = (Failures::default(), policy());
         let noted = failures.note(&key(0), None, &policy, &REFUSED, 5_000, 1.0);
-        assert_eq!((noted.failure.next_attempt_ms, noted.is_logged), (6_000, false));
+        assert_eq!(
+            (noted.failure.next_attempt_ms, noted.is_logged),
+            (6_000, false)
+        );
         assert_eq!(failures.backoff(&key(0), None, 5_999), Some(noted.failure));
         assert_eq!(failures.backoff(&key(0), None, 6_000), None);
         // A value came by another way: its refresh did not fail.
-        assert_eq!(failures.backoff(&key(0), Some(&EntryRecord { version: 7, ..Default::default() }), 5_999), None);
+        assert_eq!(
+            failures.backoff(
+                &key(0),
+                Some(&EntryRecord {
+                    version: 7,
+                    ..Default::default()
+                }),
+                5_999
+            ),
+            None
+        );
     }
 
     #[test]
     fn success_resets_the_count() {
-        let (failures, policy, record) = (Failures::default(), policy(), EntryRecord { version: 7, ..Default::default() });
+        let (failures, policy, record) = (
+            Failures::default(),
+            policy(),
+            EntryRecord {
+                version: 7,
+                ..Default::default()
+            },
+        );
         (0..5).for_each(|_| _ = failures.note(&key(0), Some(&record), &policy, &REFUSED, 0, 1.0));
         failures.forget(&key(0));
-        assert_eq!(failures.note(&key(0), Some(&record), &policy, &REFUSED, 0, 1.0).failure.count, 1);
+        assert_eq!(
+            failures
+                .note(&key(0), Some(&record), &policy, &REFUSED, 0, 1.0)
+                .failure
+                .count,
+            1
+        );
     }
 
     #[test]
     fn memory_of_failures_is_bounded() {
-        let (failures, policy) = (Failures { keys_max: 10, ..Default::default() }, policy());
+        let (failures, policy) = (
+            Failures {
+                keys_max: 10,
+                ..Default::default()
+            },
+            policy(),
+        );
         for n in 0..100 {
             failures.note(&key(n), None, &policy, &REFUSED, n as u64, 1.0);
             failures.note(&key(n), None, &policy, &REFUSED, n as u64 + 1, 1.0);
         }
         let known = failures.known.lock();
-        assert_eq!((known.failures.len(), known.by_next_attempt.len()), (10, 10));
+        assert_eq!(
+            (known.failures.len(), known.by_next_attempt.len()),
+            (10, 10)
+        );
         assert!(known.failures.contains_key(&key(99)) && !known.failures.contains_key(&key(89)));
     }
 }

@@ -5,9 +5,10 @@
 //!        ▲                                                  ├─► not stored, or late: everybody is given the value itself
 //!        └──────────────── the key changed meanwhile ◄──────┘   (fenced)
 //! ```
-//! Promises that no answer holds what was fetched before a Delete or Invalidate that the asker could know of; that a failed
-//! fetch changes nothing stored (P3); and an end, whatever happens. Who waits does not matter: a flight goes on when all of
-//! them are gone. Must never know who waits.
+//! Promises that no answer holds what was fetched before a Delete or Invalidate that the asker
+//! could know of; that a failed fetch changes nothing stored (P3); and an end, whatever happens.
+//! Who waits does not matter: a flight goes on when all of them are gone. Must never know who
+//! waits.
 
 use std::{
     io,
@@ -52,11 +53,12 @@ use crate::{
 const ROUNDS_MAX: usize = 3;
 /// How long a commit may take before its fate is nobody's concern.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// What waiters give a commit at least before they get the value unstored, though the policy says they never wait for a
-/// fetch: the value is here, and a commit takes a few milliseconds.
+/// What waiters give a commit at least before they get the value unstored, though the policy says
+/// they never wait for a fetch: the value is here, and a commit takes a few milliseconds.
 const COMMIT_PATIENCE_MIN: Duration = Duration::from_millis(20);
 
-/// What a flight has to say to those who wait. It may say more than one thing, each later one better.
+/// What a flight has to say to those who wait. It may say more than one thing, each later one
+/// better.
 #[derive(Debug, Clone)]
 pub(crate) enum Answer {
     /// The key is as it shall be at this revision of the shard.
@@ -113,7 +115,13 @@ struct Landing<'a> {
 
 impl Flight {
     /// In the caller's span: what is fetched for a request shows in its trace.
-    pub(crate) fn new(key: Key, replica: Arc<Replica>, term: u64, upstream: &str, boarded_at: Duration) -> Self {
+    pub(crate) fn new(
+        key: Key,
+        replica: Arc<Replica>,
+        term: u64,
+        upstream: &str,
+        boarded_at: Duration,
+    ) -> Self {
         let span = tracing::info_span!("refresh.fetch", upstream, shard = replica.shard());
         Self {
             key,
@@ -152,7 +160,12 @@ impl Flight {
     }
 
     fn commit(&self, started: Revision, result: commit_fetch::Result) -> CommitFetch {
-        CommitFetch { key: self.key.clone().into(), fetch_started_revision: started, term: self.term, result: Some(result) }
+        CommitFetch {
+            key: self.key.clone().into(),
+            fetch_started_revision: started,
+            term: self.term,
+            result: Some(result),
+        }
     }
 }
 
@@ -173,12 +186,18 @@ impl Refresher {
                 continue;
             }
             let span = flight.span.clone();
-            self.tasks.spawn(Box::pin(self.clone().fly(lane.clone(), flight, priority)).instrument(span));
+            self.tasks
+                .spawn(Box::pin(self.clone().fly(lane.clone(), flight, priority)).instrument(span));
         }
     }
 
     async fn fly(self: Arc<Self>, lane: Arc<Lane>, flight: Arc<Flight>, priority: Priority) {
-        let landing = Landing { refresher: &self, lane: &lane, flight: &flight, priority };
+        let landing = Landing {
+            refresher: &self,
+            lane: &lane,
+            flight: &flight,
+            priority,
+        };
         self.metrics.flight_started(lane.name());
         let flown = tokio::select! {
             () = flight.ended.cancelled() => return,
@@ -189,16 +208,23 @@ impl Refresher {
         drop(landing);
         if let Some(commit) = flown.to_log {
             // Without it the next leader tries once too often; not worth more than one try.
-            if let Err(error) = flight.replica.write(Op::CommitFetch(commit), None, COMMIT_TIMEOUT).await {
+            if let Err(error) = flight
+                .replica
+                .write(Op::CommitFetch(commit), None, COMMIT_TIMEOUT)
+                .await
+            {
                 tracing::debug!(%error, "a failed fetch was not logged");
             }
         }
     }
 
     async fn rounds(&self, lane: &Lane, flight: &Flight) -> Flown {
-        let Some(matched) = self.policies.find(&flight.key) else { return Answer::Ended.into() };
+        let Some(matched) = self.policies.find(&flight.key) else {
+            return Answer::Ended.into();
+        };
         for _ in 0..ROUNDS_MAX {
-            // Before anything is looked at: whatever happens to the key from here on wins over what is fetched.
+            // Before anything is looked at: whatever happens to the key from here on wins over what
+            // is fetched.
             let started = flight.replica.applied().revision;
             let live = match live_record(&flight.replica, &flight.key).await {
                 Ok(live) if flight.leads() => live,
@@ -208,7 +234,8 @@ impl Refresher {
                     return Answer::Ended.into();
                 }
             };
-            // A refresh of what is gone by now. A reader who misses it just now is told, and asks again.
+            // A refresh of what is gone by now. A reader who misses it just now is told, and asks
+            // again.
             if live.is_none() && !flight.is_missed.load(Ordering::Relaxed) {
                 return Answer::Ended.into();
             }
@@ -218,68 +245,131 @@ impl Refresher {
             self.marks.take(Hashed::of(&flight.key));
             let fetched = match self.call(lane, flight, &matched).await {
                 Ok(fetched) => fetched,
-                Err(failed) => return self.failed(flight, matched.policy, live.as_ref(), started, failed),
+                Err(failed) => {
+                    return self.failed(flight, matched.policy, live.as_ref(), started, failed);
+                }
             };
-            let unstored = Answer::Unstored { value: fetched.value.clone(), content_type: fetched.content_type.clone(), started };
-            match self.keep(lane, flight, matched.policy, live.is_some(), fetched, &unstored).await {
+            let unstored = Answer::Unstored {
+                value: fetched.value.clone(),
+                content_type: fetched.content_type.clone(),
+                started,
+            };
+            match self
+                .keep(
+                    lane,
+                    flight,
+                    matched.policy,
+                    live.is_some(),
+                    fetched,
+                    &unstored,
+                )
+                .await
+            {
                 Kept::Stored(revision) => {
                     self.failures.forget(&flight.key);
                     return Answer::Committed { revision }.into();
                 }
-                Kept::Unstored(class) if !changed_after(&flight.replica, &flight.key, started).await => {
-                    // With an entry it must not be tried again at once; without one the next reader may.
-                    let held_back = live.as_ref().map(|live| self.failed(flight, matched.policy, Some(live), started, class.into()));
-                    return Flown { answer: unstored, to_log: held_back.and_then(|flown| flown.to_log) };
+                Kept::Unstored(class)
+                    if !changed_after(&flight.replica, &flight.key, started).await =>
+                {
+                    // With an entry it must not be tried again at once; without one the next reader
+                    // may.
+                    let held_back = live.as_ref().map(|live| {
+                        self.failed(flight, matched.policy, Some(live), started, class.into())
+                    });
+                    return Flown {
+                        answer: unstored,
+                        to_log: held_back.and_then(|flown| flown.to_log),
+                    };
                 }
                 Kept::Unstored(_) | Kept::Fenced => {}
             }
         }
         match live_record(&flight.replica, &flight.key).await {
-            Ok(Some(live)) => Answer::Committed { revision: live.changed }.into(),
+            Ok(Some(live)) => Answer::Committed {
+                revision: live.changed,
+            }
+            .into(),
             _ => Answer::Overloaded.into(),
         }
     }
 
     /// The answer that needs no fetch: the entry is not due, or the key is to be left alone.
-    pub(super) fn needless(&self, key: &Key, live: Option<&EntryRecord>, now: Millis) -> Option<Answer> {
+    pub(super) fn needless(
+        &self,
+        key: &Key,
+        live: Option<&EntryRecord>,
+        now: Millis,
+    ) -> Option<Answer> {
         match live {
-            Some(record) if !is_due(record, now) => Some(Answer::Committed { revision: record.changed }),
+            Some(record) if !is_due(record, now) => Some(Answer::Committed {
+                revision: record.changed,
+            }),
             _ => self.failures.backoff(key, live, now).map(Answer::Failed),
         }
     }
 
-    async fn call(&self, lane: &Lane, flight: &Flight, matched: &Matched<'_>) -> Result<peer::Fetched, FetchFailed> {
+    async fn call(
+        &self,
+        lane: &Lane,
+        flight: &Flight,
+        matched: &Matched<'_>,
+    ) -> Result<peer::Fetched, FetchFailed> {
         let tags = tags(matched, &flight.key)?;
         let headers = telemetry::trace_headers();
         let began = self.clock.monotonic();
-        let call = lane.upstream().fetch(&flight.key, matched.captures.as_slice(), &headers);
+        let call = lane
+            .upstream()
+            .fetch(&flight.key, matched.captures.as_slice(), &headers);
         let called = tokio::time::timeout(FETCH_TIMEOUT_MAX, Box::pin(call)).await;
         let called = called.unwrap_or(Err(FailureClass::Timeout.into()));
         let took = self.clock.monotonic().saturating_sub(began);
-        self.metrics.upstream_called(lane.name(), &code(&called), took);
+        self.metrics
+            .upstream_called(lane.name(), &code(&called), took);
         let Fetched { body, content_type } = called?;
         lane.fetch_took(took);
         let took_ms = Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX);
-        Ok(peer::Fetched { value: body, content_type, tags, lifetime: None, took_ms })
+        Ok(peer::Fetched {
+            value: body,
+            content_type,
+            tags,
+            lifetime: None,
+            took_ms,
+        })
     }
 
-    /// Commits, and gives those who wait the value itself if that takes longer than they shall wait.
-    async fn keep(&self, lane: &Lane, flight: &Flight, policy: &Policy, existed: bool, mut fetched: peer::Fetched, late: &Answer) -> Kept {
-        let &Answer::Unstored { started, .. } = late else { return Kept::Fenced };
+    /// Commits, and gives those who wait the value itself if that takes longer than they shall
+    /// wait.
+    async fn keep(
+        &self,
+        lane: &Lane,
+        flight: &Flight,
+        policy: &Policy,
+        existed: bool,
+        mut fetched: peer::Fetched,
+        late: &Answer,
+    ) -> Kept {
+        let &Answer::Unstored { started, .. } = late else {
+            return Kept::Fenced;
+        };
         if fetched.value.len() as u64 > policy.max_value_bytes.min(VALUE_BYTES_MAX as u64) {
             self.metrics.commit("unstored");
             return Kept::Unstored(FailureClass::TooLarge);
         }
         fetched.lifetime = Some(policy.lifetime(rand::random(), lane.usual_fetch(), !existed));
-        let commit = Op::CommitFetch(flight.commit(started, commit_fetch::Result::Fetched(fetched)));
+        let commit =
+            Op::CommitFetch(flight.commit(started, commit_fetch::Result::Fetched(fetched)));
         let mut write = Box::pin(flight.replica.write(commit, None, COMMIT_TIMEOUT));
-        let outcome = match tokio::time::timeout(policy.soft_timeout.max(COMMIT_PATIENCE_MIN), &mut write).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                flight.say(late.clone());
-                write.await
-            }
-        };
+        let outcome =
+            match tokio::time::timeout(policy.soft_timeout.max(COMMIT_PATIENCE_MIN), &mut write)
+                .await
+            {
+                Ok(outcome) => outcome,
+                Err(_) => {
+                    flight.say(late.clone());
+                    write.await
+                }
+            };
         match outcome.map(|outcome| outcome.result) {
             Ok(Some(outcome::Result::Done(done))) => {
                 self.metrics.commit("stored");
@@ -296,15 +386,28 @@ impl Refresher {
             }
             Err(error) => {
                 tracing::debug!(%error, "a fetched value was not stored");
-                self.metrics.commit(if error.not_applied() { "unstored" } else { "failed" });
+                self.metrics.commit(if error.not_applied() {
+                    "unstored"
+                } else {
+                    "failed"
+                });
                 Kept::Unstored(FailureClass::Unspecified)
             }
         }
     }
 
-    fn failed(&self, flight: &Flight, policy: &Policy, live: Option<&EntryRecord>, started: Revision, failed: FetchFailed) -> Flown {
+    fn failed(
+        &self,
+        flight: &Flight,
+        policy: &Policy,
+        live: Option<&EntryRecord>,
+        started: Revision,
+        failed: FetchFailed,
+    ) -> Flown {
         let now = flight.replica.now();
-        let noted = self.failures.note(&flight.key, live, policy, &failed, now, rand::random());
+        let noted = self
+            .failures
+            .note(&flight.key, live, policy, &failed, now, rand::random());
         let failure = noted.failure;
         // What has no class is our own trouble with storing, which the log would not take either.
         let is_logged = noted.is_logged && failure.class != FailureClass::Unspecified;
@@ -317,20 +420,30 @@ impl Refresher {
             };
             flight.commit(started, commit_fetch::Result::Failed(logged))
         });
-        Flown { answer: Answer::Failed(failure), to_log }
+        Flown {
+            answer: Answer::Failed(failure),
+            to_log,
+        }
     }
 }
 
 impl From<Answer> for Flown {
     fn from(answer: Answer) -> Self {
-        Self { answer, to_log: None }
+        Self {
+            answer,
+            to_log: None,
+        }
     }
 }
 
-/// Past its refresh point, which may come after its lifetime (`min_refresh_interval`), or stale where nothing is refreshed
-/// ahead. A plain entry is nobody's to refresh.
+/// Past its refresh point, which may come after its lifetime (`min_refresh_interval`), or stale
+/// where nothing is refreshed ahead. A plain entry is nobody's to refresh.
 pub(crate) fn is_due(record: &EntryRecord, now: Millis) -> bool {
-    let due_at = if record.refresh_at_ms == FOREVER { record.fresh_until_ms } else { record.refresh_at_ms };
+    let due_at = if record.refresh_at_ms == FOREVER {
+        record.fresh_until_ms
+    } else {
+        record.refresh_at_ms
+    };
     record.origin() != Origin::Plain && now >= due_at
 }
 
@@ -339,7 +452,8 @@ pub(super) fn if_live(entry: &Entry, now: Millis) -> Option<&EntryRecord> {
     Some(&entry.record).filter(|record| Timeline::from(*record).phase(now) != Phase::Expired)
 }
 
-/// Whether the key changed in any way after a revision, as far as this replica has applied. If that cannot be read, it did.
+/// Whether the key changed in any way after a revision, as far as this replica has applied. If that
+/// cannot be read, it did.
 pub(super) async fn changed_after(replica: &Arc<Replica>, key: &Key, revision: Revision) -> bool {
     if replica.applied().revision <= revision {
         return false;
@@ -351,7 +465,9 @@ pub(super) async fn changed_after(replica: &Arc<Replica>, key: &Key, revision: R
     let (state, key) = (replica.state().clone(), key.clone());
     let read = holdfast_raft::task::blocking(move || -> io::Result<Revision> {
         let entry = state.get(&key)?.map_or(0, |entry| entry.record.changed);
-        let tombstone = state.tombstone(&key)?.map_or(0, |tombstone| tombstone.revision);
+        let tombstone = state
+            .tombstone(&key)?
+            .map_or(0, |tombstone| tombstone.revision);
         Ok(entry.max(tombstone))
     });
     match read.await {
@@ -366,7 +482,9 @@ async fn live_record(replica: &Arc<Replica>, key: &Key) -> io::Result<Option<Ent
         Lookup::Absent => None,
         Lookup::Unknown(_) => {
             let (state, key) = (replica.state().clone(), key.clone());
-            holdfast_raft::task::blocking(move || state.get(&key)).await.map_err(io::Error::other)??
+            holdfast_raft::task::blocking(move || state.get(&key))
+                .await
+                .map_err(io::Error::other)??
         }
     };
     let now = replica.now();
@@ -377,7 +495,10 @@ async fn live_record(replica: &Arc<Replica>, key: &Key) -> io::Result<Option<Ent
 fn tags(matched: &Matched<'_>, key: &Key) -> Result<Vec<String>, FetchFailed> {
     let fill = |template: &crate::upstream::template::TextTemplate| {
         let filled = template.fill(key, matched.captures.as_slice(), &Secrets::default());
-        filled.ok().filter(|tag| !tag.is_empty() && tag.len() <= TAG_BYTES_MAX).ok_or_else(|| FailureClass::Refused.into())
+        filled
+            .ok()
+            .filter(|tag| !tag.is_empty() && tag.len() <= TAG_BYTES_MAX)
+            .ok_or_else(|| FailureClass::Refused.into())
     };
     matched.policy.tags.iter().map(fill).collect()
 }
@@ -396,7 +517,12 @@ mod tests {
     use super::*;
 
     fn record(origin: Origin, refresh_at_ms: Millis, fresh_until_ms: Millis) -> EntryRecord {
-        EntryRecord { origin: origin.into(), refresh_at_ms, fresh_until_ms, ..Default::default() }
+        EntryRecord {
+            origin: origin.into(),
+            refresh_at_ms,
+            fresh_until_ms,
+            ..Default::default()
+        }
     }
 
     #[test]

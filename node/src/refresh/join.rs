@@ -1,8 +1,8 @@
-//! Waiting for the cluster's flight of a key: here if this node leads the key's shard, else at the leader, and at the next one
-//! if that is lost meanwhile.
+//! Waiting for the cluster's flight of a key: here if this node leads the key's shard, else at the
+//! leader, and at the next one if that is lost meanwhile.
 //!
-//! Promises that nobody waits longer than asked, and that an answer is never older than what was acknowledged before the
-//! question. Must never know how a value is fetched.
+//! Promises that nobody waits longer than asked, and that an answer is never older than what was
+//! acknowledged before the question. Must never know how a value is fetched.
 
 use std::{sync::Arc, time::Duration};
 
@@ -45,29 +45,50 @@ enum Judged {
 
 impl Refresher {
     /// Until there is an answer; the caller bounds it.
-    pub(super) async fn fetch_from_leader(self: &Arc<Self>, key: &Key, timeout: Duration) -> Result<Landed, NoValue> {
+    pub(super) async fn fetch_from_leader(
+        self: &Arc<Self>,
+        key: &Key,
+        timeout: Duration,
+    ) -> Result<Landed, NoValue> {
         let replica = self.replicas.of_key(key).ok_or(NoValue::NoLeader)?;
         let deadline = self.clock.monotonic() + timeout;
         loop {
             let leader = match replica.leader() {
                 Some(leader) => leader,
-                None => some_leader(replica, timeout.min(ELECTION)).await.ok_or(NoValue::NoLeader)?,
+                None => some_leader(replica, timeout.min(ELECTION))
+                    .await
+                    .ok_or(NoValue::NoLeader)?,
             };
             let answer = match replica.leads() {
                 Some(term) if leader.is_self => self.join(key, replica, term).await,
                 None if leader.is_self => Err(NoAnswer::NotLeading),
-                _ => self.ask_leader(key, replica, leader, deadline.saturating_sub(self.clock.monotonic())).await,
+                _ => {
+                    self.ask_leader(
+                        key,
+                        replica,
+                        leader,
+                        deadline.saturating_sub(self.clock.monotonic()),
+                    )
+                    .await
+                }
             };
             match answer {
                 Ok(landed) => return Ok(landed),
                 Err(NoAnswer::NoValue(none)) => return Err(none),
-                Err(NoAnswer::NotLeading) => _ = tokio::time::timeout(PAUSE, another_leader(replica, leader)).await,
+                Err(NoAnswer::NotLeading) => {
+                    _ = tokio::time::timeout(PAUSE, another_leader(replica, leader)).await
+                }
             }
         }
     }
 
     /// Joins the key's flight on this node, which leads in `term`, or starts it.
-    pub(super) async fn join(self: &Arc<Self>, key: &Key, replica: &Arc<Replica>, term: u64) -> Result<Landed, NoAnswer> {
+    pub(super) async fn join(
+        self: &Arc<Self>,
+        key: &Key,
+        replica: &Arc<Replica>,
+        term: u64,
+    ) -> Result<Landed, NoAnswer> {
         loop {
             // Whatever was acknowledged before this question is in here.
             let asked_at = replica.applied().revision;
@@ -83,7 +104,11 @@ impl Refresher {
             {
                 return taken;
             }
-            let priority = if live.is_some() { Priority::Asked } else { Priority::Miss };
+            let priority = if live.is_some() {
+                Priority::Asked
+            } else {
+                Priority::Miss
+            };
             let answers = self.board(key, replica, term, priority)?;
             if let Some(answered) = wait(answers, key, replica, term, asked_at).await {
                 return answered;
@@ -93,13 +118,15 @@ impl Refresher {
 
     /// A refresh that nobody waits for, if this node leads and it is needed.
     pub(super) fn ask(self: &Arc<Self>, key: &Key, priority: Priority) {
-        let Some(replica) = self.replicas.of_key(key) else { return };
+        let Some(replica) = self.replicas.of_key(key) else {
+            return;
+        };
         let Some(term) = replica.leads() else { return };
         let now = replica.now();
         let wanted = match replica.state().peek(key) {
-            Lookup::Found(entry) => {
-                if_live(&entry, now).is_some_and(|record| is_due(record, now) && self.failures.backoff(key, Some(record), now).is_none())
-            }
+            Lookup::Found(entry) => if_live(&entry, now).is_some_and(|record| {
+                is_due(record, now) && self.failures.backoff(key, Some(record), now).is_none()
+            }),
             // Deleted since: whoever wants it reads it, and waits.
             Lookup::Absent => false,
             Lookup::Unknown(_) => true,
@@ -122,7 +149,15 @@ impl Refresher {
         if self.stop.is_cancelled() {
             return Err(NoAnswer::NotLeading);
         }
-        let start = |key| Flight::new(key, replica.clone(), term, lane.name(), self.clock.monotonic());
+        let start = |key| {
+            Flight::new(
+                key,
+                replica.clone(),
+                term,
+                lane.name(),
+                self.clock.monotonic(),
+            )
+        };
         let boarded = lane.board(key, term, priority, start);
         self.depart(lane, boarded.departures);
         match boarded.answers {
@@ -139,15 +174,25 @@ impl Refresher {
         }
     }
 
-    async fn ask_leader(&self, key: &Key, replica: &Replica, leader: Leader, left: Duration) -> Result<Landed, NoAnswer> {
+    async fn ask_leader(
+        &self,
+        key: &Key,
+        replica: &Replica,
+        leader: Leader,
+        left: Duration,
+    ) -> Result<Landed, NoAnswer> {
         let Ok(_asks) = self.asks.try_acquire() else {
-            self.lane_of(key).inspect(|lane| self.metrics.flight_refused(lane.name()));
+            self.lane_of(key)
+                .inspect(|lane| self.metrics.flight_refused(lane.name()));
             return Err(NoAnswer::NoValue(NoValue::Overloaded));
         };
         let peers = self.replicas.peers().ok_or(NoAnswer::NotLeading)?;
         let member = peers.member(leader.id).ok_or(NoAnswer::NotLeading)?;
         let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
-        let mut request = Request::new(FetchRequest { header, key: key.as_bytes().clone() });
+        let mut request = Request::new(FetchRequest {
+            header,
+            key: key.as_bytes().clone(),
+        });
         request.set_timeout(left);
         self.metrics.outgoing(request.metadata_mut());
         let mut client = peers.refresh_client(&member.peer_address);
@@ -158,7 +203,9 @@ impl Refresher {
         };
         let response = match response {
             Ok(response) => response.into_inner(),
-            Err(status) if status.code() == Code::ResourceExhausted => return Err(NoAnswer::NoValue(NoValue::Overloaded)),
+            Err(status) if status.code() == Code::ResourceExhausted => {
+                return Err(NoAnswer::NoValue(NoValue::Overloaded));
+            }
             Err(status) => {
                 tracing::debug!(leader = leader.id, code = ?status.code(), "the leader did not fetch");
                 return Err(NoAnswer::NotLeading);
@@ -166,11 +213,16 @@ impl Refresher {
         };
         peers.heard(replica.shard(), leader.id, response.header.as_ref());
         match response.result {
-            Some(fetch_response::Result::CommittedRevision(revision)) => Ok(Landed::Committed { revision }),
-            Some(fetch_response::Result::Unstored(unstored)) => {
-                Ok(Landed::Unstored { value: unstored.value, content_type: unstored.content_type })
+            Some(fetch_response::Result::CommittedRevision(revision)) => {
+                Ok(Landed::Committed { revision })
             }
-            Some(fetch_response::Result::Refused(refused)) if !refused.not_leader => Err(NoAnswer::NoValue(refused.into())),
+            Some(fetch_response::Result::Unstored(unstored)) => Ok(Landed::Unstored {
+                value: unstored.value,
+                content_type: unstored.content_type,
+            }),
+            Some(fetch_response::Result::Refused(refused)) if !refused.not_leader => {
+                Err(NoAnswer::NoValue(refused.into()))
+            }
             Some(fetch_response::Result::Refused(_)) | None => Err(NoAnswer::NotLeading),
         }
     }
@@ -214,37 +266,69 @@ async fn wait(
     }
 }
 
-async fn judge(answer: Answer, key: &Key, replica: &Arc<Replica>, term: u64, asked_at: Revision) -> Judged {
+async fn judge(
+    answer: Answer,
+    key: &Key,
+    replica: &Arc<Replica>,
+    term: u64,
+    asked_at: Revision,
+) -> Judged {
     Judged::Take(match answer {
         // Asked after the commit, and the key changed between the two: it may be gone.
-        Answer::Committed { revision } if asked_at > revision && changed_after(replica, key, revision).await => return Judged::Wait,
+        Answer::Committed { revision }
+            if asked_at > revision && changed_after(replica, key, revision).await =>
+        {
+            return Judged::Wait;
+        }
         Answer::Committed { revision } => Ok(Landed::Committed { revision }),
-        // Its only proof is this replica's state, which is the newest only if this node still leads: a quorum says so.
+        // Its only proof is this replica's state, which is the newest only if this node still
+        // leads: a quorum says so.
         Answer::Unstored { .. } if !leads_still(replica, term).await => Err(NoAnswer::NotLeading),
-        Answer::Unstored { started, .. } if changed_after(replica, key, started).await => return Judged::Wait,
-        Answer::Unstored { value, content_type, .. } => Ok(Landed::Unstored { value, content_type }),
+        Answer::Unstored { started, .. } if changed_after(replica, key, started).await => {
+            return Judged::Wait;
+        }
+        Answer::Unstored {
+            value,
+            content_type,
+            ..
+        } => Ok(Landed::Unstored {
+            value,
+            content_type,
+        }),
         Answer::Failed(failure) => Err(NoAnswer::NoValue(NoValue::Failed(failure))),
         Answer::Overloaded => Err(NoAnswer::NoValue(NoValue::Overloaded)),
         Answer::Ended => Err(NoAnswer::NotLeading),
     })
 }
 
-/// Proven by a round that begins after the question. What was acknowledged before it is applied here then.
+/// Proven by a round that begins after the question. What was acknowledged before it is applied
+/// here then.
 async fn leads_still(replica: &Replica, term: u64) -> bool {
-    replica.wait_until_seen(&Seen::Everything, PROOF, PROOF).await.is_ok()
-        && replica.leader().is_some_and(|leader| leader.is_self && leader.term == term)
+    replica
+        .wait_until_seen(&Seen::Everything, PROOF, PROOF)
+        .await
+        .is_ok()
+        && replica
+            .leader()
+            .is_some_and(|leader| leader.is_self && leader.term == term)
 }
 
 async fn some_leader(replica: &Replica, within: Duration) -> Option<Leader> {
     let mut leader = replica.watch_leader();
     let elected = leader.wait_for(Option::is_some);
-    tokio::time::timeout(within, elected).await.ok()?.ok().and_then(|leader| *leader)
+    tokio::time::timeout(within, elected)
+        .await
+        .ok()?
+        .ok()
+        .and_then(|leader| *leader)
 }
 
 /// Resolves when another leader, or another term of the same, is known.
 async fn another_leader(replica: &Replica, than: Leader) {
     let mut leader = replica.watch_leader();
-    let another = |leader: &Option<Leader>| leader.is_some_and(|leader| (leader.id, leader.term) != (than.id, than.term));
+    let another = |leader: &Option<Leader>| {
+        leader.is_some_and(|leader| (leader.id, leader.term) != (than.id, than.term))
+    };
     if leader.wait_for(another).await.is_err() {
         std::future::pending::<()>().await;
     }

@@ -1,7 +1,8 @@
-//! The flights of one upstream on this node: at most one per key and term, each with a slot or waiting for one.
+//! The flights of one upstream on this node: at most one per key and term, each with a slot or
+//! waiting for one.
 //!
-//! Promises that who joins a key's flight and who starts it agree on which it is, and that a flight which ends makes room for
-//! the next. Must never know what a flight does.
+//! Promises that who joins a key's flight and who starts it agree on which it is, and that a flight
+//! which ends makes room for the next. Must never know what a flight does.
 
 use std::{
     collections::HashMap,
@@ -59,7 +60,12 @@ struct Board {
 
 impl Lane {
     pub(crate) fn new(upstream: Arc<Upstream>) -> Self {
-        Self { upstream, usual_fetch_us: AtomicU64::new(0), count: AtomicU64::new(0), board: Mutex::default() }
+        Self {
+            upstream,
+            usual_fetch_us: AtomicU64::new(0),
+            count: AtomicU64::new(0),
+            board: Mutex::default(),
+        }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -76,7 +82,9 @@ impl Lane {
 
     /// A moving average. Two at once may lose one: it is an estimate.
     pub(crate) fn fetch_took(&self, took: Duration) {
-        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX / USUAL_WEIGHT).min(u64::MAX / USUAL_WEIGHT);
+        let took = u64::try_from(took.as_micros())
+            .unwrap_or(u64::MAX / USUAL_WEIGHT)
+            .min(u64::MAX / USUAL_WEIGHT);
         let usual = match self.usual_fetch_us.load(Ordering::Relaxed) {
             0 => took,
             usual => (usual * (USUAL_WEIGHT - 1) + took) / USUAL_WEIGHT,
@@ -84,41 +92,65 @@ impl Lane {
         self.usual_fetch_us.store(usual, Ordering::Relaxed);
     }
 
-    /// Joins the flight of a key in this term, or starts it. One of an earlier term has lost its claim.
-    pub(crate) fn board(&self, key: &Key, term: u64, priority: Priority, start: impl FnOnce(Key) -> Flight) -> Boarded {
+    /// Joins the flight of a key in this term, or starts it. One of an earlier term has lost its
+    /// claim.
+    pub(crate) fn board(
+        &self,
+        key: &Key,
+        term: u64,
+        priority: Priority,
+        start: impl FnOnce(Key) -> Flight,
+    ) -> Boarded {
         let mut board = self.board.lock();
         if let Some(flight) = board.flights.get(key).filter(|flight| flight.term == term) {
             flight.wanted(priority);
             let answers = Some(flight.subscribe());
             board.slots.promote(key, priority);
-            return Boarded { answers, is_joined: true, departures: board.departures() };
+            return Boarded {
+                answers,
+                is_joined: true,
+                departures: board.departures(),
+            };
         }
         board.end(key, Answer::Ended);
         let boarded = board.start(own(key), priority, start);
-        self.count.store(board.flights.len() as u64, Ordering::Relaxed);
+        self.count
+            .store(board.flights.len() as u64, Ordering::Relaxed);
         boarded
     }
 
     /// A flight that ran has ended. Says which have their slot now.
     pub(crate) fn land(&self, flight: &Arc<Flight>, priority: Priority) -> Vec<Departure> {
         let mut board = self.board.lock();
-        if board.flights.get(&flight.key).is_some_and(|known| Arc::ptr_eq(known, flight)) {
+        if board
+            .flights
+            .get(&flight.key)
+            .is_some_and(|known| Arc::ptr_eq(known, flight))
+        {
             board.flights.remove(&flight.key);
         }
         board.slots.leave(priority);
-        self.count.store(board.flights.len() as u64, Ordering::Relaxed);
+        self.count
+            .store(board.flights.len() as u64, Ordering::Relaxed);
         board.departures()
     }
 
     /// Ends a shard's flights of all terms but one.
     pub(crate) fn end_all_but(&self, shard: ShardId, term: Option<u64>) {
         let mut board = self.board.lock();
-        let ended = |flight: &&Arc<Flight>| flight.replica.shard() == shard && Some(flight.term) != term;
-        let keys: Vec<Key> = board.flights.values().filter(ended).map(|flight| flight.key.clone()).collect();
+        let ended =
+            |flight: &&Arc<Flight>| flight.replica.shard() == shard && Some(flight.term) != term;
+        let keys: Vec<Key> = board
+            .flights
+            .values()
+            .filter(ended)
+            .map(|flight| flight.key.clone())
+            .collect();
         for key in keys {
             board.end(&key, Answer::Ended);
         }
-        self.count.store(board.flights.len() as u64, Ordering::Relaxed);
+        self.count
+            .store(board.flights.len() as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -130,20 +162,34 @@ impl Lane {
         if self.is_idle() {
             return None;
         }
-        self.board.lock().flights.get(key).map(|flight| flight.boarded_at)
+        self.board
+            .lock()
+            .flights
+            .get(key)
+            .map(|flight| flight.boarded_at)
     }
 }
 
-/// A reader's key is a slice of its whole message, which must not live as long as the flight: one copy for all who keep it.
+/// A reader's key is a slice of its whole message, which must not live as long as the flight: one
+/// copy for all who keep it.
 fn own(key: &Key) -> Key {
     own_key(key).unwrap_or_else(|| key.clone())
 }
 
 impl Board {
-    fn start(&mut self, key: Key, priority: Priority, start: impl FnOnce(Key) -> Flight) -> Boarded {
+    fn start(
+        &mut self,
+        key: Key,
+        priority: Priority,
+        start: impl FnOnce(Key) -> Flight,
+    ) -> Boarded {
         let entered = self.slots.enter(&key, priority);
         if entered == Entered::Refused {
-            return Boarded { answers: None, is_joined: false, departures: Vec::new() };
+            return Boarded {
+                answers: None,
+                is_joined: false,
+                departures: Vec::new(),
+            };
         }
         let flight = Arc::new(start(key.clone()));
         flight.wanted(priority);
@@ -153,14 +199,19 @@ impl Board {
             Entered::Runs => vec![Departure { flight, priority }],
             Entered::Waits { instead_of } => {
                 // Of one that was dropped nobody has heard yet: it only waited.
-                if let Some(dropped) = instead_of.and_then(|dropped| self.flights.remove(&dropped)) {
+                if let Some(dropped) = instead_of.and_then(|dropped| self.flights.remove(&dropped))
+                {
                     dropped.end(Answer::Overloaded);
                 }
                 Vec::new()
             }
             Entered::Refused => Vec::new(),
         };
-        Boarded { answers, is_joined: false, departures }
+        Boarded {
+            answers,
+            is_joined: false,
+            departures,
+        }
     }
 
     /// One that runs gives its slot back when it lands.
@@ -175,7 +226,10 @@ impl Board {
         let mut departures = Vec::new();
         while let Some((key, priority)) = self.slots.next() {
             match self.flights.get(&key) {
-                Some(flight) => departures.push(Departure { flight: flight.clone(), priority }),
+                Some(flight) => departures.push(Departure {
+                    flight: flight.clone(),
+                    priority,
+                }),
                 None => self.slots.leave(priority),
             }
         }

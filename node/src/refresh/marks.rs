@@ -1,8 +1,9 @@
 //! Which keys were read: on a leader what the due index asks, on a follower what it reports.
 //!
-//! Promises a hot path that takes no lock twice in a tick for the same key, never waits for one, and never allocates for a
-//! key that is already marked; and bounded memory. A mark may be lost, when a lock is contended or memory is full: then the
-//! key is refreshed when its next reader finds it due, and not before. Must never know shards, policies or a clock.
+//! Promises a hot path that takes no lock twice in a tick for the same key, never waits for one,
+//! and never allocates for a key that is already marked; and bounded memory. A mark may be lost,
+//! when a lock is contended or memory is full: then the key is refreshed when its next reader finds
+//! it due, and not before. Must never know shards, policies or a clock.
 
 use std::{
     collections::HashSet,
@@ -15,7 +16,8 @@ use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_64;
 
 const STRIPES: usize = 64;
-/// Marked keys a stripe holds twice, before it forgets the older half: together a million keys in about 20 MiB.
+/// Marked keys a stripe holds twice, before it forgets the older half: together a million keys in
+/// about 20 MiB.
 const MARKED_MAX: usize = 8 * 1024;
 /// Keys of each kind that a stripe holds for the next report.
 const REPORTED_MAX: usize = 1024;
@@ -91,7 +93,8 @@ impl Marks {
         let tick = self.tick.load(Ordering::Relaxed);
         let word = (key.0 & !RECENT_LOW_BITS) | ((tick << 1 | u64::from(due)) & RECENT_LOW_BITS);
         let place = &self.recent[key.0 as usize % RECENT];
-        // Compared before it is written: readers of one hot key share the cache line and do not fight for it.
+        // Compared before it is written: readers of one hot key share the cache line and do not
+        // fight for it.
         if place.load(Ordering::Relaxed) == word {
             return true;
         }
@@ -113,9 +116,15 @@ impl Marks {
 
     /// Marked here, and told to the leader with the next report. Never waits.
     pub(crate) fn try_report(&self, hashed: Hashed, key: &[u8], due: bool) {
-        let Some(mut stripe) = self.stripes[hashed.stripe()].try_lock() else { return };
+        let Some(mut stripe) = self.stripes[hashed.stripe()].try_lock() else {
+            return;
+        };
         stripe.mark(hashed);
-        let keys = if due { &mut stripe.due } else { &mut stripe.read };
+        let keys = if due {
+            &mut stripe.due
+        } else {
+            &mut stripe.read
+        };
         if !keys.0.contains(key)
             && let Some(key) = own_key(key)
         {
@@ -126,10 +135,16 @@ impl Marks {
     /// A report that reached nobody goes with the next one, as far as there is room.
     pub(crate) fn put_back(&self, report: Report) {
         for key in report.due {
-            self.stripes[Hashed::of(&key).stripe()].lock().due.insert_if_room(key);
+            self.stripes[Hashed::of(&key).stripe()]
+                .lock()
+                .due
+                .insert_if_room(key);
         }
         for key in report.read {
-            self.stripes[Hashed::of(&key).stripe()].lock().read.insert_if_room(key);
+            self.stripes[Hashed::of(&key).stripe()]
+                .lock()
+                .read
+                .insert_if_room(key);
         }
     }
 
@@ -237,15 +252,28 @@ mod tests {
             marks.try_report(Hashed::of(&key), &key, n % 2 == 0);
         }
         let soon = marks.take_report(false);
-        assert!(soon.read.is_empty() && !soon.due.is_empty() && soon.due.len() <= STRIPES * REPORTED_MAX);
+        assert!(
+            soon.read.is_empty()
+                && !soon.due.is_empty()
+                && soon.due.len() <= STRIPES * REPORTED_MAX
+        );
         let all = marks.take_report(true);
         assert!(all.due.is_empty() && all.read.len() <= STRIPES * REPORTED_MAX);
         let unique: HashSet<_> = all.read.iter().cloned().collect();
         assert_eq!(unique.len(), all.read.len());
         assert!(marks.take_report(true).read.is_empty());
-        marks.put_back(Report { read: all.read.clone(), due: soon.due });
-        marks.put_back(Report { read: all.read, due: Vec::new() });
+        marks.put_back(Report {
+            read: all.read.clone(),
+            due: soon.due,
+        });
+        marks.put_back(Report {
+            read: all.read,
+            due: Vec::new(),
+        });
         let again = marks.take_report(true);
-        assert_eq!((again.read.len(), again.due.is_empty()), (unique.len(), false));
+        assert_eq!(
+            (again.read.len(), again.due.is_empty()),
+            (unique.len(), false)
+        );
     }
 }

@@ -1,13 +1,14 @@
-//! Fetching values from upstreams: one flight per key in the cluster, on the leader of the key's shard, for readers that
-//! wait and ahead of readers that need not.
+//! Fetching values from upstreams: one flight per key in the cluster, on the leader of the key's
+//! shard, for readers that wait and ahead of readers that need not.
 //!
 //! ```text
 //! reader ─ fetch ────────────► join ─► (leader's RefreshService) ─► lane: slots ─► flight ─► upstream, commit
 //! reader ─ note_read ─► marks ─► reports ─► (leader's) marks, asks ──┘      ▲
 //!                                          due index ─► due ─► marked? ─────┘
 //! ```
-//! Promises: at most one fetch of a key per term (P5); a fetch that fails, or that anything newer overtook, changes nothing
-//! (P3, P4); all of it bounded (P10). Must never know how reads are answered or who may read.
+//! Promises: at most one fetch of a key per term (P5); a fetch that fails, or that anything newer
+//! overtook, changes nothing (P3, P4); all of it bounded (P10). Must never know how reads are
+//! answered or who may read.
 
 mod asking;
 mod due;
@@ -48,9 +49,11 @@ use self::{
 pub use self::{failures::Failure, service::RefreshServer};
 use crate::{metrics::Metrics, policy::Policies, upstream::Upstreams};
 
-/// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for again by the next reader.
+/// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
+/// again by the next reader.
 const HINTS: usize = 16_384;
-/// Readers of this node that wait for a fetch at another one; each holds a stream of the connection that all of them share.
+/// Readers of this node that wait for a fetch at another one; each holds a stream of the connection
+/// that all of them share.
 const ASKS_MAX: usize = 1_024;
 
 /// The refresh engine of one node.
@@ -116,7 +119,15 @@ impl Refresher {
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Arc<Self> {
-        let lanes = upstreams.iter().map(|upstream| (upstream.name().to_owned(), Arc::new(Lane::new(upstream.clone())))).collect();
+        let lanes = upstreams
+            .iter()
+            .map(|upstream| {
+                (
+                    upstream.name().to_owned(),
+                    Arc::new(Lane::new(upstream.clone())),
+                )
+            })
+            .collect();
         let (hints, hinted) = mpsc::channel(HINTS);
         Arc::new(Self {
             replicas,
@@ -136,19 +147,25 @@ impl Refresher {
         })
     }
 
-    /// Who answers the reads that peers forward; the first one counts. Weak, because a reader holds this refresher.
+    /// Who answers the reads that peers forward; the first one counts. Weak, because a reader holds
+    /// this refresher.
     pub fn set_reader(&self, reader: Weak<dyn Reader>) {
         let _ = self.reader.set(reader);
     }
 
-    /// Refreshes what is due and tells the leader what is read, as soon as this node belongs to a cluster.
+    /// Refreshes what is due and tells the leader what is read, as soon as this node belongs to a
+    /// cluster.
     pub fn start(self: &Arc<Self>) {
         self.duty("refresh.hints", Self::follow_hints);
         self.duty("refresh.report", Self::report_reads);
         let this = self.clone();
         self.duty("refresh.start", move |_| async move {
             let mut membership = this.replicas.membership();
-            if membership.wait_for(|membership| *membership == Membership::Member).await.is_err() {
+            if membership
+                .wait_for(|membership| *membership == Membership::Member)
+                .await
+                .is_err()
+            {
                 return;
             }
             for replica in this.replicas.replicas() {
@@ -169,10 +186,12 @@ impl Refresher {
         self.tasks.wait().await;
     }
 
-    /// Joins the cluster's flight of a key, here if this node leads the key's shard, else through the leader. Waits at most
-    /// `timeout`; the fetch goes on and lands later.
+    /// Joins the cluster's flight of a key, here if this node leads the key's shard, else through
+    /// the leader. Waits at most `timeout`; the fetch goes on and lands later.
     pub async fn fetch(self: &Arc<Self>, key: &Key, timeout: Duration) -> Result<Landed, NoValue> {
-        let asked = self.asking.asks(key, self.version(key), self.clock.monotonic());
+        let asked = self
+            .asking
+            .asks(key, self.version(key), self.clock.monotonic());
         let fetched = tokio::select! {
             fetched = tokio::time::timeout(timeout, Box::pin(self.fetch_from_leader(key, timeout))) => fetched.unwrap_or(Err(NoValue::Deadline)),
             () = self.stop.cancelled() => Err(NoValue::NoLeader),
@@ -183,13 +202,16 @@ impl Refresher {
         fetched
     }
 
-    /// A reader used this key; `due`: it is past its refresh point. Never blocks, bounded, deduplicated.
+    /// A reader used this key; `due`: it is past its refresh point. Never blocks, bounded,
+    /// deduplicated.
     pub fn note_read(&self, key: &Key, due: bool) {
         let hashed = Hashed::of(key);
         if self.marks.is_repeated(hashed, due) || self.lane_of(key).is_none() {
             return;
         }
-        let Some(replica) = self.replicas.of_key(key) else { return };
+        let Some(replica) = self.replicas.of_key(key) else {
+            return;
+        };
         if replica.leads().is_none() {
             self.marks.try_report(hashed, key, due);
             return;
@@ -205,17 +227,25 @@ impl Refresher {
         self.flying_since(key).is_some()
     }
 
-    /// Whether a reader whose value is past stale-while-revalidate must not wait: nobody leads, the key is known to fail, or
-    /// its fetch is older than a reader waits.
+    /// Whether a reader whose value is past stale-while-revalidate must not wait: nobody leads, the
+    /// key is known to fail, or its fetch is older than a reader waits.
     pub fn should_not_wait(&self, key: &Key, record: &EntryRecord, soft_timeout: Duration) -> bool {
-        let Some(replica) = self.replicas.of_key(key) else { return true };
+        let Some(replica) = self.replicas.of_key(key) else {
+            return true;
+        };
         let now = self.clock.monotonic();
         let is_slow = |since: Duration| now.saturating_sub(since) >= soft_timeout;
         soft_timeout.is_zero()
             || replica.leader().is_none()
-            || self.failures.backoff(key, Some(record), replica.now()).is_some()
+            || self
+                .failures
+                .backoff(key, Some(record), replica.now())
+                .is_some()
             || self.flying_since(key).is_some_and(is_slow)
-            || self.asking.since(key, record.version, now).is_some_and(is_slow)
+            || self
+                .asking
+                .since(key, record.version, now)
+                .is_some_and(is_slow)
     }
 
     fn flying_since(&self, key: &Key) -> Option<Duration> {
@@ -234,7 +264,11 @@ impl Refresher {
     /// Of the value in memory, 0 if there is none.
     fn version(&self, key: &Key) -> Revision {
         use holdfast_raft::state::memory::Lookup;
-        match self.replicas.of_key(key).map(|replica| replica.state().peek(key)) {
+        match self
+            .replicas
+            .of_key(key)
+            .map(|replica| replica.state().peek(key))
+        {
             Some(Lookup::Found(entry)) => entry.record.version,
             _ => 0,
         }
@@ -258,7 +292,8 @@ impl Refresher {
                 () = work => {}
             }
         };
-        self.tasks.spawn(until_stopped.instrument(tracing::info_span!(parent: None, "duty", name)));
+        self.tasks
+            .spawn(until_stopped.instrument(tracing::info_span!(parent: None, "duty", name)));
     }
 
     async fn follow_hints(self: Arc<Self>) {
@@ -268,14 +303,16 @@ impl Refresher {
         }
     }
 
-    /// A flight keeps its claim for as long as this node may lead in its term, not a moment longer: in another term, or under
-    /// another leader, somebody else may fetch.
+    /// A flight keeps its claim for as long as this node may lead in its term, not a moment longer:
+    /// in another term, or under another leader, somebody else may fetch.
     async fn end_lost_claims(self: Arc<Self>, replica: Arc<Replica>) {
         let mut leader = replica.watch_leader();
         loop {
             let known = *leader.borrow_and_update();
             match known {
-                Some(leader) if leader.is_self => self.end_flights(replica.shard(), Some(leader.term)),
+                Some(leader) if leader.is_self => {
+                    self.end_flights(replica.shard(), Some(leader.term))
+                }
                 Some(_) => self.end_flights(replica.shard(), None),
                 None => {}
             }

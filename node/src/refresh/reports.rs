@@ -1,7 +1,9 @@
-//! What a follower tells the leader of what is read here: once a second, and sooner what is past its refresh point. Outside
-//! the log: a report that is lost with its leader's node costs a refresh that the next reader asks for.
+//! What a follower tells the leader of what is read here: once a second, and sooner what is past
+//! its refresh point. Outside the log: a report that is lost with its leader's node costs a refresh
+//! that the next reader asks for.
 //!
-//! Promises bounded messages and one on its way per shard. Must never know what the leader does with it.
+//! Promises bounded messages and one on its way per shard. Must never know what the leader does
+//! with it.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -35,13 +37,23 @@ impl Refresher {
             round = round.wrapping_add(1);
             let report = self.marks.take_report(round.is_multiple_of(READ_EVERY));
             let by_shard = self.by_shard(report);
-            futures::future::join_all(by_shard.into_iter().map(|(shard, report)| self.report(shard, report))).await;
+            futures::future::join_all(
+                by_shard
+                    .into_iter()
+                    .map(|(shard, report)| self.report(shard, report)),
+            )
+            .await;
         }
     }
 
     /// Takes in what readers of another node used.
     pub(super) fn hear_report(self: &Arc<Self>, report: Report) {
-        for key in report.read.iter().chain(&report.due).filter(|key| self.lane_of(key).is_some()) {
+        for key in report
+            .read
+            .iter()
+            .chain(&report.due)
+            .filter(|key| self.lane_of(key).is_some())
+        {
             self.marks.mark(Hashed::of(key));
         }
         for key in report.due.iter().filter(|key| self.lane_of(key).is_some()) {
@@ -53,22 +65,33 @@ impl Refresher {
         let mut by_shard: BTreeMap<ShardId, Report> = BTreeMap::new();
         let shard_of = |key: &Key| self.replicas.of_key(key).map(|replica| replica.shard());
         for key in report.read {
-            by_shard.entry(shard_of(&key).unwrap_or_default()).or_default().read.push(key);
+            by_shard
+                .entry(shard_of(&key).unwrap_or_default())
+                .or_default()
+                .read
+                .push(key);
         }
         for key in report.due {
-            by_shard.entry(shard_of(&key).unwrap_or_default()).or_default().due.push(key);
+            by_shard
+                .entry(shard_of(&key).unwrap_or_default())
+                .or_default()
+                .due
+                .push(key);
         }
         by_shard
     }
 
     pub(super) async fn report(self: &Arc<Self>, shard: ShardId, report: Report) {
-        let Some(replica) = self.replicas.replica(shard) else { return };
+        let Some(replica) = self.replicas.replica(shard) else {
+            return;
+        };
         match replica.leader() {
             Some(leader) if leader.is_self && replica.leads().is_some() => self.hear_report(report),
             Some(leader) if !leader.is_self => {
                 let mut is_heard = true;
                 for message in messages(report) {
-                    // Who did not hear one would hold up the others: they wait for the next round, or for the next leader.
+                    // Who did not hear one would hold up the others: they wait for the next round,
+                    // or for the next leader.
                     is_heard = is_heard && self.tell(&replica, leader, &message).await;
                     if !is_heard {
                         self.marks.put_back(message);
@@ -81,17 +104,29 @@ impl Refresher {
     }
 
     async fn tell(&self, replica: &Replica, leader: Leader, report: &Report) -> bool {
-        let Some(peers) = self.replicas.peers() else { return false };
-        let Some(member) = peers.member(leader.id) else { return false };
+        let Some(peers) = self.replicas.peers() else {
+            return false;
+        };
+        let Some(member) = peers.member(leader.id) else {
+            return false;
+        };
         let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
         let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
-        let mut request = Request::new(ReportReadsRequest { header, read: bytes(&report.read), due: bytes(&report.due) });
+        let mut request = Request::new(ReportReadsRequest {
+            header,
+            read: bytes(&report.read),
+            due: bytes(&report.due),
+        });
         request.set_timeout(TIMEOUT);
         self.metrics.outgoing(request.metadata_mut());
         let mut client = peers.refresh_client(&member.peer_address);
         match tokio::time::timeout(TIMEOUT, client.report_reads(request)).await {
             Ok(Ok(response)) => {
-                peers.heard(replica.shard(), leader.id, response.into_inner().header.as_ref());
+                peers.heard(
+                    replica.shard(),
+                    leader.id,
+                    response.into_inner().header.as_ref(),
+                );
                 true
             }
             _ => false,
@@ -101,7 +136,17 @@ impl Refresher {
 
 /// Cut so that each is bounded; what is due first.
 fn messages(report: Report) -> impl Iterator<Item = Report> {
-    let cut = |keys: Vec<Key>| keys.chunks(KEYS_MAX).map(<[Key]>::to_vec).collect::<Vec<_>>();
-    let due = cut(report.due).into_iter().map(|due| Report { read: Vec::new(), due });
-    due.chain(cut(report.read).into_iter().map(|read| Report { read, due: Vec::new() }))
+    let cut = |keys: Vec<Key>| {
+        keys.chunks(KEYS_MAX)
+            .map(<[Key]>::to_vec)
+            .collect::<Vec<_>>()
+    };
+    let due = cut(report.due).into_iter().map(|due| Report {
+        read: Vec::new(),
+        due,
+    });
+    due.chain(cut(report.read).into_iter().map(|read| Report {
+        read,
+        due: Vec::new(),
+    }))
 }

@@ -3,8 +3,8 @@
 //! ```text
 //! 32 slots:  [ any flight: 24 ][ only a MISS: 8 ]        waiting: MISS, then asked for, then due; at most 10,000
 //! ```
-//! Promises that a waiting refresh never stands before a MISS, that a MISS is never dropped for a refresh, and that what is
-//! full says so at once. Must never know what a flight does, or a clock.
+//! Promises that a waiting refresh never stands before a MISS, that a MISS is never dropped for a
+//! refresh, and that what is full says so at once. Must never know what a flight does, or a clock.
 
 use std::{
     cmp::Reverse,
@@ -15,7 +15,8 @@ use holdfast_proto::Key;
 
 /// Flights of one upstream at once on the node that leads. Fixed for now.
 const FLIGHTS_MAX: usize = 32;
-/// Of these, so many may be refreshes: a quarter is kept for misses, whose readers have nothing else.
+/// Of these, so many may be refreshes: a quarter is kept for misses, whose readers have nothing
+/// else.
 const REFRESHES_MAX: usize = FLIGHTS_MAX / 4 * 3;
 /// Flights that wait for a slot. Fixed for now.
 const WAITING_MAX: usize = 10_000;
@@ -76,9 +77,14 @@ impl Slots {
         Entered::Waits { instead_of }
     }
 
-    /// A waiting flight matters more now than when it came. Look for the `next` afterwards: it may be this one.
+    /// A waiting flight matters more now than when it came. Look for the `next` afterwards: it may
+    /// be this one.
     pub(crate) fn promote(&mut self, key: &Key, priority: Priority) {
-        if self.places.get(key).is_some_and(|place| place.priority.0 < priority) {
+        if self
+            .places
+            .get(key)
+            .is_some_and(|place| place.priority.0 < priority)
+        {
             self.withdraw(key);
             self.wait(key.clone(), priority);
         }
@@ -86,7 +92,8 @@ impl Slots {
 
     /// The next to run, which has its slot then.
     pub(crate) fn next(&mut self) -> Option<(Key, Priority)> {
-        // Only the first needs a look: behind a MISS without a slot nobody has one, behind a refresh there are only refreshes.
+        // Only the first needs a look: behind a MISS without a slot nobody has one, behind a
+        // refresh there are only refreshes.
         let (&place, _) = self.waiting.first_key_value()?;
         let priority = place.priority.0;
         if !self.is_free_for(priority) {
@@ -115,7 +122,8 @@ impl Slots {
     }
 
     fn is_free_for(&self, priority: Priority) -> bool {
-        self.running < FLIGHTS_MAX && (priority == Priority::Miss || self.running_refreshes < REFRESHES_MAX)
+        self.running < FLIGHTS_MAX
+            && (priority == Priority::Miss || self.running_refreshes < REFRESHES_MAX)
     }
 
     fn take(&mut self, priority: Priority) {
@@ -127,12 +135,16 @@ impl Slots {
 
     fn wait(&mut self, key: Key, priority: Priority) {
         self.arrived += 1;
-        let place = Place { priority: Reverse(priority), number: self.arrived };
+        let place = Place {
+            priority: Reverse(priority),
+            number: self.arrived,
+        };
         self.places.insert(key.clone(), place);
         self.waiting.insert(place, key);
     }
 
-    /// Drops the least useful one that is worth less than `priority`: the last to come of the lowest.
+    /// Drops the least useful one that is worth less than `priority`: the last to come of the
+    /// lowest.
     fn drop_below(&mut self, priority: Priority) -> Option<Key> {
         let (&place, _) = self.waiting.last_key_value()?;
         if place.priority.0 >= priority {
@@ -162,7 +174,10 @@ mod tests {
     }
 
     fn waits(slots: &mut Slots, n: usize, priority: Priority) {
-        assert_eq!(slots.enter(&key(n), priority), Entered::Waits { instead_of: None });
+        assert_eq!(
+            slots.enter(&key(n), priority),
+            Entered::Waits { instead_of: None }
+        );
     }
 
     #[test]
@@ -175,7 +190,15 @@ mod tests {
         assert_eq!(slots.next(), None);
         (0..4).for_each(|_| slots.leave(Priority::Miss));
         let order: Vec<_> = std::iter::from_fn(|| slots.next()).collect();
-        assert_eq!(order, [(key(102), Priority::Miss), (key(103), Priority::Miss), (key(101), Priority::Asked), (key(100), Priority::Due)]);
+        assert_eq!(
+            order,
+            [
+                (key(102), Priority::Miss),
+                (key(103), Priority::Miss),
+                (key(101), Priority::Asked),
+                (key(100), Priority::Due)
+            ]
+        );
     }
 
     #[test]
@@ -189,7 +212,8 @@ mod tests {
             assert_eq!(slots.enter(&key(n), Priority::Miss), Entered::Runs);
         }
         waits(&mut slots, 33, Priority::Miss);
-        // A freed slot of a refresh goes to the MISS; the next of the misses' own never to a refresh.
+        // A freed slot of a refresh goes to the MISS; the next of the misses' own never to a
+        // refresh.
         slots.leave(Priority::Due);
         assert_eq!(slots.next(), Some((key(33), Priority::Miss)));
         slots.leave(Priority::Miss);
@@ -208,10 +232,25 @@ mod tests {
         waits(&mut slots, 100, Priority::Asked);
         waits(&mut slots, 101, Priority::Due);
         assert_eq!(slots.enter(&key(102), Priority::Due), Entered::Refused);
-        assert_eq!(slots.enter(&key(103), Priority::Asked), Entered::Waits { instead_of: Some(key(101)) });
+        assert_eq!(
+            slots.enter(&key(103), Priority::Asked),
+            Entered::Waits {
+                instead_of: Some(key(101))
+            }
+        );
         assert_eq!(slots.enter(&key(104), Priority::Asked), Entered::Refused);
-        assert_eq!(slots.enter(&key(105), Priority::Miss), Entered::Waits { instead_of: Some(key(103)) });
-        assert_eq!(slots.enter(&key(106), Priority::Miss), Entered::Waits { instead_of: Some(key(100)) });
+        assert_eq!(
+            slots.enter(&key(105), Priority::Miss),
+            Entered::Waits {
+                instead_of: Some(key(103))
+            }
+        );
+        assert_eq!(
+            slots.enter(&key(106), Priority::Miss),
+            Entered::Waits {
+                instead_of: Some(key(100))
+            }
+        );
         assert_eq!(slots.enter(&key(107), Priority::Miss), Entered::Refused);
     }
 

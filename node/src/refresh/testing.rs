@@ -1,4 +1,5 @@
-//! What the tests of this folder share: an upstream under their command, and nodes with real replicas in memory.
+//! What the tests of this folder share: an upstream under their command, and nodes with real
+//! replicas in memory.
 
 use std::{
     collections::HashMap,
@@ -35,7 +36,8 @@ use crate::{
 /// Longer than anything here takes: a test that waits so long fails.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// For every key, from upstream `u`: delays from 3 s to a minute without chance, values for a minute.
+/// For every key, from upstream `u`: delays from 3 s to a minute without chance, values for a
+/// minute.
 pub(super) fn policy() -> Policy {
     Policy {
         pattern: Glob::parse("*").unwrap(),
@@ -61,7 +63,8 @@ pub(super) fn key(text: &str) -> Key {
     Key::new(text.to_owned()).unwrap()
 }
 
-/// Answers `{path}#{call}`, where calls are counted by path, with the status it was told, once it is let.
+/// Answers `{path}#{call}`, where calls are counted by path, with the status it was told, once it
+/// is let.
 #[derive(Clone)]
 pub(super) struct Origin {
     pub(super) url: String,
@@ -83,8 +86,12 @@ impl Origin {
             status: Arc::new(Mutex::new(StatusCode::OK)),
             let_through: watch::Sender::new(usize::MAX),
         };
-        let router = Router::new().fallback(Self::answer).with_state(origin.clone());
-        drop(tokio::spawn(async move { axum::serve(listener, router).await }));
+        let router = Router::new()
+            .fallback(Self::answer)
+            .with_state(origin.clone());
+        drop(tokio::spawn(
+            async move { axum::serve(listener, router).await },
+        ));
         origin
     }
 
@@ -101,7 +108,11 @@ impl Origin {
             *calls += 1;
             number = *calls;
         });
-        let _ = origin.let_through.subscribe().wait_for(|let_through| number <= *let_through).await;
+        let _ = origin
+            .let_through
+            .subscribe()
+            .wait_for(|let_through| number <= *let_through)
+            .await;
         let status = *origin.status.lock().unwrap();
         (status, format!("{path}#{call}"))
     }
@@ -126,7 +137,10 @@ impl Origin {
     pub(super) async fn called(&self, calls: usize) {
         let mut watched = self.calls.subscribe();
         let reached = watched.wait_for(|now| *now >= calls);
-        tokio::time::timeout(PATIENCE, reached).await.expect("the origin is called in time").unwrap();
+        tokio::time::timeout(PATIENCE, reached)
+            .await
+            .expect("the origin is called in time")
+            .unwrap();
     }
 }
 
@@ -145,10 +159,18 @@ impl Node {
     }
 
     /// So many, with one leader.
-    pub(super) async fn cluster(count: usize, origin: &Origin, policy: Policy, clock: Clock) -> Vec<Self> {
+    pub(super) async fn cluster(
+        count: usize,
+        origin: &Origin,
+        policy: Policy,
+        clock: Clock,
+    ) -> Vec<Self> {
         let listeners = join_all((0..count).map(|_| TcpListener::bind("127.0.0.1:0"))).await;
         let listeners: Vec<_> = listeners.into_iter().map(Result::unwrap).collect();
-        let addresses: Vec<String> = listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect();
+        let addresses: Vec<String> = listeners
+            .iter()
+            .map(|listener| listener.local_addr().unwrap().to_string())
+            .collect();
         let started = listeners.into_iter().enumerate().map(|(n, listener)| {
             let options = Options {
                 name: format!("node-{n}"),
@@ -162,7 +184,10 @@ impl Node {
                 shards: 1,
                 memory_bytes_max: 64 << 20,
                 disk_bytes_max: 1 << 40,
-                log_kept: LogKept { entries: 10_000, bytes: 64 << 20 },
+                log_kept: LogKept {
+                    entries: 10_000,
+                    bytes: 64 << 20,
+                },
             };
             Self::start(options, listener, origin, policy.clone(), clock.clone())
         });
@@ -170,29 +195,57 @@ impl Node {
         for node in &nodes {
             let mut membership = node.replicas.membership();
             let member = membership.wait_for(|membership| *membership == Membership::Member);
-            tokio::time::timeout(PATIENCE, member).await.expect("the cluster forms in time").unwrap();
+            tokio::time::timeout(PATIENCE, member)
+                .await
+                .expect("the cluster forms in time")
+                .unwrap();
         }
         for node in &nodes {
             let mut leader = node.replica().watch_leader();
-            tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_some)).await.expect("a leader in time").unwrap();
+            tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_some))
+                .await
+                .expect("a leader in time")
+                .unwrap();
         }
         leading(&nodes).await;
         nodes
     }
 
-    async fn start(options: Options, listener: TcpListener, origin: &Origin, policy: Policy, clock: Clock) -> Self {
+    async fn start(
+        options: Options,
+        listener: TcpListener,
+        origin: &Origin,
+        policy: Policy,
+        clock: Clock,
+    ) -> Self {
         let metrics = Arc::new(Metrics::default());
-        let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone()).await.unwrap();
-        let refresher =
-            Refresher::new(replicas.clone(), Arc::new(Policies::from_iter([policy])), Arc::new(upstreams(origin)), metrics, clock);
+        let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone())
+            .await
+            .unwrap();
+        let refresher = Refresher::new(
+            replicas.clone(),
+            Arc::new(Policies::from_iter([policy])),
+            Arc::new(upstreams(origin)),
+            metrics,
+            clock,
+        );
         let server = tonic::transport::Server::builder()
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
             .add_service(refresher.service());
-        let listener = tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let listener = tokio::spawn(async move {
+            server
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+                .unwrap()
+        });
         replicas.start();
         refresher.start();
-        Self { replicas, refresher, listener }
+        Self {
+            replicas,
+            refresher,
+            listener,
+        }
     }
 
     pub(super) fn replica(&self) -> &Arc<Replica> {
@@ -207,7 +260,8 @@ impl Node {
     }
 
     pub(super) fn value(&self, key: &Key) -> Option<String> {
-        self.entry(key).map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
+        self.entry(key)
+            .map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
     }
 
     pub(super) async fn write(&self, op: Op) -> Revision {
@@ -218,15 +272,20 @@ impl Node {
         }
     }
 
-    /// Moves time, and waits until this node judges by it: a leader notes its wall clock and its monotonic clock one after the
-    /// other, and may do so across the move; the next note, 20 ms later, is right.
+    /// Moves time, and waits until this node judges by it: a leader notes its wall clock and its
+    /// monotonic clock one after the other, and may do so across the move; the next note, 20 ms
+    /// later, is right.
     pub(super) async fn advance(&self, clock: &Clock, by: Duration) {
         let moved = self.replica().now() + u64::try_from(by.as_millis()).unwrap();
         clock.advance(by);
         let mut in_a_row = 0;
         while in_a_row < 3 {
             tokio::time::sleep(Duration::from_millis(15)).await;
-            in_a_row = if self.replica().now() >= moved { in_a_row + 1 } else { 0 };
+            in_a_row = if self.replica().now() >= moved {
+                in_a_row + 1
+            } else {
+                0
+            };
         }
     }
 
@@ -234,7 +293,10 @@ impl Node {
     pub(super) async fn applied(&self, so: impl Fn(&Self) -> bool) {
         let mut applied = self.replica().state().watch_applied();
         let reached = applied.wait_for(|_| so(self));
-        tokio::time::timeout(PATIENCE, reached).await.expect("applied in time").unwrap();
+        tokio::time::timeout(PATIENCE, reached)
+            .await
+            .expect("applied in time")
+            .unwrap();
     }
 
     /// Gone from the network, and its flights with it.
@@ -253,7 +315,10 @@ pub(super) async fn leading(nodes: &[Node]) -> usize {
             leads.wait_for(Option::is_some).await.map(|_| ()).unwrap();
         })
     });
-    tokio::time::timeout(PATIENCE, futures::future::select_all(leads)).await.expect("a node leads in time").1
+    tokio::time::timeout(PATIENCE, futures::future::select_all(leads))
+        .await
+        .expect("a node leads in time")
+        .1
 }
 
 fn upstreams(origin: &Origin) -> Upstreams {
@@ -264,5 +329,9 @@ fn upstreams(origin: &Origin) -> Upstreams {
         fetch_timeout: Duration::from_secs(60),
         max_body_bytes: 8 << 20,
     };
-    [Upstream::Http(Http::new("u".to_owned(), spec, Arc::default()).unwrap())].into_iter().collect()
+    [Upstream::Http(
+        Http::new("u".to_owned(), spec, Arc::default()).unwrap(),
+    )]
+    .into_iter()
+    .collect()
 }

@@ -21,7 +21,12 @@ use super::{
 use crate::policy::Policy;
 
 fn set(text: &str, value: &str) -> Op {
-    let lifetime = Lifetime { fresh_ms: 60_000, refresh_after_ms: 48_000, stale_while_revalidate_ms: 0, stale_if_error_ms: FOREVER };
+    let lifetime = Lifetime {
+        fresh_ms: 60_000,
+        refresh_after_ms: 48_000,
+        stale_while_revalidate_ms: 0,
+        stale_if_error_ms: FOREVER,
+    };
     Op::Set(peer::Set {
         key: text.to_owned().into(),
         value: value.to_owned().into(),
@@ -32,11 +37,15 @@ fn set(text: &str, value: &str) -> Op {
 }
 
 fn delete(text: &str) -> Op {
-    Op::Delete(peer::Delete { key: text.to_owned().into() })
+    Op::Delete(peer::Delete {
+        key: text.to_owned().into(),
+    })
 }
 
 fn invalidate(text: &str) -> Op {
-    Op::Invalidate(peer::Invalidate { key: text.to_owned().into() })
+    Op::Invalidate(peer::Invalidate {
+        key: text.to_owned().into(),
+    })
 }
 
 /// A reader that has asked before this returns.
@@ -65,12 +74,17 @@ async fn a_hundred_concurrent_first_reads_cause_one_call() {
     origin.called(1).await;
     origin.lets_through(usize::MAX);
     for reader in readers {
-        let Ok(Landed::Committed { revision }) = reader.await.unwrap() else { panic!("not committed") };
+        let Ok(Landed::Committed { revision }) = reader.await.unwrap() else {
+            panic!("not committed")
+        };
         assert!(node.replica().applied().revision >= revision);
     }
     assert_eq!(node.value(&key("a")).unwrap(), "a#1");
     // One who comes late has its value without a call.
-    assert!(matches!(node.refresher.fetch(&key("a"), PATIENCE).await, Ok(Landed::Committed { .. })));
+    assert!(matches!(
+        node.refresher.fetch(&key("a"), PATIENCE).await,
+        Ok(Landed::Committed { .. })
+    ));
     assert_eq!(origin.calls(), 1);
     node.stop().await;
 }
@@ -86,7 +100,10 @@ async fn nobody_gets_what_was_fetched_before_a_delete_though_the_key_was_never_t
     let after = reader(&node, "a").await;
     origin.lets_through(usize::MAX);
     for reader in [before, after] {
-        assert!(matches!(reader.await.unwrap(), Ok(Landed::Committed { .. })));
+        assert!(matches!(
+            reader.await.unwrap(),
+            Ok(Landed::Committed { .. })
+        ));
     }
     assert_eq!(node.value(&key("a")).unwrap(), "a#2");
     assert_eq!(origin.calls(), 2);
@@ -131,7 +148,10 @@ async fn an_invalidate_during_a_fetch_causes_another() {
     origin.called(1).await;
     node.write(invalidate("a")).await;
     origin.lets_through(usize::MAX);
-    assert!(matches!(before.await.unwrap(), Ok(Landed::Committed { .. })));
+    assert!(matches!(
+        before.await.unwrap(),
+        Ok(Landed::Committed { .. })
+    ));
     assert_eq!(node.value(&key("a")).unwrap(), "a#2");
     node.stop().await;
 }
@@ -154,7 +174,15 @@ async fn a_set_during_a_fetch_wins_and_is_what_readers_are_told_of() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_value_too_large_to_store_goes_to_its_readers_unless_the_key_was_deleted_meanwhile() {
     let origin = Origin::start().await;
-    let node = Node::alone(&origin, Policy { max_value_bytes: 2, ..policy() }, Clock::system()).await;
+    let node = Node::alone(
+        &origin,
+        Policy {
+            max_value_bytes: 2,
+            ..policy()
+        },
+        Clock::system(),
+    )
+    .await;
     origin.lets_through(0);
     let before = reader(&node, "a").await;
     origin.called(1).await;
@@ -162,7 +190,9 @@ async fn a_value_too_large_to_store_goes_to_its_readers_unless_the_key_was_delet
     let after = reader(&node, "a").await;
     origin.lets_through(usize::MAX);
     for reader in [before, after] {
-        let Ok(Landed::Unstored { value, .. }) = reader.await.unwrap() else { panic!("stored") };
+        let Ok(Landed::Unstored { value, .. }) = reader.await.unwrap() else {
+            panic!("stored")
+        };
         assert_eq!(value, "a#2");
     }
     assert_eq!(node.value(&key("a")), None);
@@ -173,17 +203,34 @@ async fn a_value_too_large_to_store_goes_to_its_readers_unless_the_key_was_delet
 async fn a_failed_miss_is_not_tried_again_within_error_ttl() {
     let origin = Origin::start().await;
     let clock = Clock::system();
-    let node = Node::alone(&origin, Policy { error_ttl: Duration::from_secs(100), ..policy() }, clock.clone()).await;
+    let node = Node::alone(
+        &origin,
+        Policy {
+            error_ttl: Duration::from_secs(100),
+            ..policy()
+        },
+        clock.clone(),
+    )
+    .await;
     origin.answers(500);
     for _ in 0..1_000 {
-        let Err(NoValue::Failed(failure)) = node.refresher.fetch(&key("a"), PATIENCE).await else { panic!("no failure") };
-        assert_eq!((failure.class, failure.status, failure.count), (FailureClass::Status, 500, 1));
+        let Err(NoValue::Failed(failure)) = node.refresher.fetch(&key("a"), PATIENCE).await else {
+            panic!("no failure")
+        };
+        assert_eq!(
+            (failure.class, failure.status, failure.count),
+            (FailureClass::Status, 500, 1)
+        );
     }
     assert_eq!(origin.calls(), 1);
     node.advance(&clock, Duration::from_secs(101)).await;
     origin.answers(200);
     let landed = node.refresher.fetch(&key("a"), PATIENCE).await;
-    assert!(matches!(landed, Ok(Landed::Committed { .. })), "{landed:?} {}", origin.calls());
+    assert!(
+        matches!(landed, Ok(Landed::Committed { .. })),
+        "{landed:?} {}",
+        origin.calls()
+    );
     assert_eq!(origin.calls(), 2);
     node.stop().await;
 }
@@ -197,20 +244,45 @@ async fn a_failed_refresh_changes_nothing_is_known_to_all_and_success_resets_it(
     origin.answers(404);
     node.advance(&clock, Duration::from_secs(50)).await;
     node.refresher.note_read(&key("a"), true);
-    node.applied(|node| node.entry(&key("a")).unwrap().record.failure.is_some()).await;
+    node.applied(|node| node.entry(&key("a")).unwrap().record.failure.is_some())
+        .await;
     let entry = node.entry(&key("a")).unwrap();
     let failure = entry.record.failure.unwrap();
-    assert_eq!((entry.value.as_ref(), failure.class(), failure.status, failure.count), (b"good".as_slice(), FailureClass::Status, 404, 1));
-    assert!(node.refresher.should_not_wait(&key("a"), &entry.record, PATIENCE));
-    assert!(matches!(node.refresher.fetch(&key("a"), PATIENCE).await, Err(NoValue::Failed(_))));
+    assert_eq!(
+        (
+            entry.value.as_ref(),
+            failure.class(),
+            failure.status,
+            failure.count
+        ),
+        (b"good".as_slice(), FailureClass::Status, 404, 1)
+    );
+    assert!(
+        node.refresher
+            .should_not_wait(&key("a"), &entry.record, PATIENCE)
+    );
+    assert!(matches!(
+        node.refresher.fetch(&key("a"), PATIENCE).await,
+        Err(NoValue::Failed(_))
+    ));
     assert_eq!(origin.calls(), 1);
 
     origin.answers(200);
     node.advance(&clock, Duration::from_secs(4)).await;
-    assert!(!node.refresher.should_not_wait(&key("a"), &entry.record, PATIENCE));
-    assert!(matches!(node.refresher.fetch(&key("a"), PATIENCE).await, Ok(Landed::Committed { .. })));
+    assert!(
+        !node
+            .refresher
+            .should_not_wait(&key("a"), &entry.record, PATIENCE)
+    );
+    assert!(matches!(
+        node.refresher.fetch(&key("a"), PATIENCE).await,
+        Ok(Landed::Committed { .. })
+    ));
     let entry = node.entry(&key("a")).unwrap();
-    assert_eq!((entry.value.as_ref(), entry.record.failure.is_none()), (b"a#2".as_slice(), true));
+    assert_eq!(
+        (entry.value.as_ref(), entry.record.failure.is_none()),
+        (b"a#2".as_slice(), true)
+    );
     node.stop().await;
 }
 
@@ -219,7 +291,12 @@ async fn readers_that_leave_do_not_end_the_fetch() {
     let origin = Origin::start().await;
     let node = Node::alone(&origin, policy(), Clock::system()).await;
     origin.lets_through(0);
-    assert_eq!(node.refresher.fetch(&key("a"), Duration::from_millis(1)).await, Err(NoValue::Deadline));
+    assert_eq!(
+        node.refresher
+            .fetch(&key("a"), Duration::from_millis(1))
+            .await,
+        Err(NoValue::Deadline)
+    );
     origin.called(1).await;
     assert!(node.refresher.is_refreshing(&key("a")));
     origin.lets_through(usize::MAX);
@@ -237,7 +314,10 @@ async fn more_than_32_flights_and_10_000_waiting_are_refused_at_once() {
     for n in 0..10_032 {
         readers.push(reader(&node, &format!("k{n}")).await);
     }
-    assert_eq!(node.refresher.fetch(&key("more"), PATIENCE).await, Err(NoValue::Overloaded));
+    assert_eq!(
+        node.refresher.fetch(&key("more"), PATIENCE).await,
+        Err(NoValue::Overloaded)
+    );
     origin.called(32).await;
     assert_eq!(origin.calls(), 32);
     origin.lets_through(usize::MAX);
@@ -246,7 +326,10 @@ async fn more_than_32_flights_and_10_000_waiting_are_refused_at_once() {
         let landed = reader.await.unwrap();
         assert!(landed.is_ok(), "{landed:?}");
     }
-    assert!(matches!(node.refresher.fetch(&key("more"), PATIENCE).await, Ok(Landed::Committed { .. })));
+    assert!(matches!(
+        node.refresher.fetch(&key("more"), PATIENCE).await,
+        Ok(Landed::Committed { .. })
+    ));
     node.stop().await;
 }
 
@@ -255,10 +338,17 @@ async fn a_fetch_that_runs_or_waits_keeps_the_key_and_not_the_message_it_came_in
     let origin = Origin::start().await;
     let node = Node::alone(&origin, policy(), Clock::system()).await;
     origin.lets_through(0);
-    let message = Bytes::from((0..80).flat_map(|n| format!("k{n:09}").into_bytes()).collect::<Vec<_>>());
+    let message = Bytes::from(
+        (0..80)
+            .flat_map(|n| format!("k{n:09}").into_bytes())
+            .collect::<Vec<_>>(),
+    );
     for at in (0..message.len()).step_by(10) {
         let key = Key::new(message.slice(at..at + 10)).unwrap();
-        assert_eq!(node.refresher.fetch(&key, Duration::from_millis(1)).await, Err(NoValue::Deadline));
+        assert_eq!(
+            node.refresher.fetch(&key, Duration::from_millis(1)).await,
+            Err(NoValue::Deadline)
+        );
     }
     assert!(message.is_unique());
     node.stop().await;
@@ -274,13 +364,19 @@ async fn more_than_1_024_readers_of_a_follower_are_not_passed_on_to_the_leader()
     for n in 0..1_024 {
         readers.push(reader(follower, &format!("k{n}")).await);
     }
-    assert_eq!(follower.refresher.fetch(&key("more"), PATIENCE).await, Err(NoValue::Overloaded));
+    assert_eq!(
+        follower.refresher.fetch(&key("more"), PATIENCE).await,
+        Err(NoValue::Overloaded)
+    );
     origin.lets_through(usize::MAX);
     for reader in readers {
         let landed = reader.await.unwrap();
         assert!(landed.is_ok(), "{landed:?}");
     }
-    assert!(matches!(follower.refresher.fetch(&key("more"), PATIENCE).await, Ok(Landed::Committed { .. })));
+    assert!(matches!(
+        follower.refresher.fetch(&key("more"), PATIENCE).await,
+        Ok(Landed::Committed { .. })
+    ));
     join_all(nodes.into_iter().map(Node::stop)).await;
 }
 
@@ -292,7 +388,9 @@ async fn what_was_read_is_refreshed_ahead_and_what_was_not_is_left_alone() {
     for text in ["read", "unread"] {
         node.refresher.fetch(&key(text), PATIENCE).await.unwrap();
     }
-    let refreshed = |text: &'static str, value: String| node.applied(move |node| node.value(&key(text)).as_ref() == Some(&value));
+    let refreshed = |text: &'static str, value: String| {
+        node.applied(move |node| node.value(&key(text)).as_ref() == Some(&value))
+    };
     // Its next reader finds it due, and that suffices.
     node.advance(&clock, Duration::from_secs(50)).await;
     node.refresher.note_read(&key("unread"), true);
@@ -322,12 +420,17 @@ async fn readers_of_three_nodes_cause_one_call_and_reads_anywhere_refresh_ahead(
     origin.called(1).await;
     origin.lets_through(usize::MAX);
     for reader in readers {
-        assert!(matches!(reader.await.unwrap(), Ok(Landed::Committed { .. })));
+        assert!(matches!(
+            reader.await.unwrap(),
+            Ok(Landed::Committed { .. })
+        ));
     }
     assert_eq!(origin.calls(), 1);
 
     let follower = &nodes[(leading(&nodes).await + 1) % 3];
-    follower.applied(|node| node.value(&key("a")).is_some()).await;
+    follower
+        .applied(|node| node.value(&key("a")).is_some())
+        .await;
     clock.advance(Duration::from_secs(49));
     // Again and again: with the clock moved, the leader and its time are lost for a heartbeat.
     let reads = async {
@@ -357,7 +460,10 @@ async fn readers_get_their_value_though_the_leader_is_lost_in_mid_fetch() {
     origin.called(2).await;
     origin.lets_through(usize::MAX);
     for reader in readers {
-        assert!(matches!(reader.await.unwrap(), Ok(Landed::Committed { .. })));
+        assert!(matches!(
+            reader.await.unwrap(),
+            Ok(Landed::Committed { .. })
+        ));
     }
     assert_eq!(origin.calls(), 2);
     join_all(nodes.into_iter().map(Node::stop)).await;
@@ -366,12 +472,22 @@ async fn readers_get_their_value_though_the_leader_is_lost_in_mid_fetch() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_cut_off_from_its_quorum_gives_no_value_that_it_could_not_store() {
     let origin = Origin::start().await;
-    let mut nodes = Node::cluster(3, &origin, Policy { max_value_bytes: 2, ..policy() }, Clock::system()).await;
+    let mut nodes = Node::cluster(
+        3,
+        &origin,
+        Policy {
+            max_value_bytes: 2,
+            ..policy()
+        },
+        Clock::system(),
+    )
+    .await;
     let leader = nodes.remove(leading(&nodes).await);
     origin.lets_through(0);
     let waits = reader(&leader, "a").await;
     origin.called(1).await;
-    // It goes on leading for as long as it cannot know: meanwhile the others may have another leader, and delete the key.
+    // It goes on leading for as long as it cannot know: meanwhile the others may have another
+    // leader, and delete the key.
     join_all(nodes.into_iter().map(Node::stop)).await;
     origin.lets_through(usize::MAX);
     assert_eq!(waits.await.unwrap(), Err(NoValue::NoLeader));
@@ -385,15 +501,31 @@ async fn without_a_leader_nobody_fetches_and_readers_are_told() {
     let left = nodes.remove(leading(&nodes).await);
     join_all(nodes.into_iter().map(Node::stop)).await;
     let mut leader = left.replica().watch_leader();
-    tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_none)).await.unwrap().unwrap();
-    assert_eq!(left.refresher.fetch(&key("a"), Duration::from_millis(300)).await, Err(NoValue::NoLeader));
+    tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_none))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        left.refresher
+            .fetch(&key("a"), Duration::from_millis(300))
+            .await,
+        Err(NoValue::NoLeader)
+    );
     left.refresher.note_read(&key("a"), true);
     assert_eq!(origin.calls(), 0);
     // What was read meanwhile is for the next leader to know.
     left.refresher.stop().await;
     left.refresher.note_read(&key("b"), true);
-    left.refresher.report(0, left.refresher.marks.take_report(true)).await;
-    assert!(left.refresher.marks.take_report(true).due.contains(&key("b")));
+    left.refresher
+        .report(0, left.refresher.marks.take_report(true))
+        .await;
+    assert!(
+        left.refresher
+            .marks
+            .take_report(true)
+            .due
+            .contains(&key("b"))
+    );
     left.stop().await;
 }
 
@@ -405,17 +537,26 @@ async fn a_deposed_leader_lets_go_and_its_readers_get_their_value_from_the_next(
     let deposed = &nodes[leading(&nodes).await];
     let readers = join_all((0..20).map(|_| reader(deposed, "a"))).await;
     origin.called(1).await;
-    deposed.replica().hand_over(None).await.expect("another voter takes over");
+    deposed
+        .replica()
+        .hand_over(None)
+        .await
+        .expect("another voter takes over");
     origin.called(2).await;
     let lets_go = async {
         while deposed.refresher.is_refreshing(&key("a")) {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(PATIENCE, lets_go).await.expect("the flight of the earlier term ends though its call hangs");
+    tokio::time::timeout(PATIENCE, lets_go)
+        .await
+        .expect("the flight of the earlier term ends though its call hangs");
     origin.lets_through(usize::MAX);
     for reader in readers {
-        assert!(matches!(reader.await.unwrap(), Ok(Landed::Committed { .. })));
+        assert!(matches!(
+            reader.await.unwrap(),
+            Ok(Landed::Committed { .. })
+        ));
     }
     assert_eq!(origin.calls(), 2);
     join_all(nodes.into_iter().map(Node::stop)).await;

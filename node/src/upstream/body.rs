@@ -1,8 +1,9 @@
-//! What becomes of a whole body: checked as JSON where it says it is, cut down to the selected fields where some are.
+//! What becomes of a whole body: checked as JSON where it says it is, cut down to the selected
+//! fields where some are.
 //!
-//! Promises that what is not selected goes byte for byte, that a selected field keeps its exact text (a number is never
-//! rounded), and that no body, however deep, overflows the stack: nothing here recurses into values. Must never know
-//! where a body came from.
+//! Promises that what is not selected goes byte for byte, that a selected field keeps its exact
+//! text (a number is never rounded), and that no body, however deep, overflows the stack: nothing
+//! here recurses into values. Must never know where a body came from.
 
 use std::fmt;
 
@@ -15,9 +16,16 @@ use serde_json::value::RawValue;
 use super::Fetched;
 
 /// What to store of a body. `select` names top-level fields; empty means all of it.
-pub(super) fn value(body: Bytes, content_type: String, select: &[String]) -> Result<Fetched, FailureClass> {
+pub(super) fn value(
+    body: Bytes,
+    content_type: String,
+    select: &[String],
+) -> Result<Fetched, FailureClass> {
     if !select.is_empty() {
-        return Ok(Fetched { body: selected(&body, select)?, content_type: "application/json".to_owned() });
+        return Ok(Fetched {
+            body: selected(&body, select)?,
+            content_type: "application/json".to_owned(),
+        });
     }
     if is_json(&content_type) {
         serde_json::from_str::<IgnoredAny>(text(&body)?).map_err(|_| FailureClass::Malformed)?;
@@ -27,7 +35,12 @@ pub(super) fn value(body: Bytes, content_type: String, select: &[String]) -> Res
 
 /// `application/json` or any `+json`, whatever its parameters.
 fn is_json(content_type: &str) -> bool {
-    let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    let essence = content_type
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
     essence == "application/json" || essence.ends_with("+json")
 }
 
@@ -39,7 +52,9 @@ fn text(body: &[u8]) -> Result<&str, FailureClass> {
 /// An object of just those fields, in the order of `select`.
 fn selected(body: &[u8], select: &[String]) -> Result<Bytes, FailureClass> {
     let mut json = serde_json::Deserializer::from_str(text(body)?);
-    let values = Fields(select).deserialize(&mut json).map_err(|_| FailureClass::Malformed)?;
+    let values = Fields(select)
+        .deserialize(&mut json)
+        .map_err(|_| FailureClass::Malformed)?;
     json.end().map_err(|_| FailureClass::Malformed)?;
     let mut object = String::from("{");
     for (name, value) in select.iter().zip(values) {
@@ -54,7 +69,8 @@ fn selected(body: &[u8], select: &[String]) -> Result<Bytes, FailureClass> {
     Ok(object.into())
 }
 
-/// Finds the raw values of the named fields of an object; of a repeated field, the last, as most parsers do.
+/// Finds the raw values of the named fields of an object; of a repeated field, the last, as most
+/// parsers do.
 struct Fields<'a>(&'a [String]);
 
 impl<'de> DeserializeSeed<'de> for Fields<'_> {
@@ -90,7 +106,11 @@ mod tests {
 
     fn select(body: &str, names: &[&str]) -> Result<String, FailureClass> {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-        let fetched = value(Bytes::copy_from_slice(body.as_bytes()), "text/html".to_owned(), &names)?;
+        let fetched = value(
+            Bytes::copy_from_slice(body.as_bytes()),
+            "text/html".to_owned(),
+            &names,
+        )?;
         assert_eq!(fetched.content_type, "application/json");
         Ok(String::from_utf8(fetched.body.to_vec()).unwrap())
     }
@@ -102,39 +122,83 @@ mod tests {
     #[test]
     fn selected_fields_keep_their_exact_text_in_the_order_asked_for() {
         let body = r#" {"b": 1.10000000000000000000001e+400 , "x":[1], "a\u0062": {"k" : "\u00e9" }, "a": null, "b ": 2} "#;
-        assert_eq!(select(body, &["ab", "b", "a"]).unwrap(), r#"{"ab":{"k" : "\u00e9" },"b":1.10000000000000000000001e+400,"a":null}"#);
+        assert_eq!(
+            select(body, &["ab", "b", "a"]).unwrap(),
+            r#"{"ab":{"k" : "\u00e9" },"b":1.10000000000000000000001e+400,"a":null}"#
+        );
         assert_eq!(select(r#"{"a\"b":1}"#, &["a\"b"]).unwrap(), r#"{"a\"b":1}"#);
         assert_eq!(select(r#"{"a":1,"a":2}"#, &["a"]).unwrap(), r#"{"a":2}"#);
     }
 
     #[test]
     fn a_missing_field_fails() {
-        assert_eq!(select(r#"{"a":1,"in":{"b":2}}"#, &["a", "b"]), Err(FailureClass::MissingField));
+        assert_eq!(
+            select(r#"{"a":1,"in":{"b":2}}"#, &["a", "b"]),
+            Err(FailureClass::MissingField)
+        );
         assert_eq!(select("{}", &["a"]), Err(FailureClass::MissingField));
     }
 
     #[test]
     fn with_select_only_a_whole_object_will_do() {
-        for body in ["", "[]", "1", "null", r#""a""#, r#"{"a":1"#, r#"{"a":1}x"#, r#"{"a":1}{"a":2}"#, r#"{"a":tru}"#, r#"{"a":1,"b":}"#] {
+        for body in [
+            "",
+            "[]",
+            "1",
+            "null",
+            r#""a""#,
+            r#"{"a":1"#,
+            r#"{"a":1}x"#,
+            r#"{"a":1}{"a":2}"#,
+            r#"{"a":tru}"#,
+            r#"{"a":1,"b":}"#,
+        ] {
             assert_eq!(select(body, &["a"]), Err(FailureClass::Malformed), "{body}");
         }
     }
 
     #[test]
     fn a_body_that_says_it_is_json_must_be() {
-        for content_type in ["application/json", "Application/JSON; charset=utf-8", "application/problem+json", "image/x+JSON ;a=b"] {
+        for content_type in [
+            "application/json",
+            "Application/JSON; charset=utf-8",
+            "application/problem+json",
+            "image/x+JSON ;a=b",
+        ] {
             assert!(whole(b" [1, {}] ", content_type).is_ok(), "{content_type}");
-            for body in [&b""[..], b"{", b"{}}", b"<html>", b"\"\xff\"", b"NaN", b"[1,]"] {
-                assert_eq!(whole(body, content_type), Err(FailureClass::Malformed), "{content_type} {body:?}");
+            for body in [
+                &b""[..],
+                b"{",
+                b"{}}",
+                b"<html>",
+                b"\"\xff\"",
+                b"NaN",
+                b"[1,]",
+            ] {
+                assert_eq!(
+                    whole(body, content_type),
+                    Err(FailureClass::Malformed),
+                    "{content_type} {body:?}"
+                );
             }
         }
     }
 
     #[test]
     fn any_other_body_is_opaque() {
-        for content_type in ["", "text/plain", "application/jsonl", "text/json", "application/octet-stream; a=application/json"] {
+        for content_type in [
+            "",
+            "text/plain",
+            "application/jsonl",
+            "text/json",
+            "application/octet-stream; a=application/json",
+        ] {
             for body in [&b""[..], b"{", b"\xff\0"] {
-                assert_eq!(whole(body, content_type).unwrap().body, body, "{content_type}");
+                assert_eq!(
+                    whole(body, content_type).unwrap().body,
+                    body,
+                    "{content_type}"
+                );
             }
         }
     }
@@ -144,7 +208,13 @@ mod tests {
         let deep = format!("{}{}", "[".repeat(1_000_000), "]".repeat(1_000_000));
         assert!(whole(deep.as_bytes(), "application/json").is_ok());
         assert!(select(&format!(r#"{{"b":{deep},"a":{deep}}}"#), &["a"]).is_ok());
-        assert_eq!(whole("[".repeat(1_000_000).as_bytes(), "application/json"), Err(FailureClass::Malformed));
-        assert_eq!(select(&r#"{"a":"#.repeat(100_000), &["a"]), Err(FailureClass::Malformed));
+        assert_eq!(
+            whole("[".repeat(1_000_000).as_bytes(), "application/json"),
+            Err(FailureClass::Malformed)
+        );
+        assert_eq!(
+            select(&r#"{"a":"#.repeat(100_000), &["a"]),
+            Err(FailureClass::Malformed)
+        );
     }
 }

@@ -1,8 +1,8 @@
 //! The upstream `http`: one GET, followed through redirects, read whole or not at all.
 //!
-//! Promises one total timeout over everything; a body bounded while it streams; nothing taken from the environment (no
-//! proxy, no netrc, no cookies); and that no header of the configuration ever reaches another scheme, host or port than
-//! the template's. Must never know what a fetch is for.
+//! Promises one total timeout over everything; a body bounded while it streams; nothing taken from
+//! the environment (no proxy, no netrc, no cookies); and that no header of the configuration ever
+//! reaches another scheme, host or port than the template's. Must never know what a fetch is for.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -33,8 +33,8 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(24 * 3600);
 const IDLE_CONNECTIONS_MAX: usize = 32;
 const USER_AGENT: &str = concat!("holdfast/", env!("CARGO_PKG_VERSION"));
 
-/// Headers that say how a message is framed or where it goes: ours to set. `accept-encoding` among them, because only
-/// bodies that are not encoded are understood.
+/// Headers that say how a message is framed or where it goes: ours to set. `accept-encoding` among
+/// them, because only bodies that are not encoded are understood.
 const RESERVED: [HeaderName; 8] = [
     header::HOST,
     header::CONNECTION,
@@ -95,7 +95,10 @@ impl Http {
     pub fn new(name: String, spec: HttpSpec, secrets: Arc<Secrets>) -> Result<Self, InvalidHttp> {
         let roots = tls::system_roots();
         if roots.is_empty() {
-            tracing::warn!(upstream = name, "the system has no root certificates: every https fetch will fail");
+            tracing::warn!(
+                upstream = name,
+                "the system has no root certificates: every https fetch will fail"
+            );
         }
         Self::with_roots(name, spec, secrets, roots)
     }
@@ -105,16 +108,33 @@ impl Http {
     }
 
     #[tracing::instrument(name = "upstream.fetch", skip_all, fields(upstream = self.name))]
-    pub async fn fetch(&self, key: &Key, captures: &[&[u8]], extra_headers: &HeaderMap) -> Result<Fetched, FetchFailed> {
+    pub async fn fetch(
+        &self,
+        key: &Key,
+        captures: &[&[u8]],
+        extra_headers: &HeaderMap,
+    ) -> Result<Fetched, FetchFailed> {
         let url = self.spec.url.fill(key, captures).map_err(refused)?;
-        let headers = self.headers(key, captures, extra_headers).map_err(refused)?;
-        match tokio::time::timeout(self.spec.fetch_timeout, Box::pin(self.exchange(url, headers))).await {
+        let headers = self
+            .headers(key, captures, extra_headers)
+            .map_err(refused)?;
+        match tokio::time::timeout(
+            self.spec.fetch_timeout,
+            Box::pin(self.exchange(url, headers)),
+        )
+        .await
+        {
             Ok(outcome) => outcome,
             Err(_) => Err(FailureClass::Timeout.into()),
         }
     }
 
-    fn with_roots(name: String, spec: HttpSpec, secrets: Arc<Secrets>, roots: RootCertStore) -> Result<Self, InvalidHttp> {
+    fn with_roots(
+        name: String,
+        spec: HttpSpec,
+        secrets: Arc<Secrets>,
+        roots: RootCertStore,
+    ) -> Result<Self, InvalidHttp> {
         let headers = checked_headers(&spec.headers, &secrets)?;
         if let Some(field) = repeated(spec.select.iter()) {
             return Err(InvalidHttp::RepeatedField(field.clone()));
@@ -127,29 +147,50 @@ impl Http {
             .retry(reqwest::retry::never())
             .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
             .user_agent(USER_AGENT)
-            .default_headers(HeaderMap::from_iter([(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"))]))
+            .default_headers(HeaderMap::from_iter([(
+                header::ACCEPT_ENCODING,
+                HeaderValue::from_static("identity"),
+            )]))
             .build()
             .map_err(InvalidHttp::Client)?;
-        Ok(Self { name, spec, headers, secrets, client })
+        Ok(Self {
+            name,
+            spec,
+            headers,
+            secrets,
+            client,
+        })
     }
 
     /// The caller's, then the configuration's over them.
-    fn headers(&self, key: &Key, captures: &[&[u8]], extra_headers: &HeaderMap) -> Result<HeaderMap, Refused> {
+    fn headers(
+        &self,
+        key: &Key,
+        captures: &[&[u8]],
+        extra_headers: &HeaderMap,
+    ) -> Result<HeaderMap, Refused> {
         let mut headers = extra_headers.clone();
         for (name, template) in &self.headers {
             let text = template.fill(key, captures, &self.secrets)?;
-            let mut value = HeaderValue::from_bytes(text.as_bytes()).map_err(|_| Refused::Control)?;
+            let mut value =
+                HeaderValue::from_bytes(text.as_bytes()).map_err(|_| Refused::Control)?;
             value.set_sensitive(true);
             headers.insert(name, value);
         }
         Ok(headers)
     }
 
-    /// Follows redirects. The headers stay with the template's own origin, and a chain that left it gets them never
-    /// again: who sends us back chooses the path, and must not choose it for a request with our credentials.
+    /// Follows redirects. The headers stay with the template's own origin, and a chain that left it
+    /// gets them never again: who sends us back chooses the path, and must not choose it for a
+    /// request with our credentials.
     async fn exchange(&self, mut url: Url, mut headers: HeaderMap) -> Result<Fetched, FetchFailed> {
         for _ in 0..=REDIRECTS_MAX {
-            let sent = self.client.get(url.clone()).headers(headers.clone()).send().await;
+            let sent = self
+                .client
+                .get(url.clone())
+                .headers(headers.clone())
+                .send()
+                .await;
             let response = sent.map_err(|error| self.failed(error))?;
             if !is_redirect(response.status()) {
                 return self.read(response).await;
@@ -168,9 +209,18 @@ impl Http {
         // 206 is a success to HTTP, but nobody asked for a part, and a part never replaces a value.
         if !status.is_success() || status == StatusCode::PARTIAL_CONTENT {
             let retry_after = retry_after(status, response.headers());
-            return Err(FetchFailed { class: FailureClass::Status, status: status.as_u16().into(), retry_after });
+            return Err(FetchFailed {
+                class: FailureClass::Status,
+                status: status.as_u16().into(),
+                retry_after,
+            });
         }
-        if response.headers().get_all(header::CONTENT_ENCODING).iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        if response
+            .headers()
+            .get_all(header::CONTENT_ENCODING)
+            .iter()
+            .any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity"))
+        {
             return Err(FailureClass::Malformed.into());
         }
         let content_type = content_type(response.headers());
@@ -209,16 +259,23 @@ impl Http {
     }
 }
 
-fn checked_headers(headers: &[(String, TextTemplate)], secrets: &Secrets) -> Result<Vec<(HeaderName, TextTemplate)>, InvalidHttp> {
+fn checked_headers(
+    headers: &[(String, TextTemplate)],
+    secrets: &Secrets,
+) -> Result<Vec<(HeaderName, TextTemplate)>, InvalidHttp> {
     let mut checked = Vec::with_capacity(headers.len());
     for (text, template) in headers {
-        let name = HeaderName::from_bytes(text.as_bytes()).map_err(|_| InvalidHttp::HeaderName(text.clone()))?;
+        let name = HeaderName::from_bytes(text.as_bytes())
+            .map_err(|_| InvalidHttp::HeaderName(text.clone()))?;
         if RESERVED.contains(&name) {
             return Err(InvalidHttp::ReservedHeader(text.clone()));
         }
         for secret in template.secrets() {
-            let value = secrets.get(secret).ok_or_else(|| InvalidHttp::NoSuchSecret(secret.to_owned()))?;
-            HeaderValue::from_bytes(value.expose().as_bytes()).map_err(|_| InvalidHttp::UnfitSecret(secret.to_owned()))?;
+            let value = secrets
+                .get(secret)
+                .ok_or_else(|| InvalidHttp::NoSuchSecret(secret.to_owned()))?;
+            HeaderValue::from_bytes(value.expose().as_bytes())
+                .map_err(|_| InvalidHttp::UnfitSecret(secret.to_owned()))?;
         }
         checked.push((name, template.clone()));
     }
@@ -242,7 +299,8 @@ fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// Where a redirect leads, if it may be followed: http or https, never from https down to http, no credentials in it.
+/// Where a redirect leads, if it may be followed: http or https, never from https down to http, no
+/// credentials in it.
 fn redirect_target(from: &Url, headers: &HeaderMap) -> Option<Url> {
     let location = std::str::from_utf8(headers.get(header::LOCATION)?.as_bytes()).ok()?;
     let to = from.join(location).ok()?;
@@ -251,22 +309,38 @@ fn redirect_target(from: &Url, headers: &HeaderMap) -> Option<Url> {
     (scheme_fits && plain && to.as_str().len() <= LOCATION_BYTES_MAX).then_some(to)
 }
 
-/// Only the form in seconds (RFC 9110 §10.2.3): the other is an instant of a clock that is not ours.
+/// Only the form in seconds (RFC 9110 §10.2.3): the other is an instant of a clock that is not
+/// ours.
 fn retry_after(status: StatusCode, headers: &HeaderMap) -> Option<Duration> {
-    if !matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+    if !matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    ) {
         return None;
     }
     let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     let digits = !seconds.is_empty() && seconds.bytes().all(|byte| byte.is_ascii_digit());
     // More digits than a u64 holds are beyond the bound too.
-    digits.then(|| seconds.parse().map_or(RETRY_AFTER_MAX, Duration::from_secs).min(RETRY_AFTER_MAX))
+    digits.then(|| {
+        seconds
+            .parse()
+            .map_or(RETRY_AFTER_MAX, Duration::from_secs)
+            .min(RETRY_AFTER_MAX)
+    })
 }
 
 /// Of one too long for an entry only what stands before its parameters is kept.
 fn content_type(headers: &HeaderMap) -> String {
-    let text = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let text = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let essence = text.split(';').next().unwrap_or_default();
-    [text, essence].into_iter().find(|text| text.len() <= CONTENT_TYPE_BYTES_MAX).unwrap_or_default().to_owned()
+    [text, essence]
+        .into_iter()
+        .find(|text| text.len() <= CONTENT_TYPE_BYTES_MAX)
+        .unwrap_or_default()
+        .to_owned()
 }
 
 #[cfg(test)]
@@ -283,9 +357,18 @@ mod tests {
     const CERTIFICATE_KEY: &[u8] = include_bytes!("testdata/localhost.key.der");
 
     fn spec(url: &str, headers: &[(&str, &str)]) -> HttpSpec {
-        let headers = headers.iter().map(|(name, text)| ((*name).to_owned(), TextTemplate::parse(text).unwrap())).collect();
+        let headers = headers
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), TextTemplate::parse(text).unwrap()))
+            .collect();
         let url = UrlTemplate::parse(url).unwrap();
-        HttpSpec { url, headers, select: Vec::new(), fetch_timeout: Duration::from_secs(60), max_body_bytes: 1024 }
+        HttpSpec {
+            url,
+            headers,
+            select: Vec::new(),
+            fetch_timeout: Duration::from_secs(60),
+            max_body_bytes: 1024,
+        }
     }
 
     fn location(to: &[u8]) -> HeaderMap {
@@ -294,9 +377,14 @@ mod tests {
 
     #[test]
     fn a_redirect_never_leads_from_https_down_to_http() {
-        let target = |from: &str, to: &[u8]| redirect_target(&Url::parse(from).unwrap(), &location(to)).map(String::from);
+        let target = |from: &str, to: &[u8]| {
+            redirect_target(&Url::parse(from).unwrap(), &location(to)).map(String::from)
+        };
         assert_eq!(target("https://h/a", b"http://h/b"), None);
-        assert_eq!(target("https://h/a", b"https://h/b").unwrap(), "https://h/b");
+        assert_eq!(
+            target("https://h/a", b"https://h/b").unwrap(),
+            "https://h/b"
+        );
         assert_eq!(target("https://h/a", b"//g/b").unwrap(), "https://g/b");
         assert_eq!(target("http://h/a", b"https://h/b").unwrap(), "https://h/b");
         assert_eq!(target("http://h/a/b", b"c?d").unwrap(), "http://h/a/c?d");
@@ -308,7 +396,10 @@ mod tests {
     #[test]
     fn retry_after_is_bounded() {
         let asked = |value: &str| {
-            let headers = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_str(value).unwrap())]);
+            let headers = HeaderMap::from_iter([(
+                header::RETRY_AFTER,
+                HeaderValue::from_str(value).unwrap(),
+            )]);
             retry_after(StatusCode::SERVICE_UNAVAILABLE, &headers)
         };
         assert_eq!(asked("120"), Some(Duration::from_secs(120)));
@@ -319,9 +410,20 @@ mod tests {
 
     #[test]
     fn a_content_type_fits_an_entry() {
-        let kept = |text: &str| content_type(&HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_str(text).unwrap())]));
+        let kept = |text: &str| {
+            content_type(&HeaderMap::from_iter([(
+                header::CONTENT_TYPE,
+                HeaderValue::from_str(text).unwrap(),
+            )]))
+        };
         assert_eq!(kept("text/html; charset=utf-8"), "text/html; charset=utf-8");
-        assert_eq!(kept(&format!("text/html; a={}", "x".repeat(CONTENT_TYPE_BYTES_MAX))), "text/html");
+        assert_eq!(
+            kept(&format!(
+                "text/html; a={}",
+                "x".repeat(CONTENT_TYPE_BYTES_MAX)
+            )),
+            "text/html"
+        );
         assert_eq!(kept(&"x".repeat(CONTENT_TYPE_BYTES_MAX + 1)), "");
     }
 
@@ -334,15 +436,29 @@ mod tests {
         let built = |headers: &[(&str, &str)], select: &[&str]| {
             let mut spec = spec("http://h/", headers);
             spec.select = select.iter().map(|name| (*name).to_owned()).collect();
-            Http::with_roots("u".to_owned(), spec, secrets.clone(), RootCertStore::empty()).map(drop).map_err(|error| error.to_string())
+            Http::with_roots(
+                "u".to_owned(),
+                spec,
+                secrets.clone(),
+                RootCertStore::empty(),
+            )
+            .map(drop)
+            .map_err(|error| error.to_string())
         };
-        assert_eq!(built(&[("a", "${secret:good}"), ("b", "")], &["a", "b"]), Ok(()));
+        assert_eq!(
+            built(&[("a", "${secret:good}"), ("b", "")], &["a", "b"]),
+            Ok(())
+        );
         let refused = |headers: &[(&str, &str)], select: &[&str], why: &str| {
             let error = built(headers, select).unwrap_err();
             assert!(error.contains(why) && !error.contains("hunter2"), "{error}");
         };
         refused(&[("a b", "x")], &[], "`a b` is no header name");
-        refused(&[("Host", "{1}")], &[], "`Host` is not for the configuration");
+        refused(
+            &[("Host", "{1}")],
+            &[],
+            "`Host` is not for the configuration",
+        );
         refused(&[("X-A", "x"), ("x-a", "y")], &[], "`x-a` is set twice");
         refused(&[("a", "${secret:other}")], &[], "`other` is not declared");
         refused(&[("a", "${secret:bad}")], &[], "`bad` has a line break");
@@ -352,21 +468,55 @@ mod tests {
     #[tokio::test]
     async fn a_certificate_that_the_roots_do_not_vouch_for_is_connect() {
         let mut trusting = RootCertStore::empty();
-        trusting.add(CertificateDer::from_slice(CERTIFICATE)).unwrap();
-        assert_eq!(fetch_by_tls("localhost", trusting.clone()).await.unwrap().body, "by tls");
-        assert_eq!(fetch_by_tls("127.0.0.1", trusting.clone()).await.unwrap().body, "by tls");
+        trusting
+            .add(CertificateDer::from_slice(CERTIFICATE))
+            .unwrap();
+        assert_eq!(
+            fetch_by_tls("localhost", trusting.clone())
+                .await
+                .unwrap()
+                .body,
+            "by tls"
+        );
+        assert_eq!(
+            fetch_by_tls("127.0.0.1", trusting.clone())
+                .await
+                .unwrap()
+                .body,
+            "by tls"
+        );
         // The certificate is good, but not for this name of the same host.
-        assert_eq!(fetch_by_tls("127.0.0.2", trusting).await.unwrap_err().class, FailureClass::Connect);
-        assert_eq!(fetch_by_tls("localhost", RootCertStore::empty()).await.unwrap_err().class, FailureClass::Connect);
-        assert_eq!(fetch_by_tls("localhost", tls::system_roots()).await.unwrap_err().class, FailureClass::Connect);
+        assert_eq!(
+            fetch_by_tls("127.0.0.2", trusting).await.unwrap_err().class,
+            FailureClass::Connect
+        );
+        assert_eq!(
+            fetch_by_tls("localhost", RootCertStore::empty())
+                .await
+                .unwrap_err()
+                .class,
+            FailureClass::Connect
+        );
+        assert_eq!(
+            fetch_by_tls("localhost", tls::system_roots())
+                .await
+                .unwrap_err()
+                .class,
+            FailureClass::Connect
+        );
     }
 
     async fn fetch_by_tls(host: &str, roots: RootCertStore) -> Result<Fetched, FetchFailed> {
         let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
-        let spec = spec(&format!("https://{host}:{}/", listener.local_addr().unwrap().port()), &[]);
+        let spec = spec(
+            &format!("https://{host}:{}/", listener.local_addr().unwrap().port()),
+            &[],
+        );
         let server = std::thread::spawn(move || answer_by_tls(listener));
         let http = Http::with_roots("u".to_owned(), spec, Arc::default(), roots).unwrap();
-        let fetched = http.fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new()).await;
+        let fetched = http
+            .fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new())
+            .await;
         let _ = server.join().unwrap();
         fetched
     }
@@ -375,10 +525,16 @@ mod tests {
     fn answer_by_tls(listener: std::net::TcpListener) -> std::io::Result<()> {
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(CERTIFICATE_KEY));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let builder = builder.map_err(std::io::Error::other)?.with_no_client_auth();
-        let config = builder.with_single_cert(vec![CertificateDer::from_slice(CERTIFICATE)], key).map_err(std::io::Error::other)?;
-        let session = rustls::ServerConnection::new(Arc::new(config)).map_err(std::io::Error::other)?;
+        let builder = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions();
+        let builder = builder
+            .map_err(std::io::Error::other)?
+            .with_no_client_auth();
+        let config = builder
+            .with_single_cert(vec![CertificateDer::from_slice(CERTIFICATE)], key)
+            .map_err(std::io::Error::other)?;
+        let session =
+            rustls::ServerConnection::new(Arc::new(config)).map_err(std::io::Error::other)?;
         let mut stream = rustls::StreamOwned::new(session, listener.accept()?.0);
         let mut head = Vec::new();
         let mut byte = [0];
@@ -386,7 +542,9 @@ mod tests {
             stream.read_exact(&mut byte)?;
             head.push(byte[0]);
         }
-        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\nconnection: close\r\n\r\nby tls")?;
+        stream.write_all(
+            b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\nconnection: close\r\n\r\nby tls",
+        )?;
         stream.flush()
     }
 }

@@ -1,8 +1,9 @@
 //! Upstreams: the named places where values come from, and what one fetch from them gives.
 //!
-//! Promises a whole value or a failure, nothing between, within the upstream's own timeout; and that a failure says its
-//! class and never any text of the upstream, the URL or a credential. Must never know who waits for a fetch, when to
-//! fetch again, or where values are kept: that is the refresh.
+//! Promises a whole value or a failure, nothing between, within the upstream's own timeout; and
+//! that a failure says its class and never any text of the upstream, the URL or a credential. Must
+//! never know who waits for a fetch, when to fetch again, or where values are kept: that is the
+//! refresh.
 
 pub mod http;
 pub mod template;
@@ -57,9 +58,14 @@ impl Upstream {
         }
     }
 
-    /// `captures` are what the policy's pattern captured of `key`; `extra_headers` the caller's own, such as the trace
-    /// context. Dropping the future ends the call.
-    pub async fn fetch(&self, key: &Key, captures: &[&[u8]], extra_headers: &HeaderMap) -> Result<Fetched, FetchFailed> {
+    /// `captures` are what the policy's pattern captured of `key`; `extra_headers` the caller's
+    /// own, such as the trace context. Dropping the future ends the call.
+    pub async fn fetch(
+        &self,
+        key: &Key,
+        captures: &[&[u8]],
+        extra_headers: &HeaderMap,
+    ) -> Result<Fetched, FetchFailed> {
         match self {
             Self::Http(http) => http.fetch(key, captures, extra_headers).await,
         }
@@ -80,20 +86,34 @@ impl Upstreams {
 /// Of two with one name the later counts.
 impl FromIterator<Upstream> for Upstreams {
     fn from_iter<I: IntoIterator<Item = Upstream>>(upstreams: I) -> Self {
-        Self(upstreams.into_iter().map(|upstream| (upstream.name().to_owned(), Arc::new(upstream))).collect())
+        Self(
+            upstreams
+                .into_iter()
+                .map(|upstream| (upstream.name().to_owned(), Arc::new(upstream)))
+                .collect(),
+        )
     }
 }
 
 impl From<FailureClass> for FetchFailed {
     fn from(class: FailureClass) -> Self {
-        Self { class, status: 0, retry_after: None }
+        Self {
+            class,
+            status: 0,
+            retry_after: None,
+        }
     }
 }
 
 impl fmt::Display for FetchFailed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let class = self.class.as_str_name();
-        f.write_str(&class.strip_prefix("FAILURE_CLASS_").unwrap_or(class).to_ascii_lowercase())?;
+        f.write_str(
+            &class
+                .strip_prefix("FAILURE_CLASS_")
+                .unwrap_or(class)
+                .to_ascii_lowercase(),
+        )?;
         if self.status != 0 {
             write!(f, " {}", self.status)?;
         }
@@ -109,8 +129,15 @@ mod tests {
 
     #[test]
     fn a_failure_shows_its_class_and_status() {
-        assert_eq!(FetchFailed::from(FailureClass::MissingField).to_string(), "missing_field");
-        let failed = FetchFailed { class: FailureClass::Status, status: 503, retry_after: None };
+        assert_eq!(
+            FetchFailed::from(FailureClass::MissingField).to_string(),
+            "missing_field"
+        );
+        let failed = FetchFailed {
+            class: FailureClass::Status,
+            status: 503,
+            retry_after: None,
+        };
         assert_eq!(failed.to_string(), "status 503");
     }
 }

@@ -1,13 +1,16 @@
-//! Proof that this node led when it was asked: after the question, a quorum says that it has voted for nobody newer.
+//! Proof that this node led when it was asked: after the question, a quorum says that it has voted
+//! for nobody newer.
 //!
-//! openraft has such a round and credits its followers too much: one answer to a request also counts for a later one that
-//! ends at the same log id, so that an answer from before the question can prove what happened after it. Here every voter
-//! is asked for itself, and only its own answer counts.
+//! openraft has such a round and credits its followers too much: one answer to a request also
+//! counts for a later one that ends at the same log id, so that an answer from before the question
+//! can prove what happened after it. Here every voter is asked for itself, and only its own answer
+//! counts.
 //!
 //! ```text
 //! question ─► vote of mine ─► read index ─► ask every voter: anything newer than that vote? ─► quorum: no ─► read index
 //! ```
-//! Whoever was elected before the question had a quorum's votes by then, and one of them answers here and says so.
+//! Whoever was elected before the question had a quorum's votes by then, and one of them answers
+//! here and says so.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +23,9 @@ use holdfast_proto::{
     ShardId,
     peer::{AppendRequest, Header, append_response},
 };
-use openraft::{raft::linearizable_read::LinearizerOption, type_config::async_runtime::watch::WatchReceiver};
+use openraft::{
+    raft::linearizable_read::LinearizerOption, type_config::async_runtime::watch::WatchReceiver,
+};
 use tonic::Request;
 
 use super::{RaftHandle, leadership::LeaderClock, read_rounds::Unproven, types::vote_to};
@@ -52,34 +57,53 @@ impl LeaderProof {
 
     /// What must be applied before a read that came before this call may be answered.
     pub(crate) async fn prove(&self) -> Result<u64, Unproven> {
-        tokio::time::timeout(ROUND_TIMEOUT, self.ask_voters()).await.unwrap_or(Err(Unproven::NoQuorum))
+        tokio::time::timeout(ROUND_TIMEOUT, self.ask_voters())
+            .await
+            .unwrap_or(Err(Unproven::NoQuorum))
     }
 
     async fn ask_voters(&self) -> Result<u64, Unproven> {
         let me = self.peers.identity().node_id;
-        // Before the read index: a vote of an earlier term is refused by a quorum if this node leads a later one by then.
+        // Before the read index: a vote of an earlier term is refused by a quorum if this node
+        // leads a later one by then.
         let vote = self.raft.metrics().borrow_watched().vote;
         if !vote.is_committed() || vote.leader_id.voted_for != me {
             return Err(Unproven::NoLeader);
         }
-        // Within a lease of the last acknowledgement openraft answers at once: here it only says what is committed.
+        // Within a lease of the last acknowledgement openraft answers at once: here it only says
+        // what is committed.
         let option = LinearizerOption::new(None, true).with_wait_timeout(ROUND_TIMEOUT);
-        let linearizer = self.raft.get_read_linearizer(option).await.map_err(|_| Unproven::NoQuorum)?;
+        let linearizer = self
+            .raft
+            .get_read_linearizer(option)
+            .await
+            .map_err(|_| Unproven::NoQuorum)?;
         let index = linearizer.read_log_id().index();
 
-        // After it: whoever was elected by other voters before the question, this node had made them voters before.
-        // Their addresses are the group's too: the roster forgets a voter before the group does.
+        // After it: whoever was elected by other voters before the question, this node had made
+        // them voters before. Their addresses are the group's too: the roster forgets a voter
+        // before the group does.
         let (quorum, addresses) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
             let membership = &metrics.membership_config;
-            let addresses: BTreeMap<u64, String> = membership.nodes().map(|(&id, node)| (id, node.peer_address.clone())).collect();
-            (Quorum { configs: membership.get_joint_config().clone() }, addresses)
+            let addresses: BTreeMap<u64, String> = membership
+                .nodes()
+                .map(|(&id, node)| (id, node.peer_address.clone()))
+                .collect();
+            (
+                Quorum {
+                    configs: membership.get_joint_config().clone(),
+                },
+                addresses,
+            )
         };
         let vote = vote_to(&vote);
         let mut agree = BTreeSet::from([me]);
         let others = quorum.voters().into_iter().filter(|&voter| voter != me);
-        let mut answers: FuturesUnordered<_> = others.filter_map(|voter| Some(self.ask(voter, addresses.get(&voter)?, vote))).collect();
+        let mut answers: FuturesUnordered<_> = others
+            .filter_map(|voter| Some(self.ask(voter, addresses.get(&voter)?, vote)))
+            .collect();
         while !quorum.is_reached(&agree) {
             agree.extend(answers.next().await.ok_or(Unproven::NoQuorum)?);
         }
@@ -87,16 +111,36 @@ impl LeaderProof {
     }
 
     /// The voter, if it answers that it knows of no newer vote.
-    async fn ask(&self, voter: u64, address: &str, vote: holdfast_proto::peer::Vote) -> Option<u64> {
-        let header = Header { now_ms: self.leader_clock.leader_now(), ..self.peers.header(voter, self.shard, Some(&self.state)) };
+    async fn ask(
+        &self,
+        voter: u64,
+        address: &str,
+        vote: holdfast_proto::peer::Vote,
+    ) -> Option<u64> {
+        let header = Header {
+            now_ms: self.leader_clock.leader_now(),
+            ..self.peers.header(voter, self.shard, Some(&self.state))
+        };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
-        let mut request = Request::new(AppendRequest { header: Some(header), vote: Some(vote), ..Default::default() });
+        let mut request = Request::new(AppendRequest {
+            header: Some(header),
+            vote: Some(vote),
+            ..Default::default()
+        });
         request.set_timeout(ROUND_TIMEOUT);
-        let answer = self.peers.replica_client(address, Purpose::Control).append(request).await.ok()?.into_inner();
+        let answer = self
+            .peers
+            .replica_client(address, Purpose::Control)
+            .append(request)
+            .await
+            .ok()?
+            .into_inner();
         self.peers.heard(self.shard, voter, answer.header.as_ref());
         match answer.result? {
             append_response::Result::HigherVote(_) => None,
-            append_response::Result::Success(_) | append_response::Result::Partial(_) | append_response::Result::Conflict(_) => Some(voter),
+            append_response::Result::Success(_)
+            | append_response::Result::Partial(_)
+            | append_response::Result::Conflict(_) => Some(voter),
         }
     }
 }
@@ -107,7 +151,9 @@ impl Quorum {
     }
 
     fn is_reached(&self, agree: &BTreeSet<u64>) -> bool {
-        self.configs.iter().all(|config| config.intersection(agree).count() > config.len() / 2)
+        self.configs
+            .iter()
+            .all(|config| config.intersection(agree).count() > config.len() / 2)
     }
 }
 
@@ -116,7 +162,13 @@ mod tests {
     use super::*;
 
     fn reached<const N: usize>(configs: &[&[u64]], agree: [u64; N]) -> bool {
-        Quorum { configs: configs.iter().map(|config| config.iter().copied().collect()).collect() }.is_reached(&agree.into())
+        Quorum {
+            configs: configs
+                .iter()
+                .map(|config| config.iter().copied().collect())
+                .collect(),
+        }
+        .is_reached(&agree.into())
     }
 
     #[test]

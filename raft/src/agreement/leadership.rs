@@ -1,8 +1,8 @@
 //! Who leads, as far as this node can know, and what time it is there.
 //!
-//! openraft's `current_leader` comes from the stored vote: it survives a restart and an isolation. So does nothing here: a
-//! node has a leader while it leads itself and a quorum acknowledged it within one lease, or while it heard that term's
-//! append or heartbeat within two.
+//! openraft's `current_leader` comes from the stored vote: it survives a restart and an isolation.
+//! So does nothing here: a node has a leader while it leads itself and a quorum acknowledged it
+//! within one lease, or while it heard that term's append or heartbeat within two.
 
 use std::{
     sync::{
@@ -20,7 +20,8 @@ use crate::{clock::Clock, peer::Peers, state::State};
 
 /// How long a heard leader counts.
 pub(crate) const HEARD_FOR: Duration = Duration::from_millis(2 * LEASE.as_millis() as u64);
-/// A leader whose wall clock is further than this from the voters' median follows the median, and alarms.
+/// A leader whose wall clock is further than this from the voters' median follows the median, and
+/// alarms.
 const SKEW_MS_MAX: i64 = 1000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,9 +88,12 @@ impl LeaderClock {
         }
     }
 
-    /// A leader's message came; it said when a quorum last acknowledged it, and what it had applied after that.
+    /// A leader's message came; it said when a quorum last acknowledged it, and what it had applied
+    /// after that.
     pub(crate) fn hear(&self, vote: Option<&peer::Vote>, header: Option<&peer::Header>) {
-        let (Some(vote), Some(header)) = (vote, header) else { return };
+        let (Some(vote), Some(header)) = (vote, header) else {
+            return;
+        };
         let at = self.clock.monotonic();
         {
             let mut heard = self.heard.lock();
@@ -97,9 +101,16 @@ impl LeaderClock {
             if heard.is_some_and(|heard| heard.term > vote.term) {
                 return;
             }
-            *heard = Some(Heard { leader: header.from, term: vote.term, at });
+            *heard = Some(Heard {
+                leader: header.from,
+                term: vote.term,
+                at,
+            });
         }
-        *self.base.lock() = Some(TimeBase { leader_ms: header.now_ms, at });
+        *self.base.lock() = Some(TimeBase {
+            leader_ms: header.now_ms,
+            at,
+        });
         if let Some(proof) = &header.proof
             && proof.applied_index <= self.state.applied().index
         {
@@ -111,7 +122,8 @@ impl LeaderClock {
     }
 
     pub(crate) fn heard(&self) -> Option<Heard> {
-        (*self.heard.lock()).filter(|heard| self.clock.monotonic().saturating_sub(heard.at) < HEARD_FOR)
+        (*self.heard.lock())
+            .filter(|heard| self.clock.monotonic().saturating_sub(heard.at) < HEARD_FOR)
     }
 
     /// How long ago this replica last had all that its leader had committed; `None` if never.
@@ -130,17 +142,24 @@ impl LeaderClock {
         *self.base.lock() = Some(TimeBase { leader_ms, at });
         // Applied after it: all that was acknowledged to a client until then is in it.
         let applied_index = self.state.applied().index;
-        *self.proof.lock() = acknowledged_ago.map(|ago| Proof { at: at.saturating_sub(ago), applied_index });
+        *self.proof.lock() = acknowledged_ago.map(|ago| Proof {
+            at: at.saturating_sub(ago),
+            applied_index,
+        });
     }
 
     /// What this leader's followers count their lag from.
     pub(crate) fn proof(&self) -> Option<peer::LeaderProof> {
         let proof = (*self.proof.lock())?;
         let ago = self.clock.monotonic().saturating_sub(proof.at);
-        Some(peer::LeaderProof { ms_ago: millis(ago), applied_index: proof.applied_index })
+        Some(peer::LeaderProof {
+            ms_ago: millis(ago),
+            applied_index: proof.applied_index,
+        })
     }
 
-    /// What reads judge by: the leader's time, which goes on without it; before any contact the node's own wall clock.
+    /// What reads judge by: the leader's time, which goes on without it; before any contact the
+    /// node's own wall clock.
     pub(crate) fn now(&self) -> Millis {
         let log_time = self.state.applied().log_time;
         let estimate = self.continued().unwrap_or_else(|| self.clock.wall_ms());
@@ -155,23 +174,38 @@ impl LeaderClock {
     /// The leader's time as it was last known, carried on by the monotonic clock.
     fn continued(&self) -> Option<Millis> {
         let base = (*self.base.lock())?;
-        Some(base.leader_ms.saturating_add(millis(self.clock.monotonic().saturating_sub(base.at))))
+        Some(
+            base.leader_ms
+                .saturating_add(millis(self.clock.monotonic().saturating_sub(base.at))),
+        )
     }
 
     /// Own wall clock, or the voters' median if that is far off.
     pub(crate) fn leader_now(&self) -> Millis {
-        let (me, monotonic, wall) = (self.peers.identity().node_id, millis(self.clock.monotonic()), self.clock.wall_ms());
+        let (me, monotonic, wall) = (
+            self.peers.identity().node_id,
+            millis(self.clock.monotonic()),
+            self.clock.wall_ms(),
+        );
         let others: Vec<Millis> = {
             let voters = self.voters.lock();
-            let views = voters.iter().filter(|&&voter| voter != me).filter_map(|&voter| self.peers.view(self.shard, voter));
-            views.map(|view| monotonic.saturating_add_signed(view.wall_ahead_of_monotonic_ms)).collect()
+            let views = voters
+                .iter()
+                .filter(|&&voter| voter != me)
+                .filter_map(|&voter| self.peers.view(self.shard, voter));
+            views
+                .map(|view| monotonic.saturating_add_signed(view.wall_ahead_of_monotonic_ms))
+                .collect()
         };
         let median = median(wall, others, self.continued());
         let off_ms = i64::try_from(i128::from(median) - i128::from(wall)).unwrap_or(i64::MAX);
         let skewed = off_ms.abs() > SKEW_MS_MAX;
         if skewed != self.skewed.swap(skewed, Ordering::Relaxed) {
             if skewed {
-                tracing::error!(off_ms, "this node's clock is far from the voters' median: as leader it stamps with the median");
+                tracing::error!(
+                    off_ms,
+                    "this node's clock is far from the voters' median: as leader it stamps with the median"
+                );
             } else {
                 tracing::info!("this node's clock agrees with the voters again");
             }
@@ -180,8 +214,9 @@ impl LeaderClock {
     }
 }
 
-/// Of all voters whose clocks are known. Of an even number the leader's time so far decides, and before there was any this
-/// node's own clock: the later half of two must not win because it is later.
+/// Of all voters whose clocks are known. Of an even number the leader's time so far decides, and
+/// before there was any this node's own clock: the later half of two must not win because it is
+/// later.
 fn median(own: Millis, others: Vec<Millis>, so_far: Option<Millis>) -> Millis {
     let mut clocks = others;
     clocks.push(own);
@@ -223,10 +258,26 @@ mod tests {
 
     #[test]
     fn of_two_the_leaders_time_so_far_decides() {
-        assert_eq!(median(NOW, vec![NOW + HOUR], Some(NOW)), NOW, "the other one is ahead");
-        assert_eq!(median(NOW + HOUR, vec![NOW], Some(NOW)), NOW, "this one is ahead");
-        assert_eq!(median(NOW - HOUR, vec![NOW], Some(NOW)), NOW, "this one is behind");
-        assert_eq!(median(NOW, vec![NOW + HOUR], None), NOW, "there was no leader yet");
+        assert_eq!(
+            median(NOW, vec![NOW + HOUR], Some(NOW)),
+            NOW,
+            "the other one is ahead"
+        );
+        assert_eq!(
+            median(NOW + HOUR, vec![NOW], Some(NOW)),
+            NOW,
+            "this one is ahead"
+        );
+        assert_eq!(
+            median(NOW - HOUR, vec![NOW], Some(NOW)),
+            NOW,
+            "this one is behind"
+        );
+        assert_eq!(
+            median(NOW, vec![NOW + HOUR], None),
+            NOW,
+            "there was no leader yet"
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! Agreement: openraft, and what stands around it. The log of all shards, the state machine, the proposer, the rounds that
-//! make a read linearizable, and the leader's clock. Nothing of openraft's leaves this crate.
+//! Agreement: openraft, and what stands around it. The log of all shards, the state machine, the
+//! proposer, the rounds that make a read linearizable, and the leader's clock. Nothing of
+//! openraft's leaves this crate.
 
 pub(crate) mod leader_proof;
 pub(crate) mod leadership;
@@ -31,7 +32,8 @@ pub(crate) fn config(shard: u32) -> Result<Arc<Config>, openraft::ConfigError> {
         election_timeout_max: millis(ELECTION_MAX),
         // A restarted node that cannot reach a quorum must not raise the term of those that can.
         enable_pre_vote: Some(true),
-        // A restored leader may answer from a state that is not yet replayed: it shall be elected anew.
+        // A restored leader may answer from a state that is not yet replayed: it shall be elected
+        // anew.
         enable_leader_restore: Some(false),
         // A replica switches elections on itself, once it may vote.
         enable_elect: false,

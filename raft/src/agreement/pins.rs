@@ -1,9 +1,11 @@
-//! Which part of the log the followers of snapshots still need: what was committed after theirs was made. Were that purged before
-//! a follower has it, the follower would need the next snapshot, and under load never come level.
+//! Which part of the log the followers of snapshots still need: what was committed after theirs was
+//! made. Were that purged before a follower has it, the follower would need the next snapshot, and
+//! under load never come level.
 //!
-//! A follower's pin is set when its snapshot sets out, and goes forward with what the follower has. It falls if the snapshot does
-//! not arrive, once the follower is level with what is kept for everybody, or when it has not moved for a while: a follower that
-//! takes no snapshot, try after try, must not hold the log.
+//! A follower's pin is set when its snapshot sets out, and goes forward with what the follower has.
+//! It falls if the snapshot does not arrive, once the follower is level with what is kept for
+//! everybody, or when it has not moved for a while: a follower that takes no snapshot, try after
+//! try, must not hold the log.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -38,19 +40,35 @@ pub(crate) struct Pinned {
 
 impl LogPins {
     pub(crate) fn new(clock: Clock) -> Self {
-        Self { clock, pins: Arc::default() }
+        Self {
+            clock,
+            pins: Arc::default(),
+        }
     }
 
     /// A snapshot that is as far as `index` sets out to a follower.
     pub(crate) fn pin(&self, follower: u64, index: u64) -> Pinned {
         let moved_at = self.clock.monotonic();
         let mut pins = self.pins.lock();
-        let pin = pins.entry(follower).or_insert(Pin { index, sending: 0, moved_at });
-        // A pin without a transfer is that of an older snapshot, after which the follower fell behind again.
-        pin.index = if pin.sending == 0 { index } else { pin.index.min(index) };
+        let pin = pins.entry(follower).or_insert(Pin {
+            index,
+            sending: 0,
+            moved_at,
+        });
+        // A pin without a transfer is that of an older snapshot, after which the follower fell
+        // behind again.
+        pin.index = if pin.sending == 0 {
+            index
+        } else {
+            pin.index.min(index)
+        };
         pin.sending += 1;
         pin.moved_at = moved_at;
-        Pinned { pins: self.clone(), follower, arrived: false }
+        Pinned {
+            pins: self.clone(),
+            follower,
+            arrived: false,
+        }
     }
 
     /// A follower says that it has the log up to `index`.
@@ -68,7 +86,10 @@ impl LogPins {
         let now = self.clock.monotonic();
         let mut pins = self.pins.lock();
         pins.retain(|_, pin| pin.sending > 0 || (pin.index < kept && now < pin.moved_at + GRACE));
-        pins.values().map(|pin| pin.index).min().map_or(kept, |needed| needed.min(kept))
+        pins.values()
+            .map(|pin| pin.index)
+            .min()
+            .map_or(kept, |needed| needed.min(kept))
     }
 }
 
@@ -83,7 +104,9 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         let now = self.pins.clock.monotonic();
         let mut pins = self.pins.pins.lock();
-        let Some(pin) = pins.get_mut(&self.follower) else { return };
+        let Some(pin) = pins.get_mut(&self.follower) else {
+            return;
+        };
         pin.sending -= 1;
         pin.moved_at = now;
         if pin.sending == 0 && !self.arrived {
@@ -127,7 +150,11 @@ mod tests {
             assert_eq!(pins.keep_from(100), index);
         }
         pins.moved(1, 30);
-        assert_eq!(pins.keep_from(100), 50, "an answer that was overtaken moves nothing back");
+        assert_eq!(
+            pins.keep_from(100),
+            50,
+            "an answer that was overtaken moves nothing back"
+        );
         pins.moved(1, 100);
         assert_eq!(pins.keep_from(100), 100);
         assert_eq!(pins.keep_from(200), 200, "level once, it is one of all");

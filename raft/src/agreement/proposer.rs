@@ -1,8 +1,10 @@
-//! Commands on their way into the log: one task per shard drains a queue, without lingering, into log entries of many
-//! commands, stamps them with the leader's clock, and hands each caller its own outcome.
+//! Commands on their way into the log: one task per shard drains a queue, without lingering, into
+//! log entries of many commands, stamps them with the leader's clock, and hands each caller its own
+//! outcome.
 //!
-//! A caller whose time runs out takes its command back if it still waits in the queue: then it is certain that it was not
-//! applied. Once it left the queue, only openraft's answer `ForwardToLeader` is as certain.
+//! A caller whose time runs out takes its command back if it still waits in the queue: then it is
+//! certain that it was not applied. Once it left the queue, only openraft's answer
+//! `ForwardToLeader` is as certain.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,7 +34,8 @@ const QUEUE: usize = 16_384;
 /// Entries proposed and not yet applied. Few: while they are on their way, the next one fills.
 const IN_FLIGHT: usize = 4;
 
-/// Emptied by the proposer, which takes the command, or by its caller, who withdraws it: one of the two.
+/// Emptied by the proposer, which takes the command, or by its caller, who withdraws it: one of the
+/// two.
 type Place = Arc<Mutex<Option<Command>>>;
 
 struct Pending {
@@ -58,10 +61,17 @@ impl Proposer {
     }
 
     /// Proposes here and waits for the outcome. Only a leader gets one.
-    pub(crate) async fn propose(&self, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
+    pub(crate) async fn propose(
+        &self,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<Outcome, WriteError> {
         let place = Arc::new(Mutex::new(Some(command)));
         let (done, outcome) = oneshot::channel();
-        let pending = Pending { place: place.clone(), done };
+        let pending = Pending {
+            place: place.clone(),
+            done,
+        };
         self.queue.try_send(pending).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => WriteError::Overloaded,
             mpsc::error::TrySendError::Closed(_) => WriteError::Stopped,
@@ -76,7 +86,11 @@ impl Proposer {
 }
 
 /// Ends when every handle to the queue is gone.
-async fn propose_all(raft: RaftHandle, stamp: Arc<dyn Stamp>, mut commands: mpsc::Receiver<Pending>) {
+async fn propose_all(
+    raft: RaftHandle,
+    stamp: Arc<dyn Stamp>,
+    mut commands: mpsc::Receiver<Pending>,
+) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
     let mut held_back = None;
     loop {
@@ -88,7 +102,9 @@ async fn propose_all(raft: RaftHandle, stamp: Arc<dyn Stamp>, mut commands: mpsc
             },
         };
         // A place in flight first: while we wait for it, more commands come and share the entry.
-        let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+        let Ok(place) = in_flight.clone().acquire_owned().await else {
+            return;
+        };
         let (entry, next) = fill(first, &mut commands);
         held_back = next;
         if !entry.is_empty() {
@@ -100,14 +116,21 @@ async fn propose_all(raft: RaftHandle, stamp: Arc<dyn Stamp>, mut commands: mpsc
 /// A command that left the queue, and who waits for it.
 type Taken = (Command, oneshot::Sender<Result<Outcome, WriteError>>);
 
-/// One entry's commands: what is queued, up to the bounds. The first one that does not fit is held back for the next.
+/// One entry's commands: what is queued, up to the bounds. The first one that does not fit is held
+/// back for the next.
 fn fill(first: Pending, commands: &mut mpsc::Receiver<Pending>) -> (Vec<Taken>, Option<Pending>) {
     let mut entry: Vec<Taken> = Vec::new();
     let mut bytes = 0;
     let mut next = Some(first);
     while let Some(pending) = next.take() {
-        let size = pending.place.lock().as_ref().map_or(0, Command::encoded_len);
-        if !entry.is_empty() && (bytes + size > ENTRY_BYTES_MAX || entry.len() == ENTRY_COMMANDS_MAX) {
+        let size = pending
+            .place
+            .lock()
+            .as_ref()
+            .map_or(0, Command::encoded_len);
+        if !entry.is_empty()
+            && (bytes + size > ENTRY_BYTES_MAX || entry.len() == ENTRY_COMMANDS_MAX)
+        {
             return (entry, Some(pending));
         }
         let taken = pending.place.lock().take();
@@ -120,11 +143,23 @@ fn fill(first: Pending, commands: &mut mpsc::Receiver<Pending>) -> (Vec<Taken>, 
     (entry, None)
 }
 
-async fn propose(raft: &RaftHandle, stamp: &dyn Stamp, entry: Vec<Taken>, in_flight: OwnedSemaphorePermit) {
+async fn propose(
+    raft: &RaftHandle,
+    stamp: &dyn Stamp,
+    entry: Vec<Taken>,
+    in_flight: OwnedSemaphorePermit,
+) {
     let (commands, callers): (Vec<_>, Vec<_>) = entry.into_iter().unzip();
-    let encoded = LogEntry { format: u32::from(FORMAT), stamp_ms: stamp.stamp(), commands }.encode_to_vec();
+    let encoded = LogEntry {
+        format: u32::from(FORMAT),
+        stamp_ms: stamp.stamp(),
+        commands,
+    }
+    .encode_to_vec();
     let (responder, applied) = OneshotResponder::<Types, _>::new_pair();
-    let proposed = raft.client_write_ff(Commands(Bytes::from(encoded)), Some(responder)).await;
+    let proposed = raft
+        .client_write_ff(Commands(Bytes::from(encoded)), Some(responder))
+        .await;
     // The core never took it.
     if proposed.is_err() {
         answer_all(callers, &WriteError::Stopped);
@@ -139,11 +174,17 @@ async fn propose(raft: &RaftHandle, stamp: &dyn Stamp, entry: Vec<Taken>, in_fli
                     let _ = caller.send(Ok(outcome));
                 }
             }
-            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
-                answer_all(callers, &WriteError::NotLeader { leader: leader_of(&forward) })
-            }
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => answer_all(
+                callers,
+                &WriteError::NotLeader {
+                    leader: leader_of(&forward),
+                },
+            ),
             Ok(Err(other)) => answer_all(callers, &WriteError::Unknown(other.to_string())),
-            Err(_) => answer_all(callers, &WriteError::Unknown("this replica has stopped".into())),
+            Err(_) => answer_all(
+                callers,
+                &WriteError::Unknown("this replica has stopped".into()),
+            ),
         }
     };
     tokio::spawn(answer.in_current_span());

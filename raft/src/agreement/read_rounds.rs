@@ -1,6 +1,6 @@
-//! What makes a read linearizable: a round in which the leader proves that it still leads, after which a replica waits until
-//! it has applied all that was committed when the round began. Rounds are shared: a read joins only one that starts after
-//! it arrived, and one is under way at a time.
+//! What makes a read linearizable: a round in which the leader proves that it still leads, after
+//! which a replica waits until it has applied all that was committed when the round began. Rounds
+//! are shared: a read joins only one that starts after it arrived, and one is under way at a time.
 
 use std::sync::Arc;
 
@@ -34,7 +34,9 @@ impl ReadRounds {
         crate::task::spawn(async move {
             while let Some(first) = arrivals.recv().await {
                 // Everybody who is here now, and nobody who comes while the round is under way.
-                let waiting: Vec<_> = std::iter::once(first).chain(std::iter::from_fn(|| arrivals.try_recv().ok())).collect();
+                let waiting: Vec<_> = std::iter::once(first)
+                    .chain(std::iter::from_fn(|| arrivals.try_recv().ok()))
+                    .collect();
                 let result = round.run().await;
                 for waiter in waiting {
                     let _ = waiter.send(result);

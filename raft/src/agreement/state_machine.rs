@@ -1,7 +1,8 @@
-//! openraft's state machine on our [`State`]: a run of committed entries becomes one batch, then the callers are answered.
+//! openraft's state machine on our [`State`]: a run of committed entries becomes one batch, then
+//! the callers are answered.
 //!
-//! A snapshot is at first only a promise: for purging, a flush and its metadata are enough. Files are made when a follower
-//! needs them (`snapshot.rs`).
+//! A snapshot is at first only a promise: for purging, a flush and its metadata are enough. Files
+//! are made when a follower needs them (`snapshot.rs`).
 
 use std::{io, sync::Arc};
 
@@ -14,7 +15,8 @@ use openraft::{
 use parking_lot::Mutex;
 
 use super::types::{
-    Entry, LogId, Outcomes, Payload, SnapshotMeta, StoredMembership, Types, log_id_from, log_id_to, membership_from, membership_to,
+    Entry, LogId, Outcomes, Payload, SnapshotMeta, StoredMembership, Types, log_id_from, log_id_to,
+    membership_from, membership_to,
 };
 use crate::{
     events::Events,
@@ -43,10 +45,19 @@ pub(crate) struct StateMachine {
 }
 
 impl StateMachine {
-    pub(crate) fn new(state: Arc<State>, snapshots: Arc<snapshot::Sender>, events: Arc<dyn Events>) -> io::Result<Self> {
+    pub(crate) fn new(
+        state: Arc<State>,
+        snapshots: Arc<snapshot::Sender>,
+        events: Arc<dyn Events>,
+    ) -> io::Result<Self> {
         // Everything that was there at the start is on disk: that is a snapshot.
         let current = snapshot_meta(&state.applied_record())?;
-        Ok(Self { state, snapshots, events, current: Arc::new(Mutex::new(current)) })
+        Ok(Self {
+            state,
+            snapshots,
+            events,
+            current: Arc::new(Mutex::new(current)),
+        })
     }
 }
 
@@ -56,7 +67,10 @@ impl RaftStateMachine<Types> for StateMachine {
 
     async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
         let record = self.state.applied_record();
-        Ok((record.last_applied.map(log_id_from), stored_membership(&record)?))
+        Ok((
+            record.last_applied.map(log_id_from),
+            stored_membership(&record)?,
+        ))
     }
 
     async fn apply<Strm>(&mut self, entries: Strm) -> io::Result<()>
@@ -72,9 +86,13 @@ impl RaftStateMachine<Types> for StateMachine {
                 committed.push(committed_entry(entry));
                 responders.push(responder);
             }
-            // It may read what is evicted: a disk that hangs must not take one of the runtime's few workers with it.
+            // It may read what is evicted: a disk that hangs must not take one of the runtime's few
+            // workers with it.
             let state = self.state.clone();
-            let outcomes = task::blocking(move || state.apply(&committed)).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
+            let outcomes = task::blocking(move || state.apply(&committed))
+                .await
+                .map_err(io::Error::other)?
+                .map_err(io::Error::other)?;
             for (responder, outcomes) in responders.into_iter().zip(outcomes) {
                 if let Some(responder) = responder {
                     responder.send(Outcomes(outcomes));
@@ -89,10 +107,17 @@ impl RaftStateMachine<Types> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        SnapshotBuilder { state: self.state.clone(), current: self.current.clone() }
+        SnapshotBuilder {
+            state: self.state.clone(),
+            current: self.current.clone(),
+        }
     }
 
-    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
+    async fn install_snapshot(
+        &mut self,
+        _meta: &SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> io::Result<()> {
         let (dir, bytes) = match snapshot {
             SnapshotData::Received { dir, bytes } => (dir, bytes),
             // Its own: already there.
@@ -100,7 +125,9 @@ impl RaftStateMachine<Types> for StateMachine {
             SnapshotData::Promise(source) => (self.snapshots.copy(source).await?, 0),
         };
         let state = self.state.clone();
-        let record = task::blocking(move || state.install(dir.path())).await.map_err(io::Error::other)??;
+        let record = task::blocking(move || state.install(dir.path()))
+            .await
+            .map_err(io::Error::other)??;
         if let Some(meta) = snapshot_meta(&record)? {
             announce(&self.current, meta);
         }
@@ -108,8 +135,13 @@ impl RaftStateMachine<Types> for StateMachine {
         Ok(())
     }
 
-    async fn get_current_snapshot(&mut self) -> io::Result<Option<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>>> {
-        Ok(self.current.lock().clone().map(|meta| Snapshot { meta, snapshot: SnapshotData::Promise(self.state.clone()) }))
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>>> {
+        Ok(self.current.lock().clone().map(|meta| Snapshot {
+            meta,
+            snapshot: SnapshotData::Promise(self.state.clone()),
+        }))
     }
 }
 
@@ -122,7 +154,9 @@ pub(crate) struct SnapshotBuilder {
 impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
     type SnapshotData = SnapshotData;
 
-    async fn build_snapshot(&mut self) -> io::Result<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>> {
+    async fn build_snapshot(
+        &mut self,
+    ) -> io::Result<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>> {
         let state = self.state.clone();
         let record = task::blocking(move || {
             // The record first: what is flushed is at least that far.
@@ -133,14 +167,20 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
         .map_err(io::Error::other)??;
         let meta = snapshot_meta(&record)?.unwrap_or_default();
         announce(&self.current, meta.clone());
-        Ok(Snapshot { meta, snapshot: SnapshotData::Promise(self.state.clone()) })
+        Ok(Snapshot {
+            meta,
+            snapshot: SnapshotData::Promise(self.state.clone()),
+        })
     }
 }
 
 /// A flush may end after a newer snapshot was installed: what openraft was told of stays.
 fn announce(current: &Mutex<Option<SnapshotMeta>>, meta: SnapshotMeta) {
     let mut current = current.lock();
-    if current.as_ref().is_none_or(|known| known.last_log_id < meta.last_log_id) {
+    if current
+        .as_ref()
+        .is_none_or(|known| known.last_log_id < meta.last_log_id)
+    {
         *current = Some(meta);
     }
 }
@@ -159,7 +199,10 @@ fn stored_membership(record: &AppliedRecord) -> io::Result<StoredMembership> {
     match &record.membership {
         Some(membership) => {
             let membership = membership_from(membership.clone()).map_err(io::Error::other)?;
-            Ok(StoredMembership::new(record.membership_log_id.map(log_id_from), membership))
+            Ok(StoredMembership::new(
+                record.membership_log_id.map(log_id_from),
+                membership,
+            ))
         }
         None => Ok(StoredMembership::default()),
     }
@@ -167,8 +210,13 @@ fn stored_membership(record: &AppliedRecord) -> io::Result<StoredMembership> {
 
 /// What a state that is as far as `record` is as a snapshot; nothing if it is empty.
 pub(crate) fn snapshot_meta(record: &AppliedRecord) -> io::Result<Option<SnapshotMeta>> {
-    let Some(last) = record.last_applied else { return Ok(None) };
-    Ok(Some(SnapshotMeta { last_log_id: Some(log_id_from(last)), last_membership: stored_membership(record)? }))
+    let Some(last) = record.last_applied else {
+        return Ok(None);
+    };
+    Ok(Some(SnapshotMeta {
+        last_log_id: Some(log_id_from(last)),
+        last_membership: stored_membership(record)?,
+    }))
 }
 
 #[cfg(test)]
@@ -176,8 +224,13 @@ mod tests {
     use super::*;
 
     fn snapshot(index: u64) -> SnapshotMeta {
-        let record = AppliedRecord { last_applied: Some(holdfast_proto::peer::LogId { term: 1, index }), ..AppliedRecord::default() };
-        snapshot_meta(&record).expect("no membership to misread").expect("not empty")
+        let record = AppliedRecord {
+            last_applied: Some(holdfast_proto::peer::LogId { term: 1, index }),
+            ..AppliedRecord::default()
+        };
+        snapshot_meta(&record)
+            .expect("no membership to misread")
+            .expect("not empty")
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The types openraft is built with, and their shapes on the wire and on disk. Nothing of openraft's leaves this crate:
-//! what is sent and stored are the messages of `holdfast.peer.v1`.
+//! The types openraft is built with, and their shapes on the wire and on disk. Nothing of
+//! openraft's leaves this crate: what is sent and stored are the messages of `holdfast.peer.v1`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -48,7 +48,8 @@ pub(crate) type Membership = openraft::Membership<NodeId, Member>;
 pub(crate) type SnapshotMeta = openraft::type_config::alias::SnapshotMetaOf<Types>;
 pub(crate) type Payload = openraft::EntryPayload<Commands, NodeId, Member>;
 
-/// A log entry's commands as the leader encoded them: every replica keeps and applies the same bytes.
+/// A log entry's commands as the leader encoded them: every replica keeps and applies the same
+/// bytes.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Commands(pub(crate) Bytes);
 
@@ -78,29 +79,62 @@ pub(crate) fn log_id_from(id: peer::LogId) -> LogId {
 }
 
 pub(crate) fn log_id_to(id: &LogId) -> peer::LogId {
-    peer::LogId { term: id.committed_leader_id().term, index: id.index() }
+    peer::LogId {
+        term: id.committed_leader_id().term,
+        index: id.index(),
+    }
 }
 
 pub(crate) fn vote_from(vote: Option<peer::Vote>) -> Result<Vote, Missing> {
     let vote = vote.ok_or(Missing("vote"))?;
     let voted_for = vote.voted_for.ok_or(Missing("vote's candidate"))?;
-    Ok(Vote { leader_id: LeaderId { term: vote.term, voted_for }, committed: vote.committed })
+    Ok(Vote {
+        leader_id: LeaderId {
+            term: vote.term,
+            voted_for,
+        },
+        committed: vote.committed,
+    })
 }
 
 pub(crate) fn vote_to(vote: &Vote) -> peer::Vote {
-    peer::Vote { term: vote.leader_id.term, voted_for: Some(vote.leader_id.voted_for), committed: vote.committed }
+    peer::Vote {
+        term: vote.leader_id.term,
+        voted_for: Some(vote.leader_id.voted_for),
+        committed: vote.committed,
+    }
 }
 
 pub(crate) fn membership_from(membership: peer::Membership) -> Result<Membership, Missing> {
-    let configs: Vec<BTreeSet<NodeId>> = membership.configs.into_iter().map(|set| set.ids.into_iter().collect()).collect();
-    let nodes: BTreeMap<NodeId, Member> = membership.members.into_iter().map(|node| (node.id, node.member.unwrap_or_default())).collect();
+    let configs: Vec<BTreeSet<NodeId>> = membership
+        .configs
+        .into_iter()
+        .map(|set| set.ids.into_iter().collect())
+        .collect();
+    let nodes: BTreeMap<NodeId, Member> = membership
+        .members
+        .into_iter()
+        .map(|node| (node.id, node.member.unwrap_or_default()))
+        .collect();
     Membership::new(configs, nodes).map_err(|_| Missing("membership's members"))
 }
 
 pub(crate) fn membership_to(membership: &Membership) -> peer::Membership {
     peer::Membership {
-        configs: membership.get_joint_config().iter().map(|ids| peer::VoterSet { ids: ids.iter().copied().collect() }).collect(),
-        members: membership.nodes().map(|(&id, member)| peer::GroupMember { id, member: Some(member.clone()) }).collect(),
+        configs: membership
+            .get_joint_config()
+            .iter()
+            .map(|ids| peer::VoterSet {
+                ids: ids.iter().copied().collect(),
+            })
+            .collect(),
+        members: membership
+            .nodes()
+            .map(|(&id, member)| peer::GroupMember {
+                id,
+                member: Some(member.clone()),
+            })
+            .collect(),
     }
 }
 
@@ -109,7 +143,9 @@ pub(crate) fn entry_from(entry: peer::Entry) -> Result<Entry, Missing> {
     let payload = match entry.payload {
         None => Payload::Blank,
         Some(peer::entry::Payload::Commands(bytes)) => Payload::Normal(Commands(bytes)),
-        Some(peer::entry::Payload::Membership(membership)) => Payload::Membership(membership_from(membership)?),
+        Some(peer::entry::Payload::Membership(membership)) => {
+            Payload::Membership(membership_from(membership)?)
+        }
     };
     Ok(Entry::new(log_id, payload))
 }
@@ -118,9 +154,14 @@ pub(crate) fn entry_to(entry: &Entry) -> peer::Entry {
     let payload = match &entry.payload {
         Payload::Blank => None,
         Payload::Normal(commands) => Some(peer::entry::Payload::Commands(commands.0.clone())),
-        Payload::Membership(membership) => Some(peer::entry::Payload::Membership(membership_to(membership))),
+        Payload::Membership(membership) => {
+            Some(peer::entry::Payload::Membership(membership_to(membership)))
+        }
     };
-    peer::Entry { log_id: Some(log_id_to(&entry.log_id())), payload }
+    peer::Entry {
+        log_id: Some(log_id_to(&entry.log_id())),
+        payload,
+    }
 }
 
 /// Bytes an entry takes in a message, to a few.

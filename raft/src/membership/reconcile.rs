@@ -1,4 +1,5 @@
-//! Every shard's leader brings its Raft group to the roster, one change at a time; shard 0's promotes who has caught up.
+//! Every shard's leader brings its Raft group to the roster, one change at a time; shard 0's
+//! promotes who has caught up.
 
 use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
@@ -28,17 +29,32 @@ pub(crate) async fn maintain(replicas: &Replicas, peers: &Peers, groups: &[Arc<R
         Ok(roster) if !roster.members.is_empty() => roster,
         _ => return,
     };
-    for group in groups.iter().filter(|group| group.leads().is_some() && !is_level(group, &roster)) {
-        // Another shard's leader may lag behind in shard 0: what it does not know yet must not be undone.
-        if first.wait_until_seen(&Seen::Everything, RECONCILE_TIMEOUT, RECONCILE_TIMEOUT).await.is_err() {
+    for group in groups
+        .iter()
+        .filter(|group| group.leads().is_some() && !is_level(group, &roster))
+    {
+        // Another shard's leader may lag behind in shard 0: what it does not know yet must not be
+        // undone.
+        if first
+            .wait_until_seen(&Seen::Everything, RECONCILE_TIMEOUT, RECONCILE_TIMEOUT)
+            .await
+            .is_err()
+        {
             return;
         }
-        let Ok(roster) = first.state().roster() else { return };
+        let Ok(roster) = first.state().roster() else {
+            return;
+        };
         // Without a quorum a change waits for ever; this task has other duties.
         match tokio::time::timeout(RECONCILE_TIMEOUT, reconcile(group, &roster)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, shard = group.shard(), "a membership change did not go through"),
-            Err(_) => tracing::warn!(shard = group.shard(), "a membership change is still on its way"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, shard = group.shard(), "a membership change did not go through")
+            }
+            Err(_) => tracing::warn!(
+                shard = group.shard(),
+                "a membership change is still on its way"
+            ),
         }
     }
     if first.leads().is_some() {
@@ -51,7 +67,12 @@ fn is_level(group: &Replica, roster: &RosterRecord) -> bool {
     let voters: BTreeSet<u64> = group.voters().into_iter().collect();
     let present: BTreeSet<u64> = voters.iter().copied().chain(group.learners()).collect();
     let wanted: BTreeSet<u64> = roster.members.iter().map(|member| member.id).collect();
-    !group.changes_voters() && present == wanted && roster.voters.iter().all(|id| voters.contains(id) || !wanted.contains(id))
+    !group.changes_voters()
+        && present == wanted
+        && roster
+            .voters
+            .iter()
+            .all(|id| voters.contains(id) || !wanted.contains(id))
 }
 
 /// One change towards the roster; none while another is under way.
@@ -60,20 +81,50 @@ async fn reconcile(group: &Replica, roster: &RosterRecord) -> io::Result<()> {
     let voters: BTreeSet<u64> = group.voters().into_iter().collect();
     let wanted: BTreeSet<u64> = roster.members.iter().map(|member| member.id).collect();
     if group.changes_voters() {
-        // A change of voters is two steps, and whoever began it lost its leadership or its time between them: nobody else
-        // takes the second one. Adding nobody does; while the first step is not committed it is refused, and tried again.
+        // A change of voters is two steps, and whoever began it lost its leadership or its time
+        // between them: nobody else takes the second one. Adding nobody does; while the first step
+        // is not committed it is refused, and tried again.
         tracing::info!(shard = group.shard(), "finishing a change of voters");
         let finish = ChangeMembers::AddVoterIds(BTreeSet::new());
-        return group.raft().change_membership(finish, true).await.map(|_| ()).map_err(io::Error::other);
+        return group
+            .raft()
+            .change_membership(finish, true)
+            .await
+            .map(|_| ())
+            .map_err(io::Error::other);
     }
-    if let Some(new) = roster.members.iter().find(|member| !present.contains(&member.id)) {
-        tracing::info!(shard = group.shard(), name = new.name, id = new.id, "admitting a learner");
-        return group.raft().add_learner(new.id, new.clone(), false).await.map(|_| ()).map_err(io::Error::other);
+    if let Some(new) = roster
+        .members
+        .iter()
+        .find(|member| !present.contains(&member.id))
+    {
+        tracing::info!(
+            shard = group.shard(),
+            name = new.name,
+            id = new.id,
+            "admitting a learner"
+        );
+        return group
+            .raft()
+            .add_learner(new.id, new.clone(), false)
+            .await
+            .map(|_| ())
+            .map_err(io::Error::other);
     }
-    let promoted: BTreeSet<u64> = roster.voters.iter().copied().filter(|id| wanted.contains(id) && !voters.contains(id)).collect();
+    let promoted: BTreeSet<u64> = roster
+        .voters
+        .iter()
+        .copied()
+        .filter(|id| wanted.contains(id) && !voters.contains(id))
+        .collect();
     if !promoted.is_empty() {
         tracing::info!(shard = group.shard(), ?promoted, "making voters");
-        return group.raft().change_membership(ChangeMembers::AddVoterIds(promoted), true).await.map(|_| ()).map_err(io::Error::other);
+        return group
+            .raft()
+            .change_membership(ChangeMembers::AddVoterIds(promoted), true)
+            .await
+            .map(|_| ())
+            .map_err(io::Error::other);
     }
     let gone: BTreeSet<u64> = present.difference(&wanted).copied().collect();
     if gone.is_empty() {
@@ -85,17 +136,32 @@ async fn reconcile(group: &Replica, roster: &RosterRecord) -> io::Result<()> {
         true => ChangeMembers::RemoveNodes(gone),
         false => ChangeMembers::RemoveVoters(gone_voters),
     };
-    group.raft().change_membership(change, false).await.map(|_| ()).map_err(io::Error::other)
+    group
+        .raft()
+        .change_membership(change, false)
+        .await
+        .map(|_| ())
+        .map_err(io::Error::other)
 }
 
 /// A learner that keeps up becomes a voter while there are fewer than expected, dead ones included.
-async fn promote_caught_up(replicas: &Replicas, peers: &Peers, first: &Replica, roster: &RosterRecord) {
+async fn promote_caught_up(
+    replicas: &Replicas,
+    peers: &Peers,
+    first: &Replica,
+    roster: &RosterRecord,
+) {
     let now = replicas.clock.monotonic();
     if roster.voters.len() >= replicas.options.expect as usize {
         return;
     }
-    for learner in roster.members.iter().filter(|member| !member.learner_only && !roster.voters.contains(&member.id)) {
-        let level = entries_behind(first, peers, learner.id).is_some_and(|behind| behind <= CAUGHT_UP_ENTRIES);
+    for learner in roster
+        .members
+        .iter()
+        .filter(|member| !member.learner_only && !roster.voters.contains(&member.id))
+    {
+        let level = entries_behind(first, peers, learner.id)
+            .is_some_and(|behind| behind <= CAUGHT_UP_ENTRIES);
         let since = {
             let mut catching_up = replicas.catching_up.0.lock();
             if !level {
@@ -105,8 +171,13 @@ async fn promote_caught_up(replicas: &Replicas, peers: &Peers, first: &Replica, 
             *catching_up.entry(learner.id).or_insert(now)
         };
         if now.saturating_sub(since) >= CAUGHT_UP_FOR {
-            tracing::info!(name = learner.name, "a learner has caught up: it becomes a voter");
-            if let Err(error) = propose(first, Op::PromoteMember(PromoteMember { id: learner.id })).await {
+            tracing::info!(
+                name = learner.name,
+                "a learner has caught up: it becomes a voter"
+            );
+            if let Err(error) =
+                propose(first, Op::PromoteMember(PromoteMember { id: learner.id })).await
+            {
                 tracing::warn!(%error, "promoting a learner failed");
             }
             return;

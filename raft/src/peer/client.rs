@@ -1,9 +1,10 @@
 //! The Raft protocol outwards: openraft's network, one client per peer, shard and purpose.
 //!
-//! Appends go through one bidirectional stream, pipelined: requests are sent as they come, answers arrive in their order.
-//! The stream ends with an error when the follower needs entries that are to be purged, so that openraft purges them and
-//! sends a snapshot. A heartbeat is a call of its own, which once sent is never cancelled by us, so that it reaches a far
-//! learner; votes take its channel and wait behind no append.
+//! Appends go through one bidirectional stream, pipelined: requests are sent as they come, answers
+//! arrive in their order. The stream ends with an error when the follower needs entries that are to
+//! be purged, so that openraft purges them and sends a snapshot. A heartbeat is a call of its own,
+//! which once sent is never cancelled by us, so that it reaches a far learner; votes take its
+//! channel and wait behind no append.
 #![allow(clippy::result_large_err, reason = "openraft's own error types")]
 
 #[cfg(test)]
@@ -32,8 +33,8 @@ use openraft::{
     errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable},
     network::{Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2},
     raft::{
-        AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
-        VoteRequest, VoteResponse,
+        AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError,
+        StreamAppendResult, TransferLeaderRequest, VoteRequest, VoteResponse,
     },
     type_config::alias::SnapshotOf,
 };
@@ -56,10 +57,12 @@ use crate::{
 const STREAM_STALLED: Duration = Duration::from_secs(2);
 /// A unary call ends after this, unless openraft asks for longer.
 const CALL_TIMEOUT_MIN: Duration = Duration::from_millis(250);
-/// A heartbeat is given up after this, long after openraft counts it: the farthest learner has it by then.
+/// A heartbeat is given up after this, long after openraft counts it: the farthest learner has it
+/// by then.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Heartbeats on their way to one peer: as many as are sent until the first of them is given up.
-const HEARTBEATS_MAX: usize = (HEARTBEAT_TIMEOUT.as_millis() / agreement::HEARTBEAT.as_millis()) as usize;
+const HEARTBEATS_MAX: usize =
+    (HEARTBEAT_TIMEOUT.as_millis() / agreement::HEARTBEAT.as_millis()) as usize;
 /// A peer that does not answer a heartbeat within this is sent no snapshot.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -82,7 +85,11 @@ impl Network {
     /// Followers judge by the time that the leader stamps with, not by its raw clock.
     fn header(&self, to: u64) -> wire::Header {
         let header = self.peers.header(to, self.shard, Some(&self.state));
-        wire::Header { now_ms: self.leader_clock.leader_now(), proof: self.leader_clock.proof(), ..header }
+        wire::Header {
+            now_ms: self.leader_clock.leader_now(),
+            proof: self.leader_clock.proof(),
+            ..header
+        }
     }
 }
 
@@ -100,11 +107,17 @@ impl RaftNetworkFactory<Types> for Network {
     }
 
     async fn new_heartbeat_client(&mut self, target: u64, member: &Member) -> PeerClient {
-        PeerClient { purpose: Purpose::Control, ..self.new_client(target, member).await }
+        PeerClient {
+            purpose: Purpose::Control,
+            ..self.new_client(target, member).await
+        }
     }
 
     async fn new_snapshot_client(&mut self, target: u64, member: &Member) -> PeerClient {
-        PeerClient { purpose: Purpose::Bulk, ..self.new_client(target, member).await }
+        PeerClient {
+            purpose: Purpose::Bulk,
+            ..self.new_client(target, member).await
+        }
     }
 }
 
@@ -123,28 +136,40 @@ impl PeerClient {
     }
 
     fn heard(&self, reply: Option<&wire::ReplyHeader>) {
-        self.network.peers.heard(self.network.shard, self.target, reply);
+        self.network
+            .peers
+            .heard(self.network.shard, self.target, reply);
     }
 
     fn open(&self) -> Rpc<()> {
         if self.network.peers.is_closed() {
-            return Err(RPCError::Unreachable(Unreachable::from_string("this node's disk is stalled: it talks to no peer")));
+            return Err(RPCError::Unreachable(Unreachable::from_string(
+                "this node's disk is stalled: it talks to no peer",
+            )));
         }
         Ok(())
     }
 
-    fn client(&self, purpose: Purpose) -> wire::replica_service_client::ReplicaServiceClient<tonic::transport::Channel> {
+    fn client(
+        &self,
+        purpose: Purpose,
+    ) -> wire::replica_service_client::ReplicaServiceClient<tonic::transport::Channel> {
         self.network.peers.replica_client(&self.address, purpose)
     }
 
-    /// A peer that cannot be reached, or will not have us, is left alone for a while; anything else is tried again soon.
+    /// A peer that cannot be reached, or will not have us, is left alone for a while; anything else
+    /// is tried again soon.
     fn failed(&self, status: &Status) -> RPCError<Types> {
         match status.code() {
             Code::FailedPrecondition => {
-                self.network.peers.note_refusal(self.target, &self.address, status);
+                self.network
+                    .peers
+                    .note_refusal(self.target, &self.address, status);
                 RPCError::Unreachable(Unreachable::from_string(status))
             }
-            Code::Unavailable | Code::Unimplemented => RPCError::Unreachable(Unreachable::from_string(status)),
+            Code::Unavailable | Code::Unimplemented => {
+                RPCError::Unreachable(Unreachable::from_string(status))
+            }
             _ => RPCError::Network(NetworkError::from_string(status)),
         }
     }
@@ -155,11 +180,24 @@ impl PeerClient {
         request
     }
 
-    /// One append as a call, in a task of its own: openraft drops its call when its time is up, and a far learner still shall get it.
-    async fn append(&self, rpc: &AppendEntriesRequest<Types>, timeout: Duration) -> Rpc<AppendEntriesResponse<Types>> {
+    /// One append as a call, in a task of its own: openraft drops its call when its time is up, and
+    /// a far learner still shall get it.
+    async fn append(
+        &self,
+        rpc: &AppendEntriesRequest<Types>,
+        timeout: Duration,
+    ) -> Rpc<AppendEntriesResponse<Types>> {
         self.open()?;
-        let too_many = |_| RPCError::Network(NetworkError::from_string("the peer has not answered the heartbeats before"));
-        let permit = self.heartbeats.clone().try_acquire_owned().map_err(too_many)?;
+        let too_many = |_| {
+            RPCError::Network(NetworkError::from_string(
+                "the peer has not answered the heartbeats before",
+            ))
+        };
+        let permit = self
+            .heartbeats
+            .clone()
+            .try_acquire_owned()
+            .map_err(too_many)?;
         let message = wire::AppendRequest {
             header: self.header(),
             vote: Some(vote_to(&rpc.vote)),
@@ -167,44 +205,81 @@ impl PeerClient {
             entries: rpc.entries.iter().map(entry_to).collect(),
             leader_commit: rpc.leader_commit.as_ref().map(log_id_to),
         };
-        let (mut client, request) = (self.client(Purpose::Control), self.request(message, timeout));
+        let (mut client, request) = (
+            self.client(Purpose::Control),
+            self.request(message, timeout),
+        );
         let (peers, shard, target) = (self.network.peers.clone(), self.network.shard, self.target);
         let call = crate::task::spawn(async move {
             let _permit = permit;
             // The request's own timeout does not count the dial.
             let response = tokio::time::timeout(timeout, client.append(request)).await;
-            let response = response.map_err(|_| Status::deadline_exceeded("the peer does not answer"))??.into_inner();
+            let response = response
+                .map_err(|_| Status::deadline_exceeded("the peer does not answer"))??
+                .into_inner();
             peers.heard(shard, target, response.header.as_ref());
             Ok::<_, Status>(response.result)
         });
-        let result = call.await.map_err(|error| network_error(&error))?.map_err(|status| self.failed(&status))?;
+        let result = call
+            .await
+            .map_err(|error| network_error(&error))?
+            .map_err(|status| self.failed(&status))?;
         match result {
             Some(append_response::Result::Success(_)) => Ok(AppendEntriesResponse::Success),
-            Some(append_response::Result::Partial(matched)) => Ok(AppendEntriesResponse::PartialSuccess(matched.log_id.map(log_id_from))),
+            Some(append_response::Result::Partial(matched)) => Ok(
+                AppendEntriesResponse::PartialSuccess(matched.log_id.map(log_id_from)),
+            ),
             Some(append_response::Result::Conflict(_)) => Ok(AppendEntriesResponse::Conflict),
-            Some(append_response::Result::HigherVote(vote)) => Ok(AppendEntriesResponse::HigherVote(vote_of(Some(vote))?)),
-            None => Err(RPCError::Network(NetworkError::from_string("an answer without a result"))),
+            Some(append_response::Result::HigherVote(vote)) => {
+                Ok(AppendEntriesResponse::HigherVote(vote_of(Some(vote))?))
+            }
+            None => Err(RPCError::Network(NetworkError::from_string(
+                "an answer without a result",
+            ))),
         }
     }
 
-    /// Whether the peer is there and takes this leader for one: cheap, where a snapshot costs a checkpoint. A higher vote if it
-    /// knows of one.
+    /// Whether the peer is there and takes this leader for one: cheap, where a snapshot costs a
+    /// checkpoint. A higher vote if it knows of one.
     async fn probe(&self, vote: &Vote) -> Rpc<Option<Vote>> {
-        let heartbeat = AppendEntriesRequest { vote: *vote, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+        let heartbeat = AppendEntriesRequest {
+            vote: *vote,
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: None,
+        };
         match self.append(&heartbeat, PROBE_TIMEOUT).await? {
             AppendEntriesResponse::HigherVote(higher) => Ok(Some(higher)),
             _ => Ok(None),
         }
     }
 
-    async fn send_snapshot(&self, vote: &Vote, announced: u64, install_timeout: Duration) -> Rpc<SnapshotResponse<Types>> {
+    async fn send_snapshot(
+        &self,
+        vote: &Vote,
+        announced: u64,
+        install_timeout: Duration,
+    ) -> Rpc<SnapshotResponse<Types>> {
         if let Some(higher) = self.probe(vote).await? {
             return Ok(SnapshotResponse { vote: higher });
         }
-        let Network { snapshots, state, pins, .. } = &self.network;
+        let Network {
+            snapshots,
+            state,
+            pins,
+            ..
+        } = &self.network;
         // openraft goes on from the index it announced, however much newer the files are.
         let pinned = pins.pin(self.target, announced);
-        let sent = snapshots.send(state, self.client(Purpose::Bulk), self.header(), vote, install_timeout).await;
+        let sent = snapshots
+            .send(
+                state,
+                self.client(Purpose::Bulk),
+                self.header(),
+                vote,
+                install_timeout,
+            )
+            .await;
         let response = sent.map_err(|error| match error {
             SnapshotError::Peer(status) => self.failed(&status),
             other => network_error(&other),
@@ -216,7 +291,8 @@ impl PeerClient {
     }
 }
 
-/// The same with a pause before it is tried again: each try may cost a checkpoint, and openraft repeats ten at once without one.
+/// The same with a pause before it is tried again: each try may cost a checkpoint, and openraft
+/// repeats ten at once without one.
 fn unhurried(error: RPCError<Types>) -> StreamingError<Types> {
     StreamingError::Unreachable(Unreachable::from_string(error))
 }
@@ -224,8 +300,13 @@ fn unhurried(error: RPCError<Types>) -> StreamingError<Types> {
 impl RaftNetworkV2<Types> for PeerClient {
     type SnapshotData = SnapshotData;
 
-    async fn append_entries(&mut self, rpc: AppendEntriesRequest<Types>, option: RPCOption) -> Rpc<AppendEntriesResponse<Types>> {
-        self.append(&rpc, option.hard_ttl().max(CALL_TIMEOUT_MIN)).await
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<Types>,
+        option: RPCOption,
+    ) -> Rpc<AppendEntriesResponse<Types>> {
+        self.append(&rpc, option.hard_ttl().max(CALL_TIMEOUT_MIN))
+            .await
     }
 
     fn stream_append<'s, S>(
@@ -238,37 +319,54 @@ impl RaftNetworkV2<Types> for PeerClient {
     {
         async move {
             self.open()?;
-            // openraft paces its retries inside this stream: asked before the dial, so that a dead peer is not dialled all the time.
-            let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
+            // openraft paces its retries inside this stream: asked before the dial, so that a dead
+            // peer is not dialled all the time.
+            let Some(first) = input.next().await else {
+                return Ok(futures::stream::empty().boxed());
+            };
             // openraft's heartbeat worker sends a stream of one, and drops it after 50 ms.
             if self.purpose == Purpose::Control {
                 let answer = self.append(&first, HEARTBEAT_TIMEOUT).await?;
-                let last = first.entries.last().map(RaftEntry::log_id).or(first.prev_log_id);
+                let last = first
+                    .entries
+                    .last()
+                    .map(RaftEntry::log_id)
+                    .or(first.prev_log_id);
                 let answer = answer.into_stream_result(first.prev_log_id, last);
                 return Ok(futures::stream::once(futures::future::ready(Ok(answer))).boxed());
             }
             let input = futures::stream::iter([first]).chain(input);
             let progress = Arc::new(Progress::default());
             let requests = self.outgoing(input, progress.clone());
-            let responses = self.client(self.purpose).stream_append(requests).await.map_err(|status| self.failed(&status))?.into_inner();
+            let responses = self
+                .client(self.purpose)
+                .stream_append(requests)
+                .await
+                .map_err(|status| self.failed(&status))?
+                .into_inner();
             let this: &'s PeerClient = self;
-            let answers = futures::stream::unfold((responses, false), move |(mut responses, ended)| {
-                let progress = progress.clone();
-                async move {
-                    if ended {
-                        return None;
+            let answers =
+                futures::stream::unfold((responses, false), move |(mut responses, ended)| {
+                    let progress = progress.clone();
+                    async move {
+                        if ended {
+                            return None;
+                        }
+                        let answer = this.next_answer(&mut responses, &progress).await?;
+                        let ended = !matches!(answer, Ok(Ok(_)));
+                        Some((answer, (responses, ended)))
                     }
-                    let answer = this.next_answer(&mut responses, &progress).await?;
-                    let ended = !matches!(answer, Ok(Ok(_)));
-                    Some((answer, (responses, ended)))
-                }
-            });
+                });
             Ok(answers.boxed())
         }
         .boxed()
     }
 
-    async fn vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Rpc<VoteResponse<Types>> {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<Types>> {
         self.open()?;
         let message = wire::VoteRequest {
             header: self.header(),
@@ -283,10 +381,18 @@ impl RaftNetworkV2<Types> for PeerClient {
             .map_err(|status| self.failed(&status))?
             .into_inner();
         self.heard(response.header.as_ref());
-        Ok(VoteResponse::new(vote_of(response.vote)?, response.last_log_id.map(log_id_from), response.granted))
+        Ok(VoteResponse::new(
+            vote_of(response.vote)?,
+            response.last_log_id.map(log_id_from),
+            response.granted,
+        ))
     }
 
-    async fn pre_vote(&mut self, rpc: VoteRequest<Types>, option: RPCOption) -> Rpc<VoteResponse<Types>> {
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Rpc<VoteResponse<Types>> {
         self.open()?;
         let message = wire::PreVoteRequest {
             header: self.header(),
@@ -301,7 +407,11 @@ impl RaftNetworkV2<Types> for PeerClient {
             .map_err(|status| self.failed(&status))?
             .into_inner();
         self.heard(response.header.as_ref());
-        Ok(VoteResponse::new(vote_of(response.vote)?, response.last_log_id.map(log_id_from), response.granted))
+        Ok(VoteResponse::new(
+            vote_of(response.vote)?,
+            response.last_log_id.map(log_id_from),
+            response.granted,
+        ))
     }
 
     async fn full_snapshot(
@@ -311,7 +421,11 @@ impl RaftNetworkV2<Types> for PeerClient {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        let announced = snapshot.meta.last_log_id.as_ref().map_or(0, |last| last.index());
+        let announced = snapshot
+            .meta
+            .last_log_id
+            .as_ref()
+            .map_or(0, |last| last.index());
         drop(snapshot);
         tokio::select! {
             closed = cancel => Err(StreamingError::Closed(closed)),
@@ -331,11 +445,16 @@ impl RaftNetworkV2<Types> for PeerClient {
             to_node: *req.to_node_id(),
             last_log_id: req.last_log_id().map(log_id_to),
         };
-        let sent = self.client(Purpose::Control).transfer_leader(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN))).await;
+        let sent = self
+            .client(Purpose::Control)
+            .transfer_leader(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
+            .await;
         let response = sent.map_err(|status| self.failed(&status))?.into_inner();
         self.heard(response.header.as_ref());
         if !response.accepted {
-            return Err(RPCError::Network(NetworkError::from_string("the peer cannot take over now")));
+            return Err(RPCError::Network(NetworkError::from_string(
+                "the peer cannot take over now",
+            )));
         }
         Ok(Ok(()))
     }
@@ -344,7 +463,11 @@ impl RaftNetworkV2<Types> for PeerClient {
         const FIRST: Duration = Duration::from_millis(20);
         const LAST: Duration = Duration::from_millis(500);
         const LAST_SNAPSHOT: Duration = Duration::from_secs(2);
-        let longest = if self.purpose == Purpose::Bulk { LAST_SNAPSHOT } else { LAST };
+        let longest = if self.purpose == Purpose::Bulk {
+            LAST_SNAPSHOT
+        } else {
+            LAST
+        };
         let steps = std::iter::successors(Some(FIRST), move |last| Some((*last * 2).min(longest)));
         Some(Backoff::new(steps))
     }
@@ -359,8 +482,13 @@ struct Progress {
 }
 
 impl PeerClient {
-    /// The requests as messages, until one needs what is about to be purged, or this node talks to its peers no more.
-    fn outgoing<S>(&self, input: S, progress: Arc<Progress>) -> impl Stream<Item = wire::StreamAppendRequest> + Send + 'static + use<S>
+    /// The requests as messages, until one needs what is about to be purged, or this node talks to
+    /// its peers no more.
+    fn outgoing<S>(
+        &self,
+        input: S,
+        progress: Arc<Progress>,
+    ) -> impl Stream<Item = wire::StreamAppendRequest> + Send + 'static + use<S>
     where
         S: Stream<Item = AppendEntriesRequest<Types>> + Send + Unpin + 'static,
     {
@@ -397,8 +525,14 @@ impl PeerClient {
         let response = loop {
             match tokio::time::timeout(STREAM_STALLED, responses.message()).await {
                 Ok(response) => break response,
-                Err(_) if progress.sent.load(Ordering::Relaxed) == progress.answered.load(Ordering::Relaxed) => {}
-                Err(_) => return Some(Err(RPCError::Network(NetworkError::from_string("the peer answers no appends")))),
+                Err(_)
+                    if progress.sent.load(Ordering::Relaxed)
+                        == progress.answered.load(Ordering::Relaxed) => {}
+                Err(_) => {
+                    return Some(Err(RPCError::Network(NetworkError::from_string(
+                        "the peer answers no appends",
+                    ))));
+                }
             }
         };
         match response {
@@ -411,9 +545,9 @@ impl PeerClient {
                 }
                 Some(answer)
             }
-            Ok(None) if progress.behind.load(Ordering::Relaxed) => {
-                Some(Err(RPCError::Network(NetworkError::from_string("the follower needs entries that are to be purged"))))
-            }
+            Ok(None) if progress.behind.load(Ordering::Relaxed) => Some(Err(RPCError::Network(
+                NetworkError::from_string("the follower needs entries that are to be purged"),
+            ))),
             Ok(None) => self.open().err().map(Err),
             Err(status) => Some(Err(self.failed(&status))),
         }
@@ -422,10 +556,18 @@ impl PeerClient {
 
 fn append_answer(result: Option<stream_append_response::Result>) -> Rpc<StreamAppendResult<Types>> {
     match result {
-        Some(stream_append_response::Result::Matched(matched)) => Ok(Ok(matched.log_id.map(log_id_from))),
-        Some(stream_append_response::Result::Conflict(log_id)) => Ok(Err(StreamAppendError::Conflict(log_id_from(log_id)))),
-        Some(stream_append_response::Result::HigherVote(vote)) => Ok(Err(StreamAppendError::HigherVote(vote_of(Some(vote))?))),
-        None => Err(RPCError::Network(NetworkError::from_string("an answer without a result"))),
+        Some(stream_append_response::Result::Matched(matched)) => {
+            Ok(Ok(matched.log_id.map(log_id_from)))
+        }
+        Some(stream_append_response::Result::Conflict(log_id)) => {
+            Ok(Err(StreamAppendError::Conflict(log_id_from(log_id))))
+        }
+        Some(stream_append_response::Result::HigherVote(vote)) => {
+            Ok(Err(StreamAppendError::HigherVote(vote_of(Some(vote))?)))
+        }
+        None => Err(RPCError::Network(NetworkError::from_string(
+            "an answer without a result",
+        ))),
     }
 }
 

@@ -1,8 +1,9 @@
-//! Talking to peers: who this node is to them, what it knows of them, and the channels to them. Both ends of the protocol
-//! are in this folder, side by side.
+//! Talking to peers: who this node is to them, what it knows of them, and the channels to them.
+//! Both ends of the protocol are in this folder, side by side.
 //!
-//! Every request carries who sends it, to whom, in which cluster, and what time it is there; every answer carries the time
-//! and how the answering replica is. What does not fit is refused on arrival and said on both sides.
+//! Every request carries who sends it, to whom, in which cluster, and what time it is there; every
+//! answer carries the time and how the answering replica is. What does not fit is refused on
+//! arrival and said on both sides.
 
 pub(crate) mod client;
 pub(crate) mod server;
@@ -18,8 +19,8 @@ use holdfast_proto::{
     ShardId,
     limits::PEER_MESSAGE_BYTES_MAX,
     peer::{
-        Header, Member, ReplyHeader, membership_service_client::MembershipServiceClient, refresh_service_client::RefreshServiceClient,
-        replica_service_client::ReplicaServiceClient,
+        Header, Member, ReplyHeader, membership_service_client::MembershipServiceClient,
+        refresh_service_client::RefreshServiceClient, replica_service_client::ReplicaServiceClient,
     },
     timeline::Millis,
 };
@@ -63,7 +64,8 @@ pub struct Identity {
 pub struct PeerView {
     /// Monotonic.
     pub heard_at: Duration,
-    /// The peer's wall clock minus our monotonic one, to about a round trip: a step of our own wall clock changes nothing here.
+    /// The peer's wall clock minus our monotonic one, to about a round trip: a step of our own wall
+    /// clock changes nothing here.
     pub wall_ahead_of_monotonic_ms: i64,
     pub disk_used_permille: u32,
     pub feature_level: u32,
@@ -71,7 +73,8 @@ pub struct PeerView {
     pub revision: u64,
 }
 
-/// What a channel is for: heartbeats and votes never queue behind appends, nor either behind a snapshot.
+/// What a channel is for: heartbeats and votes never queue behind appends, nor either behind a
+/// snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Purpose {
     Append,
@@ -149,20 +152,38 @@ impl Peers {
     /// Whether a request is meant for this node, and its sender is who it says.
     pub fn check<'h>(&self, header: Option<&'h Header>) -> Result<&'h Header, Status> {
         if self.is_closed() {
-            return Err(Status::unavailable("this node's disk is stalled: it talks to no peer"));
+            return Err(Status::unavailable(
+                "this node's disk is stalled: it talks to no peer",
+            ));
         }
-        let header = header.ok_or_else(|| Status::invalid_argument("the peer header is missing"))?;
+        let header =
+            header.ok_or_else(|| Status::invalid_argument("the peer header is missing"))?;
         let mine = &self.identity;
         let refusal = if header.protocol != PROTOCOL {
-            format!("it speaks peer protocol {}, this node {PROTOCOL}", header.protocol)
+            format!(
+                "it speaks peer protocol {}, this node {PROTOCOL}",
+                header.protocol
+            )
         } else if header.cluster_id != mine.cluster_id {
-            format!("it belongs to cluster {}, this node to {}", header.cluster_id, mine.cluster_id)
+            format!(
+                "it belongs to cluster {}, this node to {}",
+                header.cluster_id, mine.cluster_id
+            )
         } else if header.epoch != mine.epoch {
-            format!("it is in epoch {}, this node in {}", header.epoch, mine.epoch)
+            format!(
+                "it is in epoch {}, this node in {}",
+                header.epoch, mine.epoch
+            )
         } else if header.to != mine.node_id {
-            format!("it looks for node {}, this is node {}", header.to, mine.node_id)
+            format!(
+                "it looks for node {}, this is node {}",
+                header.to, mine.node_id
+            )
         } else if !self.is_incarnation_of(header.from, header.from_incarnation) {
-            format!("it uses the id of member {} with another incarnation", header.from)
+            format!(
+                "it uses the id of member {} with another incarnation",
+                header.from
+            )
         } else {
             return Ok(header);
         };
@@ -194,7 +215,10 @@ impl Peers {
     }
 
     fn is_incarnation_of(&self, id: u64, incarnation: u64) -> bool {
-        self.members.lock().get(&id).is_none_or(|member| member.incarnation == incarnation)
+        self.members
+            .lock()
+            .get(&id)
+            .is_none_or(|member| member.incarnation == incarnation)
     }
 
     // ---- what is known ----
@@ -220,12 +244,16 @@ impl Peers {
 
     /// A peer's wall clock minus ours now.
     pub fn clock_offset_ms(&self, view: &PeerView) -> i64 {
-        view.wall_ahead_of_monotonic_ms.saturating_sub(ahead_ms(self.clock.wall_ms(), self.clock.monotonic()))
+        view.wall_ahead_of_monotonic_ms
+            .saturating_sub(ahead_ms(self.clock.wall_ms(), self.clock.monotonic()))
     }
 
     /// The members that count, as shard 0 has them.
     pub(crate) fn set_members(&self, members: impl IntoIterator<Item = Member>) {
-        *self.members.lock() = members.into_iter().map(|member| (member.id, member)).collect();
+        *self.members.lock() = members
+            .into_iter()
+            .map(|member| (member.id, member))
+            .collect();
     }
 
     pub fn members(&self) -> Vec<Member> {
@@ -239,7 +267,11 @@ impl Peers {
     }
 
     pub fn member_named(&self, name: &str) -> Option<Member> {
-        self.members.lock().values().find(|member| member.name == name).cloned()
+        self.members
+            .lock()
+            .values()
+            .find(|member| member.name == name)
+            .cloned()
     }
 
     // ---- the disk guard ----
@@ -255,7 +287,10 @@ impl Peers {
     pub(crate) fn set_disk_used(&self, bytes: u64, bytes_max: u64) {
         let permille = bytes.saturating_mul(1000) / bytes_max.max(1);
         self.disk_used_bytes.store(bytes, Ordering::Relaxed);
-        self.disk_used_permille.store(u32::try_from(permille).unwrap_or(u32::MAX), Ordering::Relaxed);
+        self.disk_used_permille.store(
+            u32::try_from(permille).unwrap_or(u32::MAX),
+            Ordering::Relaxed,
+        );
     }
 
     /// What state and log files of this node take.
@@ -269,7 +304,11 @@ impl Peers {
 
     // ---- channels ----
 
-    pub(crate) fn replica_client(&self, address: &str, purpose: Purpose) -> ReplicaServiceClient<Channel> {
+    pub(crate) fn replica_client(
+        &self,
+        address: &str,
+        purpose: Purpose,
+    ) -> ReplicaServiceClient<Channel> {
         ReplicaServiceClient::new(self.channel(address, purpose))
             .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
@@ -299,7 +338,8 @@ impl Peers {
 
 /// A channel that dials when it is used, and resolves its host name at each dial.
 pub(crate) fn connect_lazy(address: &str) -> Channel {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap_or_else(|_| Endpoint::from_static("http://address.invalid"));
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .unwrap_or_else(|_| Endpoint::from_static("http://address.invalid"));
     endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -321,21 +361,70 @@ mod tests {
 
     #[test]
     fn a_request_that_is_not_meant_for_this_node_is_refused() {
-        let identity = Identity { cluster_id: "c".into(), epoch: 1, node_id: 2, incarnation: 22 };
+        let identity = Identity {
+            cluster_id: "c".into(),
+            epoch: 1,
+            node_id: 2,
+            incarnation: 22,
+        };
         let peers = Peers::new(Clock::system(), identity);
-        peers.set_members([Member { id: 1, incarnation: 11, ..Default::default() }]);
-        let good =
-            Header { cluster_id: "c".into(), epoch: 1, from: 1, from_incarnation: 11, to: 2, protocol: PROTOCOL, ..Default::default() };
+        peers.set_members([Member {
+            id: 1,
+            incarnation: 11,
+            ..Default::default()
+        }]);
+        let good = Header {
+            cluster_id: "c".into(),
+            epoch: 1,
+            from: 1,
+            from_incarnation: 11,
+            to: 2,
+            protocol: PROTOCOL,
+            ..Default::default()
+        };
         assert!(peers.check(Some(&good)).is_ok());
         for (header, why) in [
-            (Header { cluster_id: "d".into(), ..good.clone() }, "it belongs to cluster d"),
-            (Header { epoch: 2, ..good.clone() }, "it is in epoch 2"),
-            (Header { to: 3, ..good.clone() }, "it looks for node 3"),
-            (Header { from_incarnation: 12, ..good.clone() }, "it uses the id of member 1 with another incarnation"),
-            (Header { protocol: PROTOCOL + 1, ..good }, "it speaks peer protocol"),
+            (
+                Header {
+                    cluster_id: "d".into(),
+                    ..good.clone()
+                },
+                "it belongs to cluster d",
+            ),
+            (
+                Header {
+                    epoch: 2,
+                    ..good.clone()
+                },
+                "it is in epoch 2",
+            ),
+            (
+                Header {
+                    to: 3,
+                    ..good.clone()
+                },
+                "it looks for node 3",
+            ),
+            (
+                Header {
+                    from_incarnation: 12,
+                    ..good.clone()
+                },
+                "it uses the id of member 1 with another incarnation",
+            ),
+            (
+                Header {
+                    protocol: PROTOCOL + 1,
+                    ..good
+                },
+                "it speaks peer protocol",
+            ),
         ] {
             let refused = peers.check(Some(&header)).map(|_| ()).unwrap_err();
-            assert!(refused.message().starts_with(&format!("{REFUSED}{why}")), "{refused}");
+            assert!(
+                refused.message().starts_with(&format!("{REFUSED}{why}")),
+                "{refused}"
+            );
         }
     }
 }

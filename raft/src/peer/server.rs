@@ -1,14 +1,18 @@
-//! The Raft protocol inwards: what peers ask of this node's replicas. The node mounts it on its peer listener.
+//! The Raft protocol inwards: what peers ask of this node's replicas. The node mounts it on its
+//! peer listener.
 
 use std::{sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use holdfast_proto::peer::{
-    self as wire, Header, append_response, install_snapshot_request::Part, propose_response, replica_service_server::ReplicaService,
-    stream_append_response,
+    self as wire, Header, append_response, install_snapshot_request::Part, propose_response,
+    replica_service_server::ReplicaService, stream_append_response,
 };
 use openraft::{
-    raft::{AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest},
+    raft::{
+        AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult,
+        TransferLeaderRequest, VoteRequest,
+    },
     storage::Snapshot,
 };
 use tokio::sync::mpsc;
@@ -45,13 +49,18 @@ impl ReplicaServer {
         let shard = header.map_or(0, |header| header.shard);
         let peers = self.replicas.peers().ok_or_else(not_formed)?;
         peers.check(header)?;
-        self.replicas.replica(shard).ok_or_else(|| Status::failed_precondition(format!("this node has no replica of shard {shard}")))
+        self.replicas.replica(shard).ok_or_else(|| {
+            Status::failed_precondition(format!("this node has no replica of shard {shard}"))
+        })
     }
 
-    /// A voter that restarted may have granted a lease it no longer knows of: it votes for nobody until that has run out.
+    /// A voter that restarted may have granted a lease it no longer knows of: it votes for nobody
+    /// until that has run out.
     fn may_vote(replica: &Replica) -> Result<(), Status> {
         if replica.votes_quietly() {
-            return Err(Status::unavailable("this node started just now and votes for nobody yet"));
+            return Err(Status::unavailable(
+                "this node started just now and votes for nobody yet",
+            ));
         }
         Ok(())
     }
@@ -78,7 +87,9 @@ impl ReplicaService for ReplicaServer {
         request: Request<Streaming<wire::StreamAppendRequest>>,
     ) -> Result<Response<Self::StreamAppendStream>, Status> {
         let mut messages = request.into_inner();
-        let Some(first) = messages.message().await? else { return Ok(Response::new(futures::stream::empty().boxed())) };
+        let Some(first) = messages.message().await? else {
+            return Ok(Response::new(futures::stream::empty().boxed()));
+        };
         let replica = self.replica(first.header.as_ref())?;
         replica.check_hash(first.header.as_ref())?;
 
@@ -89,35 +100,65 @@ impl ReplicaService for ReplicaServer {
             server.replica(message.header.as_ref())?;
             target.check_hash(message.header.as_ref())?;
             target.heard_append(message.vote.as_ref(), message.header.as_ref());
-            append_request(message.vote, message.prev_log_id, message.entries, message.leader_commit)
+            append_request(
+                message.vote,
+                message.prev_log_id,
+                message.entries,
+                message.leader_commit,
+            )
         });
         Ok(Response::new(answers(replica, requests).boxed()))
     }
 
-    async fn append(&self, request: Request<wire::AppendRequest>) -> Result<Response<wire::AppendResponse>, Status> {
+    async fn append(
+        &self,
+        request: Request<wire::AppendRequest>,
+    ) -> Result<Response<wire::AppendResponse>, Status> {
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         replica.check_hash(message.header.as_ref())?;
-        // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is being installed.
+        // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is
+        // being installed.
         replica.heard_append(message.vote.as_ref(), message.header.as_ref());
-        let rpc = append_request(message.vote, message.prev_log_id, message.entries, message.leader_commit)?;
+        let rpc = append_request(
+            message.vote,
+            message.prev_log_id,
+            message.entries,
+            message.leader_commit,
+        )?;
         let response = replica.raft().append_entries(rpc).await.map_err(fatal)?;
         let result = match response {
             AppendEntriesResponse::Success => append_response::Result::Success(wire::Appended {}),
             AppendEntriesResponse::PartialSuccess(log_id) => {
-                append_response::Result::Partial(wire::Matched { log_id: log_id.as_ref().map(log_id_to) })
+                append_response::Result::Partial(wire::Matched {
+                    log_id: log_id.as_ref().map(log_id_to),
+                })
             }
-            AppendEntriesResponse::Conflict => append_response::Result::Conflict(wire::Conflicted {}),
-            AppendEntriesResponse::HigherVote(vote) => append_response::Result::HigherVote(vote_to(&vote)),
+            AppendEntriesResponse::Conflict => {
+                append_response::Result::Conflict(wire::Conflicted {})
+            }
+            AppendEntriesResponse::HigherVote(vote) => {
+                append_response::Result::HigherVote(vote_to(&vote))
+            }
         };
-        Ok(Response::new(wire::AppendResponse { header: Some(replica.reply()), result: Some(result) }))
+        Ok(Response::new(wire::AppendResponse {
+            header: Some(replica.reply()),
+            result: Some(result),
+        }))
     }
 
-    async fn vote(&self, request: Request<wire::VoteRequest>) -> Result<Response<wire::VoteResponse>, Status> {
+    async fn vote(
+        &self,
+        request: Request<wire::VoteRequest>,
+    ) -> Result<Response<wire::VoteResponse>, Status> {
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
-        let rpc = vote_request(message.vote, message.last_log_id, message.leadership_transfer)?;
+        let rpc = vote_request(
+            message.vote,
+            message.last_log_id,
+            message.leadership_transfer,
+        )?;
         let response = replica.raft().vote(rpc).await.map_err(fatal)?;
         Ok(Response::new(wire::VoteResponse {
             header: Some(replica.reply()),
@@ -127,11 +168,18 @@ impl ReplicaService for ReplicaServer {
         }))
     }
 
-    async fn pre_vote(&self, request: Request<wire::PreVoteRequest>) -> Result<Response<wire::PreVoteResponse>, Status> {
+    async fn pre_vote(
+        &self,
+        request: Request<wire::PreVoteRequest>,
+    ) -> Result<Response<wire::PreVoteResponse>, Status> {
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
-        let rpc = vote_request(message.vote, message.last_log_id, message.leadership_transfer)?;
+        let rpc = vote_request(
+            message.vote,
+            message.last_log_id,
+            message.leadership_transfer,
+        )?;
         let response = replica.raft().pre_vote(rpc).await.map_err(fatal)?;
         Ok(Response::new(wire::PreVoteResponse {
             header: Some(replica.reply()),
@@ -149,9 +197,21 @@ impl ReplicaService for ReplicaServer {
         let replica = self.replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
         let vote = vote_from(message.from_leader).map_err(missing)?;
-        let rpc = TransferLeaderRequest::<Types>::new(vote, message.to_node, message.last_log_id.map(log_id_from));
-        let accepted = replica.raft().handle_transfer_leader(rpc).await.map_err(fatal)?.is_ok();
-        Ok(Response::new(wire::TransferLeaderResponse { header: Some(replica.reply()), accepted }))
+        let rpc = TransferLeaderRequest::<Types>::new(
+            vote,
+            message.to_node,
+            message.last_log_id.map(log_id_from),
+        );
+        let accepted = replica
+            .raft()
+            .handle_transfer_leader(rpc)
+            .await
+            .map_err(fatal)?
+            .is_ok();
+        Ok(Response::new(wire::TransferLeaderResponse {
+            header: Some(replica.reply()),
+            accepted,
+        }))
     }
 
     async fn install_snapshot(
@@ -159,34 +219,61 @@ impl ReplicaService for ReplicaServer {
         request: Request<Streaming<wire::InstallSnapshotRequest>>,
     ) -> Result<Response<wire::InstallSnapshotResponse>, Status> {
         let mut parts = request.into_inner();
-        let Some(Part::Header(header)) = parts.message().await?.and_then(|message| message.part) else {
-            return Err(Status::invalid_argument("a snapshot begins with its header"));
+        let Some(Part::Header(header)) = parts.message().await?.and_then(|message| message.part)
+        else {
+            return Err(Status::invalid_argument(
+                "a snapshot begins with its header",
+            ));
         };
         let replica = self.replica(header.header.as_ref())?;
         let vote = vote_from(header.vote).map_err(missing)?;
         let _installing = replica.install_begins();
         let received = replica.snapshots().receive(&header, &mut parts).await;
-        let (dir, applied, bytes) = received.map_err(|error| Status::data_loss(error.to_string()))?;
-        let meta = snapshot_meta(&applied).map_err(fatal)?.ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
+        let (dir, applied, bytes) =
+            received.map_err(|error| Status::data_loss(error.to_string()))?;
+        let meta = snapshot_meta(&applied)
+            .map_err(fatal)?
+            .ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
         tracing::info!(shard = replica.shard(), bytes, "installing a snapshot");
-        let snapshot = Snapshot { meta, snapshot: SnapshotData::Received { dir, bytes } };
-        let response = replica.raft().install_full_snapshot(vote, snapshot).await.map_err(fatal)?;
-        Ok(Response::new(wire::InstallSnapshotResponse { header: Some(replica.reply()), vote: Some(vote_to(&response.vote)) }))
+        let snapshot = Snapshot {
+            meta,
+            snapshot: SnapshotData::Received { dir, bytes },
+        };
+        let response = replica
+            .raft()
+            .install_full_snapshot(vote, snapshot)
+            .await
+            .map_err(fatal)?;
+        Ok(Response::new(wire::InstallSnapshotResponse {
+            header: Some(replica.reply()),
+            vote: Some(vote_to(&response.vote)),
+        }))
     }
 
-    async fn propose(&self, request: Request<wire::ProposeRequest>) -> Result<Response<wire::ProposeResponse>, Status> {
+    async fn propose(
+        &self,
+        request: Request<wire::ProposeRequest>,
+    ) -> Result<Response<wire::ProposeResponse>, Status> {
         let timeout = remaining(request.metadata()).unwrap_or(PROPOSE_TIMEOUT);
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
-        let command = message.command.ok_or_else(|| Status::invalid_argument("the command is missing"))?;
+        let command = message
+            .command
+            .ok_or_else(|| Status::invalid_argument("the command is missing"))?;
         let result = match replica.propose_here(command, timeout).await {
             Ok(outcome) => propose_response::Result::Outcome(outcome),
             Err(error) => propose_response::Result::Failed(failed(&error)),
         };
-        Ok(Response::new(wire::ProposeResponse { header: Some(replica.reply()), result: Some(result) }))
+        Ok(Response::new(wire::ProposeResponse {
+            header: Some(replica.reply()),
+            result: Some(result),
+        }))
     }
 
-    async fn read_index(&self, request: Request<wire::ReadIndexRequest>) -> Result<Response<wire::ReadIndexResponse>, Status> {
+    async fn read_index(
+        &self,
+        request: Request<wire::ReadIndexRequest>,
+    ) -> Result<Response<wire::ReadIndexResponse>, Status> {
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         let index = replica.confirm_leadership().await;
@@ -213,18 +300,29 @@ fn answers(
     replica: Arc<Replica>,
     requests: impl Stream<Item = Result<AppendEntriesRequest<Types>, Status>> + Send + 'static,
 ) -> impl Stream<Item = Result<wire::StreamAppendResponse, Status>> + Send + 'static {
-    // openraft's pipeline takes requests only: what is wrong with one ends the stream and is told after the last answer.
+    // openraft's pipeline takes requests only: what is wrong with one ends the stream and is told
+    // after the last answer.
     let refused = Arc::new(parking_lot::Mutex::new(None));
     let refusal = refused.clone();
-    let accepted = requests.map(move |request| request.map_err(|status| *refusal.lock() = Some(status)).ok());
-    let accepted = accepted.take_while(|request| futures::future::ready(request.is_some())).filter_map(futures::future::ready);
+    let accepted = requests.map(move |request| {
+        request
+            .map_err(|status| *refusal.lock() = Some(status))
+            .ok()
+    });
+    let accepted = accepted
+        .take_while(|request| futures::future::ready(request.is_some()))
+        .filter_map(futures::future::ready);
     // openraft's stream borrows its handle, a response may not: a task in between owns both.
     let (answers, received) = mpsc::channel(APPENDS_IN_PIPELINE);
     task::spawn(async move {
         let raft = replica.raft().clone();
         let mut results = std::pin::pin!(raft.stream_append(accepted));
         while let Some(result) = results.next().await {
-            if answers.send(append_response(&replica, result)).await.is_err() {
+            if answers
+                .send(append_response(&replica, result))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -241,11 +339,20 @@ fn append_response(
     result: Result<StreamAppendResult<Types>, impl std::fmt::Display>,
 ) -> Result<wire::StreamAppendResponse, Status> {
     let result = match result.map_err(fatal)? {
-        Ok(log_id) => stream_append_response::Result::Matched(wire::Matched { log_id: log_id.as_ref().map(log_id_to) }),
-        Err(StreamAppendError::Conflict(log_id)) => stream_append_response::Result::Conflict(log_id_to(&log_id)),
-        Err(StreamAppendError::HigherVote(vote)) => stream_append_response::Result::HigherVote(vote_to(&vote)),
+        Ok(log_id) => stream_append_response::Result::Matched(wire::Matched {
+            log_id: log_id.as_ref().map(log_id_to),
+        }),
+        Err(StreamAppendError::Conflict(log_id)) => {
+            stream_append_response::Result::Conflict(log_id_to(&log_id))
+        }
+        Err(StreamAppendError::HigherVote(vote)) => {
+            stream_append_response::Result::HigherVote(vote_to(&vote))
+        }
     };
-    Ok(wire::StreamAppendResponse { header: Some(replica.reply()), result: Some(result) })
+    Ok(wire::StreamAppendResponse {
+        header: Some(replica.reply()),
+        result: Some(result),
+    })
 }
 
 fn append_request(
@@ -257,12 +364,20 @@ fn append_request(
     Ok(AppendEntriesRequest {
         vote: vote_from(vote).map_err(missing)?,
         prev_log_id: prev.map(log_id_from),
-        entries: entries.into_iter().map(entry_from).collect::<Result<_, _>>().map_err(missing)?,
+        entries: entries
+            .into_iter()
+            .map(entry_from)
+            .collect::<Result<_, _>>()
+            .map_err(missing)?,
         leader_commit: commit.map(log_id_from),
     })
 }
 
-fn vote_request(vote: Option<wire::Vote>, last: Option<wire::LogId>, leadership_transfer: bool) -> Result<VoteRequest<Types>, Status> {
+fn vote_request(
+    vote: Option<wire::Vote>,
+    last: Option<wire::LogId>,
+    leadership_transfer: bool,
+) -> Result<VoteRequest<Types>, Status> {
     let mut request = VoteRequest::new(vote_from(vote).map_err(missing)?, last.map(log_id_from));
     request.leadership_transfer = leadership_transfer;
     Ok(request)

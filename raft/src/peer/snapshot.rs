@@ -1,9 +1,11 @@
-//! A state on its way to a follower that the log can no longer bring up: a header, then files in chunks.
+//! A state on its way to a follower that the log can no longer bring up: a header, then files in
+//! chunks.
 //!
-//! The sender makes a checkpoint only when it sends, off the async threads, and removes it afterwards. The receiver writes
-//! into a directory of its own, checks sizes and checksums, syncs, and hands the directory to `State::install`, which swaps.
-//! How far the snapshot is and who its members are is read from the checkpoint itself: it may be newer than what was
-//! announced when the transfer was decided.
+//! The sender makes a checkpoint only when it sends, off the async threads, and removes it
+//! afterwards. The receiver writes into a directory of its own, checks sizes and checksums, syncs,
+//! and hands the directory to `State::install`, which swaps. How far the snapshot is and who its
+//! members are is read from the checkpoint itself: it may be newer than what was announced when the
+//! transfer was decided.
 
 use std::{
     io,
@@ -19,8 +21,9 @@ use std::{
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use holdfast_proto::peer::{
-    AppliedRecord, Header, InstallSnapshotRequest, InstallSnapshotResponse, SnapshotChunk, SnapshotFile, SnapshotHeader,
-    install_snapshot_request::Part, replica_service_client::ReplicaServiceClient,
+    AppliedRecord, Header, InstallSnapshotRequest, InstallSnapshotResponse, SnapshotChunk,
+    SnapshotFile, SnapshotHeader, install_snapshot_request::Part,
+    replica_service_client::ReplicaServiceClient,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Status, Streaming, transport::Channel};
@@ -69,8 +72,9 @@ pub(crate) struct Sender {
     serial: AtomicU64,
 }
 
-/// A directory that is removed with its owner. Whoever works in it owns it: work off the async threads goes on when the call that
-/// began it is cancelled, and would leave behind what it makes after that.
+/// A directory that is removed with its owner. Whoever works in it owns it: work off the async
+/// threads goes on when the call that began it is cancelled, and would leave behind what it makes
+/// after that.
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
@@ -106,16 +110,28 @@ impl Drop for Sender {
 
 impl Sender {
     /// What an earlier process left in the scratch directory is removed.
-    pub(crate) fn new(stores: Stores, scratch: PathBuf, events: Arc<dyn Events>) -> io::Result<Self> {
+    pub(crate) fn new(
+        stores: Stores,
+        scratch: PathBuf,
+        events: Arc<dyn Events>,
+    ) -> io::Result<Self> {
         if scratch.exists() {
             std::fs::remove_dir_all(&scratch)?;
         }
         std::fs::create_dir_all(&scratch)?;
-        Ok(Self { stores, scratch, events, serial: AtomicU64::new(0) })
+        Ok(Self {
+            stores,
+            scratch,
+            events,
+            serial: AtomicU64::new(0),
+        })
     }
 
     fn scratch(&self, what: &str) -> Scratch {
-        Scratch(self.scratch.join(format!("{what}-{}", self.serial.fetch_add(1, Ordering::Relaxed))))
+        Scratch(self.scratch.join(format!(
+            "{what}-{}",
+            self.serial.fetch_add(1, Ordering::Relaxed)
+        )))
     }
 
     /// The follower has so long to install what it was sent.
@@ -138,7 +154,12 @@ impl Sender {
         .map_err(io::Error::other)??;
 
         let bytes = files.iter().map(|file| file.size_bytes).sum();
-        tracing::info!(shard = state.shard(), bytes, files = files.len(), "sending a snapshot");
+        tracing::info!(
+            shard = state.shard(),
+            bytes,
+            files = files.len(),
+            "sending a snapshot"
+        );
         let announced = SnapshotHeader {
             header,
             vote: Some(vote_to(vote)),
@@ -150,8 +171,10 @@ impl Sender {
             files: files.clone(),
         };
         let progress = Arc::new(Progress::default());
-        let parts = futures::stream::once(futures::future::ready(InstallSnapshotRequest { part: Some(Part::Header(announced)) }))
-            .chain(chunks(scratch.path().to_owned(), files, progress.clone()));
+        let parts = futures::stream::once(futures::future::ready(InstallSnapshotRequest {
+            part: Some(Part::Header(announced)),
+        }))
+        .chain(chunks(scratch.path().to_owned(), files, progress.clone()));
         let response = tokio::select! {
             response = client.install_snapshot(parts) => response?.into_inner(),
             error = stalled(progress, STALLED, install_timeout) => return Err(error),
@@ -163,24 +186,35 @@ impl Sender {
     /// The state as files, for who is here.
     pub(crate) async fn copy(&self, state: Arc<State>) -> io::Result<Scratch> {
         let scratch = self.scratch("copy");
-        task::blocking(move || state.checkpoint(scratch.path()).map(|()| scratch)).await.map_err(io::Error::other)?
+        task::blocking(move || state.checkpoint(scratch.path()).map(|()| scratch))
+            .await
+            .map_err(io::Error::other)?
     }
 
-    /// Receives a snapshot into a directory. The header is what the caller has already taken from the stream and checked.
+    /// Receives a snapshot into a directory. The header is what the caller has already taken from
+    /// the stream and checked.
     pub(crate) async fn receive(
         &self,
         header: &SnapshotHeader,
         parts: &mut Streaming<InstallSnapshotRequest>,
     ) -> Result<(Scratch, AppliedRecord, u64), SnapshotError> {
         if header.format != FORMAT {
-            return Err(SnapshotError::Unusable(format!("it has format {}, this version reads {FORMAT}", header.format)));
+            return Err(SnapshotError::Unusable(format!(
+                "it has format {}, this version reads {FORMAT}",
+                header.format
+            )));
         }
         if engine_family(&header.engine) != engine_family(self.stores.engine_version()) {
-            let message = format!("it was written by {}, this node keeps {}", header.engine, self.stores.engine_version());
+            let message = format!(
+                "it was written by {}, this node keeps {}",
+                header.engine,
+                self.stores.engine_version()
+            );
             return Err(SnapshotError::Unusable(message));
         }
         let scratch = self.scratch("receive");
-        let made = task::blocking(move || std::fs::create_dir_all(scratch.path()).map(|()| scratch));
+        let made =
+            task::blocking(move || std::fs::create_dir_all(scratch.path()).map(|()| scratch));
         let scratch = made.await.map_err(io::Error::other)??;
         receive_files(scratch.path(), header, parts).await?;
         let stores = self.stores.clone();
@@ -205,7 +239,11 @@ struct Progress {
 }
 
 /// Resolves once nothing has moved for too long, or the installation takes too long.
-async fn stalled(progress: Arc<Progress>, stall: Duration, install_timeout: Duration) -> SnapshotError {
+async fn stalled(
+    progress: Arc<Progress>,
+    stall: Duration,
+    install_timeout: Duration,
+) -> SnapshotError {
     let mut before = progress.chunks.load(Ordering::Relaxed);
     loop {
         tokio::time::sleep(stall).await;
@@ -222,18 +260,23 @@ async fn stalled(progress: Arc<Progress>, stall: Duration, install_timeout: Dura
 }
 
 /// The files' bytes in order.
-fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, progress: Arc<Progress>) -> impl Stream<Item = InstallSnapshotRequest> + Send {
-    let chunks = futures::stream::iter(files.into_iter().enumerate()).flat_map(move |(number, file)| {
-        let path = dir.join(&file.name);
-        let open = async move { tokio::fs::File::open(path).await };
-        futures::stream::once(open).flat_map(move |opened| match opened {
-            Ok(file) => read_chunks(file, number).left_stream(),
-            Err(error) => {
-                tracing::error!(%error, "a snapshot's file cannot be read");
-                futures::stream::empty().right_stream()
-            }
-        })
-    });
+fn chunks(
+    dir: PathBuf,
+    files: Vec<SnapshotFile>,
+    progress: Arc<Progress>,
+) -> impl Stream<Item = InstallSnapshotRequest> + Send {
+    let chunks =
+        futures::stream::iter(files.into_iter().enumerate()).flat_map(move |(number, file)| {
+            let path = dir.join(&file.name);
+            let open = async move { tokio::fs::File::open(path).await };
+            futures::stream::once(open).flat_map(move |opened| match opened {
+                Ok(file) => read_chunks(file, number).left_stream(),
+                Err(error) => {
+                    tracing::error!(%error, "a snapshot's file cannot be read");
+                    futures::stream::empty().right_stream()
+                }
+            })
+        });
     let moving = progress.clone();
     let end = futures::stream::poll_fn(move |_| {
         progress.all_taken.store(true, Ordering::Relaxed);
@@ -245,14 +288,29 @@ fn chunks(dir: PathBuf, files: Vec<SnapshotFile>, progress: Arc<Progress>) -> im
     chunks.inspect(moved).chain(end)
 }
 
-fn read_chunks(file: tokio::fs::File, number: usize) -> impl Stream<Item = InstallSnapshotRequest> + Send {
+fn read_chunks(
+    file: tokio::fs::File,
+    number: usize,
+) -> impl Stream<Item = InstallSnapshotRequest> + Send {
     futures::stream::unfold(file, move |mut file| async move {
         let mut data = Vec::with_capacity(CHUNK_BYTES);
-        match (&mut file).take(CHUNK_BYTES as u64).read_to_end(&mut data).await {
+        match (&mut file)
+            .take(CHUNK_BYTES as u64)
+            .read_to_end(&mut data)
+            .await
+        {
             Ok(0) => None,
             Ok(_) => {
-                let chunk = SnapshotChunk { file: u32::try_from(number).unwrap_or(u32::MAX), data: Bytes::from(data) };
-                Some((InstallSnapshotRequest { part: Some(Part::Chunk(chunk)) }, file))
+                let chunk = SnapshotChunk {
+                    file: u32::try_from(number).unwrap_or(u32::MAX),
+                    data: Bytes::from(data),
+                };
+                Some((
+                    InstallSnapshotRequest {
+                        part: Some(Part::Chunk(chunk)),
+                    },
+                    file,
+                ))
             }
             // The receiver misses bytes and says so.
             Err(error) => {
@@ -264,9 +322,16 @@ fn read_chunks(file: tokio::fs::File, number: usize) -> impl Stream<Item = Insta
 }
 
 /// Writes each file as it comes and checks it before the next.
-async fn receive_files(dir: &Path, header: &SnapshotHeader, parts: &mut Streaming<InstallSnapshotRequest>) -> Result<(), SnapshotError> {
+async fn receive_files(
+    dir: &Path,
+    header: &SnapshotHeader,
+    parts: &mut Streaming<InstallSnapshotRequest>,
+) -> Result<(), SnapshotError> {
     if header.files.len() > FILES_MAX {
-        return Err(SnapshotError::Unusable(format!("it has {} files", header.files.len())));
+        return Err(SnapshotError::Unusable(format!(
+            "it has {} files",
+            header.files.len()
+        )));
     }
     let mut pending: Option<SnapshotChunk> = None;
     for (number, file) in header.files.iter().enumerate() {
@@ -277,23 +342,35 @@ async fn receive_files(dir: &Path, header: &SnapshotHeader, parts: &mut Streamin
                 Some(chunk) => chunk,
                 None => next_chunk(parts).await?,
             };
-            if usize::try_from(chunk.file).ok() != Some(number) || size + chunk.data.len() as u64 > file.size_bytes {
-                return Err(SnapshotError::Unusable(format!("file `{}` is not as it was announced", file.name)));
+            if usize::try_from(chunk.file).ok() != Some(number)
+                || size + chunk.data.len() as u64 > file.size_bytes
+            {
+                return Err(SnapshotError::Unusable(format!(
+                    "file `{}` is not as it was announced",
+                    file.name
+                )));
             }
             size += chunk.data.len() as u64;
             hasher.update(&chunk.data);
             out.write_all(&chunk.data).await?;
         }
         if hasher.digest() != file.checksum {
-            return Err(SnapshotError::Unusable(format!("file `{}` was damaged on its way", file.name)));
+            return Err(SnapshotError::Unusable(format!(
+                "file `{}` was damaged on its way",
+                file.name
+            )));
         }
         out.sync_all().await?;
     }
     Ok(())
 }
 
-async fn next_chunk(parts: &mut Streaming<InstallSnapshotRequest>) -> Result<SnapshotChunk, SnapshotError> {
-    let message = tokio::time::timeout(STALLED, parts.message()).await.map_err(|_| SnapshotError::Stalled)??;
+async fn next_chunk(
+    parts: &mut Streaming<InstallSnapshotRequest>,
+) -> Result<SnapshotChunk, SnapshotError> {
+    let message = tokio::time::timeout(STALLED, parts.message())
+        .await
+        .map_err(|_| SnapshotError::Stalled)??;
     match message.and_then(|message| message.part) {
         Some(Part::Chunk(chunk)) => Ok(chunk),
         _ => Err(SnapshotError::Unusable("it ends early".into())),
@@ -302,8 +379,11 @@ async fn next_chunk(parts: &mut Streaming<InstallSnapshotRequest>) -> Result<Sna
 
 /// A peer names files, not paths.
 fn safe_name(name: &str) -> Result<&str, SnapshotError> {
-    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
-    plain.then_some(name).ok_or_else(|| SnapshotError::Unusable("one of its files has no plain name".into()))
+    let plain =
+        !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    plain
+        .then_some(name)
+        .ok_or_else(|| SnapshotError::Unusable("one of its files has no plain name".into()))
 }
 
 fn list_files(dir: &Path) -> io::Result<Vec<SnapshotFile>> {
@@ -323,8 +403,15 @@ fn list_files(dir: &Path) -> io::Result<Vec<SnapshotFile>> {
             hasher.update(&buffer[..read]);
             size_bytes += read as u64;
         }
-        let name = item.file_name().into_string().map_err(|_| io::Error::other("a checkpoint file has an odd name"))?;
-        files.push(SnapshotFile { name, size_bytes, checksum: hasher.digest() });
+        let name = item
+            .file_name()
+            .into_string()
+            .map_err(|_| io::Error::other("a checkpoint file has an odd name"))?;
+        files.push(SnapshotFile {
+            name,
+            size_bytes,
+            checksum: hasher.digest(),
+        });
     }
     files.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(files)
@@ -332,7 +419,12 @@ fn list_files(dir: &Path) -> io::Result<Vec<SnapshotFile>> {
 
 fn read_applied(stores: &Stores, dir: &Path) -> io::Result<AppliedRecord> {
     let bytes = stores.read_checkpoint(dir, Family::System, record::APPLIED)?;
-    let bytes = bytes.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a checkpoint without its applied record"))?;
+    let bytes = bytes.ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a checkpoint without its applied record",
+        )
+    })?;
     Ok(record::decode("applied", &bytes)?)
 }
 
@@ -355,19 +447,29 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(20);
 
     fn sender(home: &Path) -> (Sender, Arc<State>) {
-        let stores = Stores::open(Engine::DEFAULT, home, crate::store::Budget::default()).expect("stores");
+        let stores =
+            Stores::open(Engine::DEFAULT, home, crate::store::Budget::default()).expect("stores");
         let state = State::open(&stores, 0, 1 << 20).expect("a state");
-        (Sender::new(stores, home.join("snapshots"), Arc::new(())).expect("a sender"), state)
+        (
+            Sender::new(stores, home.join("snapshots"), Arc::new(())).expect("a sender"),
+            state,
+        )
     }
 
     /// Waits until the snapshots of a node take no place.
     async fn nothing_left(scratch: &Path) {
         let emptied = async {
-            while std::fs::read_dir(scratch).expect("it is there").next().is_some() {
+            while std::fs::read_dir(scratch)
+                .expect("it is there")
+                .next()
+                .is_some()
+            {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, emptied).await.expect("the scratch directories go");
+        tokio::time::timeout(PATIENCE, emptied)
+            .await
+            .expect("the scratch directories go");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -383,7 +485,9 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, ended).await.expect("the checkpoints end");
+        tokio::time::timeout(PATIENCE, ended)
+            .await
+            .expect("the checkpoints end");
         nothing_left(&sender.scratch).await;
     }
 
@@ -394,7 +498,10 @@ mod tests {
         let scratch = sender.scratch("receive");
         std::fs::create_dir(scratch.path()).expect("created");
         std::fs::write(scratch.path().join("file"), "data").expect("written");
-        let refused = crate::agreement::state_machine::SnapshotData::Received { dir: scratch, bytes: 4 };
+        let refused = crate::agreement::state_machine::SnapshotData::Received {
+            dir: scratch,
+            bytes: 4,
+        };
         drop(refused);
         nothing_left(&sender.scratch).await;
     }
@@ -403,16 +510,30 @@ mod tests {
     async fn an_installation_is_not_taken_for_a_stalled_transfer() {
         const STALL: Duration = Duration::from_millis(10);
         let still = Arc::new(Progress::default());
-        assert!(matches!(stalled(still, STALL, PATIENCE).await, SnapshotError::Stalled));
+        assert!(matches!(
+            stalled(still, STALL, PATIENCE).await,
+            SnapshotError::Stalled
+        ));
 
         let home = tempfile::tempdir().expect("a directory");
         std::fs::write(home.path().join("file"), vec![7; CHUNK_BYTES + 1]).expect("written");
         let progress = Arc::new(Progress::default());
         let files = list_files(home.path()).expect("listed");
-        let sent: Vec<_> = chunks(home.path().to_owned(), files, progress.clone()).collect().await;
-        assert_eq!((sent.len(), progress.chunks.load(Ordering::Relaxed)), (2, 2));
+        let sent: Vec<_> = chunks(home.path().to_owned(), files, progress.clone())
+            .collect()
+            .await;
+        assert_eq!(
+            (sent.len(), progress.chunks.load(Ordering::Relaxed)),
+            (2, 2)
+        );
         let installing = stalled(progress.clone(), STALL, Duration::from_secs(3600));
-        assert!(tokio::time::timeout(STALL * 10, installing).await.is_err(), "it has an hour");
-        assert!(matches!(stalled(progress, STALL, STALL).await, SnapshotError::NotInstalled(_)));
+        assert!(
+            tokio::time::timeout(STALL * 10, installing).await.is_err(),
+            "it has an hour"
+        );
+        assert!(matches!(
+            stalled(progress, STALL, STALL).await,
+            SnapshotError::NotInstalled(_)
+        ));
     }
 }

@@ -32,7 +32,8 @@ impl Replica {
         F: Future<Output = ()> + Send + 'static,
     {
         let (stop, work) = (self.stop.clone(), run(self.clone()));
-        let span = tracing::info_span!(parent: None, "replica.duty", duty = name, shard = self.shard);
+        let span =
+            tracing::info_span!(parent: None, "replica.duty", duty = name, shard = self.shard);
         self.tasks.spawn(tracing::Instrument::instrument(
             async move {
                 tokio::select! {
@@ -59,14 +60,20 @@ impl Replica {
                 self.leader_clock.lead(self.quorum_acknowledged_ago());
             }
             let changed = self.leader.send_if_modified(|known| {
-                let other = known.map(|leader| (leader.id, leader.term)) != leader.map(|leader| (leader.id, leader.term));
+                let other = known.map(|leader| (leader.id, leader.term))
+                    != leader.map(|leader| (leader.id, leader.term));
                 *known = leader;
                 other
             });
             if changed {
                 match leader {
                     Some(leader) => {
-                        tracing::info!(shard = self.shard, leader = leader.id, term = leader.term, "a leader");
+                        tracing::info!(
+                            shard = self.shard,
+                            leader = leader.id,
+                            term = leader.term,
+                            "a leader"
+                        );
                         self.events.leader_changed(self.shard);
                     }
                     None => tracing::warn!(shard = self.shard, "no leader"),
@@ -81,12 +88,16 @@ impl Replica {
 
     /// Leadership is used only after everything before it is applied, and ends at once.
     async fn watch_own_leadership(&self, leader: Option<Leader>) {
-        let term = leader.filter(|leader| leader.is_self).map(|leader| leader.term);
+        let term = leader
+            .filter(|leader| leader.is_self)
+            .map(|leader| leader.term);
         if *self.leads.borrow() == term {
             return;
         }
         if term.is_some() {
-            let Ok(index) = self.confirm_leadership().await else { return };
+            let Ok(index) = self.confirm_leadership().await else {
+                return;
+            };
             if self.wait_for_index(index, ROUND_TIMEOUT).await.is_err() {
                 return;
             }
@@ -113,7 +124,11 @@ impl Replica {
             let idle = index == last_index;
             last_index = index;
             if idle && self.leads().is_some() {
-                let tick = Command { request_id: None, caller: String::new(), op: Some(Op::Tick(Tick {})) };
+                let tick = Command {
+                    request_id: None,
+                    caller: String::new(),
+                    op: Some(Op::Tick(Tick {})),
+                };
                 let _ = self.propose_here(tick, TICK_EVERY).await;
                 last_index = self.applied().index;
             }

@@ -1,6 +1,6 @@
-//! One replica of one shard: the face of this crate. Writes go through the leader, here or forwarded once (`write.rs`); reads
-//! come from memory, after whatever wait their consistency asks for (`read.rs`); the rest is what a replica does by itself for
-//! as long as it is open.
+//! One replica of one shard: the face of this crate. Writes go through the leader, here or
+//! forwarded once (`write.rs`); reads come from memory, after whatever wait their consistency asks
+//! for (`read.rs`); the rest is what a replica does by itself for as long as it is open.
 
 mod duties;
 mod purge;
@@ -114,12 +114,28 @@ impl Drop for Installing<'_> {
 
 impl Replica {
     pub(crate) async fn open(parts: Parts) -> io::Result<Arc<Self>> {
-        let Parts { shard, clock, stores, log, peers, snapshots, events, memory_bytes_max, log_kept, must_catch_up } = parts;
+        let Parts {
+            shard,
+            clock,
+            stores,
+            log,
+            peers,
+            snapshots,
+            events,
+            memory_bytes_max,
+            log_kept,
+            must_catch_up,
+        } = parts;
         let state = State::open(&stores, shard, memory_bytes_max)?;
         let log = log.shard(shard)?;
         log.heal(state.applied_record().last_applied).await?;
         let keep_from = Arc::new(AtomicU64::new(0));
-        let leader_clock = Arc::new(LeaderClock::new(shard, clock.clone(), state.clone(), peers.clone()));
+        let leader_clock = Arc::new(LeaderClock::new(
+            shard,
+            clock.clone(),
+            state.clone(),
+            peers.clone(),
+        ));
         let pins = LogPins::new(clock.clone());
         let network = Network {
             peers: peers.clone(),
@@ -140,10 +156,15 @@ impl Replica {
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, message));
         }
-        let raft =
-            RaftHandle::new(peers.identity().node_id, agreement::config(shard).map_err(io::Error::other)?, network, log.clone(), machine)
-                .await
-                .map_err(io::Error::other)?;
+        let raft = RaftHandle::new(
+            peers.identity().node_id,
+            agreement::config(shard).map_err(io::Error::other)?,
+            network,
+            log.clone(),
+            machine,
+        )
+        .await
+        .map_err(io::Error::other)?;
 
         let proof = Arc::new(LeaderProof {
             shard,
@@ -154,7 +175,11 @@ impl Replica {
         });
         let replica = Arc::new(Self {
             shard,
-            quiet_until: if had_vote { clock.monotonic() + LEASE } else { Duration::ZERO },
+            quiet_until: if had_vote {
+                clock.monotonic() + LEASE
+            } else {
+                Duration::ZERO
+            },
             proposer: Proposer::start(raft.clone(), leader_clock.clone()),
             read_rounds: ReadRounds::start(proof.clone()),
             proof,
@@ -190,7 +215,12 @@ impl Replica {
     }
 
     /// Keys and instants of one kind of the due index, oldest first.
-    pub fn due_for_refresh(&self, from: Millis, until: Millis, limit: usize) -> io::Result<Vec<(Millis, Key)>> {
+    pub fn due_for_refresh(
+        &self,
+        from: Millis,
+        until: Millis,
+        limit: usize,
+    ) -> io::Result<Vec<(Millis, Key)>> {
         self.state.due(DueKind::Refresh, from, until, limit)
     }
 
@@ -234,28 +264,47 @@ impl Replica {
         let metrics = metrics.borrow_watched();
         let id = self.peers.identity().node_id;
         if metrics.state == ServerState::Leader {
-            let heard = metrics.last_quorum_acked.as_ref().is_some_and(|at| at.elapsed() < LEASE);
+            let heard = metrics
+                .last_quorum_acked
+                .as_ref()
+                .is_some_and(|at| at.elapsed() < LEASE);
             // A lone voter is its own quorum, and nobody else acknowledges anything.
             let acknowledged = heard || metrics.membership_config.voter_ids().eq([id]);
-            return acknowledged.then_some(Leader { id, term: metrics.current_term, is_self: true });
+            return acknowledged.then_some(Leader {
+                id,
+                term: metrics.current_term,
+                is_self: true,
+            });
         }
         let heard = self.leader_clock.heard()?;
-        (heard.leader != id && heard.term >= metrics.current_term).then_some(Leader { id: heard.leader, term: heard.term, is_self: false })
+        (heard.leader != id && heard.term >= metrics.current_term).then_some(Leader {
+            id: heard.leader,
+            term: heard.term,
+            is_self: false,
+        })
     }
 
     /// When a quorum last acknowledged this leader, as far as openraft knows.
     fn quorum_acknowledged_ago(&self) -> Option<Duration> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let alone = metrics.membership_config.voter_ids().eq([self.peers.identity().node_id]);
-        if alone { Some(Duration::ZERO) } else { metrics.last_quorum_acked.as_ref().map(|at| at.elapsed()) }
+        let alone = metrics
+            .membership_config
+            .voter_ids()
+            .eq([self.peers.identity().node_id]);
+        if alone {
+            Some(Duration::ZERO)
+        } else {
+            metrics.last_quorum_acked.as_ref().map(|at| at.elapsed())
+        }
     }
 
     pub fn watch_leader(&self) -> watch::Receiver<Option<Leader>> {
         self.leader.subscribe()
     }
 
-    /// The term this node leads, once everything before it is applied: what refreshing, sweeping and ticking go by.
+    /// The term this node leads, once everything before it is applied: what refreshing, sweeping
+    /// and ticking go by.
     pub fn watch_leads(&self) -> watch::Receiver<Option<u64>> {
         self.leads.subscribe()
     }
@@ -288,7 +337,11 @@ impl Replica {
     pub(crate) fn node_named(&self, name: &str) -> Option<u64> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        metrics.membership_config.nodes().find(|(_, member)| member.name == name).map(|(&id, _)| id)
+        metrics
+            .membership_config
+            .nodes()
+            .find(|(_, member)| member.name == name)
+            .map(|(&id, _)| id)
     }
 
     /// Whether this leader's clock is off and it stamps with the voters' median.
@@ -296,13 +349,20 @@ impl Replica {
         self.leader_clock.is_skewed()
     }
 
-    /// Last log index minus applied: what this replica has and has not applied, plus what it knows to be committed.
+    /// Last log index minus applied: what this replica has and has not applied, plus what it knows
+    /// to be committed.
     pub fn log_last_index(&self) -> u64 {
         self.log.last_index()
     }
 
     pub(crate) fn changes_voters(&self) -> bool {
-        self.raft.metrics().borrow_watched().membership_config.get_joint_config().len() > 1
+        self.raft
+            .metrics()
+            .borrow_watched()
+            .membership_config
+            .get_joint_config()
+            .len()
+            > 1
     }
 
     #[cfg(test)]
@@ -336,10 +396,12 @@ impl Replica {
         self.leader_clock.hear(vote, header);
     }
 
-    /// Compares the running hash of applied state with a peer's. Replicas that differ have applied different things: this one
-    /// stops rather than answer wrongly.
+    /// Compares the running hash of applied state with a peer's. Replicas that differ have applied
+    /// different things: this one stops rather than answer wrongly.
     pub(crate) fn check_hash(&self, header: Option<&Header>) -> Result<(), tonic::Status> {
-        let Some(header) = header.filter(|header| header.hash_index != 0) else { return Ok(()) };
+        let Some(header) = header.filter(|header| header.hash_index != 0) else {
+            return Ok(());
+        };
         match self.state.chain_hash_at(header.hash_index) {
             Some(mine) if mine != header.hash => {
                 let message = format!(
@@ -380,7 +442,11 @@ impl Replica {
             self.voters()
                 .into_iter()
                 .filter(|&voter| voter != me)
-                .filter_map(|voter| self.peers.view(self.shard, voter).map(|view| (view.heard_at, view.applied_index, voter)))
+                .filter_map(|voter| {
+                    self.peers
+                        .view(self.shard, voter)
+                        .map(|view| (view.heard_at, view.applied_index, voter))
+                })
                 .max_by_key(|&(heard_at, index, _)| (index, heard_at))
                 .map(|(_, _, voter)| voter)
         };
@@ -388,7 +454,11 @@ impl Replica {
         self.raft.trigger().transfer_leader(to).await.ok()?;
         let mut leader = self.watch_leader();
         let taken = leader.wait_for(|leader| leader.is_some_and(|leader| !leader.is_self));
-        tokio::time::timeout(Duration::from_secs(2), taken).await.ok()?.ok().and_then(|leader| leader.map(|leader| leader.id))
+        tokio::time::timeout(Duration::from_secs(2), taken)
+            .await
+            .ok()?
+            .ok()
+            .and_then(|leader| leader.map(|leader| leader.id))
     }
 
     pub(crate) async fn close(&self) -> io::Result<()> {

@@ -1,5 +1,5 @@
-//! What a read must have seen before memory may answer it: nothing, a session's revisions, or every write acknowledged
-//! before it, which takes a round that proves who leads.
+//! What a read must have seen before memory may answer it: nothing, a session's revisions, or every
+//! write acknowledged before it, which takes a round that proves who leads.
 
 use std::time::Duration;
 
@@ -44,9 +44,14 @@ pub enum ReadError {
 }
 
 impl Replica {
-    /// Waits until this replica may answer a read that must have `seen` so much. `patience` is how long it waits for a
-    /// session's revision before it says that it is behind.
-    pub async fn wait_until_seen(&self, seen: &Seen, patience: Duration, timeout: Duration) -> Result<(), ReadError> {
+    /// Waits until this replica may answer a read that must have `seen` so much. `patience` is how
+    /// long it waits for a session's revision before it says that it is behind.
+    pub async fn wait_until_seen(
+        &self,
+        seen: &Seen,
+        patience: Duration,
+        timeout: Duration,
+    ) -> Result<(), ReadError> {
         match seen {
             Seen::Anything => Ok(()),
             Seen::Token(token) => self.wait_for_token(token, patience.min(timeout)).await,
@@ -57,7 +62,10 @@ impl Replica {
     async fn wait_for_token(&self, token: &Token, patience: Duration) -> Result<(), ReadError> {
         let epoch = self.peers.identity().epoch;
         if token.epoch() != epoch {
-            return Err(ReadError::TokenEpoch { token: token.epoch(), cluster: epoch });
+            return Err(ReadError::TokenEpoch {
+                token: token.epoch(),
+                cluster: epoch,
+            });
         }
         let wanted = token.revision(self.shard);
         if self.state.applied().revision >= wanted {
@@ -67,7 +75,10 @@ impl Replica {
         let reached = applied.wait_for(|applied| applied.revision >= wanted);
         match tokio::time::timeout(patience, reached).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(ReadError::Behind { applied: self.state.applied().revision, wanted }),
+            _ => Err(ReadError::Behind {
+                applied: self.state.applied().revision,
+                wanted,
+            }),
         }
     }
 
@@ -82,7 +93,11 @@ impl Replica {
             match tokio::time::timeout(left, self.read_rounds.join()).await {
                 Err(_) => return Err(last),
                 Ok(None) => return Err(ReadError::Overloaded),
-                Ok(Some(Ok(index))) => return self.wait_for_index(index, deadline.saturating_sub(self.clock.monotonic())).await,
+                Ok(Some(Ok(index))) => {
+                    return self
+                        .wait_for_index(index, deadline.saturating_sub(self.clock.monotonic()))
+                        .await;
+                }
                 Ok(Some(Err(Unproven::NoLeader))) => last = ReadError::NoLeader,
                 Ok(Some(Err(Unproven::NoQuorum))) => last = ReadError::NoQuorum,
             }
@@ -90,7 +105,11 @@ impl Replica {
         }
     }
 
-    pub(super) async fn wait_for_index(&self, index: u64, timeout: Duration) -> Result<(), ReadError> {
+    pub(super) async fn wait_for_index(
+        &self,
+        index: u64,
+        timeout: Duration,
+    ) -> Result<(), ReadError> {
         let mut applied = self.state.watch_applied();
         let reached = applied.wait_for(|applied| applied.index >= index);
         match tokio::time::timeout(timeout, reached).await {
@@ -100,12 +119,19 @@ impl Replica {
     }
 
     /// Waits until this replica has applied a revision.
-    pub async fn wait_for_revision(&self, revision: Revision, timeout: Duration) -> Result<(), ReadError> {
+    pub async fn wait_for_revision(
+        &self,
+        revision: Revision,
+        timeout: Duration,
+    ) -> Result<(), ReadError> {
         let mut applied = self.state.watch_applied();
         let reached = applied.wait_for(|applied| applied.revision >= revision);
         match tokio::time::timeout(timeout, reached).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(ReadError::Behind { applied: self.state.applied().revision, wanted: revision }),
+            _ => Err(ReadError::Behind {
+                applied: self.state.applied().revision,
+                wanted: revision,
+            }),
         }
     }
 
@@ -123,11 +149,21 @@ impl Round for LeaderProof {
         }
         let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
         let member = self.peers.member(heard.leader).ok_or(Unproven::NoLeader)?;
-        let mut request = Request::new(ReadIndexRequest { header: Some(self.peers.header(heard.leader, self.shard, Some(&self.state))) });
+        let mut request = Request::new(ReadIndexRequest {
+            header: Some(
+                self.peers
+                    .header(heard.leader, self.shard, Some(&self.state)),
+            ),
+        });
         request.set_timeout(ROUND_TIMEOUT);
-        let mut client = self.peers.replica_client(&member.peer_address, Purpose::Control);
+        let mut client = self
+            .peers
+            .replica_client(&member.peer_address, Purpose::Control);
         let asked = tokio::time::timeout(ROUND_TIMEOUT, client.read_index(request)).await;
-        let response = asked.map_err(|_| Unproven::NoLeader)?.map_err(|_| Unproven::NoLeader)?.into_inner();
+        let response = asked
+            .map_err(|_| Unproven::NoLeader)?
+            .map_err(|_| Unproven::NoLeader)?
+            .into_inner();
         match response.read_log_id {
             Some(log_id) if response.confirmed => Ok(log_id.index),
             _ => Err(Unproven::NoQuorum),

@@ -66,29 +66,51 @@ impl Replica {
     async fn sweep_once(self: &Arc<Self>, from: Millis) -> io::Result<Swept> {
         let now = self.applied().log_time;
         let this = self.clone();
-        let (keys, tombstones, swept) = crate::task::blocking(move || this.expired(from, now)).await.map_err(io::Error::other)??;
+        let (keys, tombstones, swept) = crate::task::blocking(move || this.expired(from, now))
+            .await
+            .map_err(io::Error::other)??;
         if keys.is_empty() && tombstones.is_empty() {
             return Ok(swept);
         }
         let op = Op::Sweep(peer::Sweep { keys, tombstones });
-        let command = Command { request_id: None, caller: String::new(), op: Some(op) };
-        self.propose_here(command, SWEEP_TIMEOUT).await.map_err(io::Error::other)?;
+        let command = Command {
+            request_id: None,
+            caller: String::new(),
+            op: Some(op),
+        };
+        self.propose_here(command, SWEEP_TIMEOUT)
+            .await
+            .map_err(io::Error::other)?;
         Ok(swept)
     }
 
-    fn expired(&self, from: Millis, now: Millis) -> io::Result<(Vec<SweepKey>, Vec<SweepKey>, Swept)> {
+    fn expired(
+        &self,
+        from: Millis,
+        now: Millis,
+    ) -> io::Result<(Vec<SweepKey>, Vec<SweepKey>, Swept)> {
         let expired = self.state.due(DueKind::Expire, from, now, SWEEP_BATCH)?;
         let full = expired.len() == SWEEP_BATCH;
-        let next = if full { expired.last().map_or(from, |&(at, _)| at) } else { now };
+        let next = if full {
+            expired.last().map_or(from, |&(at, _)| at)
+        } else {
+            now
+        };
         let mut keys = Vec::new();
         for (_, key) in expired {
             let entry = match self.state.peek(&key) {
                 Lookup::Found(entry) => Some(entry),
                 Lookup::Absent => None,
-                Lookup::Unknown(_) => crate::state::read_entry(self.state.generation().store.as_ref(), &key)?.map(Arc::new),
+                Lookup::Unknown(_) => {
+                    crate::state::read_entry(self.state.generation().store.as_ref(), &key)?
+                        .map(Arc::new)
+                }
             };
             if let Some(entry) = entry {
-                keys.push(SweepKey { key: key.into(), changed: entry.record.changed });
+                keys.push(SweepKey {
+                    key: key.into(),
+                    changed: entry.record.changed,
+                });
             }
         }
         let mut tombstones = Vec::new();
@@ -96,7 +118,10 @@ impl Replica {
         let more = full || settled.len() == SWEEP_BATCH;
         for (_, key) in settled {
             if let Some(tombstone) = self.state.tombstone(&key)? {
-                tombstones.push(SweepKey { key: key.into(), changed: tombstone.revision });
+                tombstones.push(SweepKey {
+                    key: key.into(),
+                    changed: tombstone.revision,
+                });
             }
         }
         Ok((keys, tombstones, Swept { next, more }))

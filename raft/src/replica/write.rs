@@ -1,5 +1,5 @@
-//! Writes: proposed here if this node leads, else forwarded once. What became of a write is said exactly: `applied: no` only
-//! where it is certain.
+//! Writes: proposed here if this node leads, else forwarded once. What became of a write is said
+//! exactly: `applied: no` only where it is certain.
 
 use std::time::Duration;
 
@@ -43,7 +43,12 @@ pub enum WriteError {
     #[error("what became of the write is unknown: {0}")]
     Unknown(String),
     #[error("{message}")]
-    Remote { reason: String, message: String, not_applied: bool, leader: Option<u64> },
+    Remote {
+        reason: String,
+        message: String,
+        not_applied: bool,
+        leader: Option<u64>,
+    },
 }
 
 impl WriteError {
@@ -83,10 +88,20 @@ impl WriteError {
 }
 
 impl Replica {
-    /// Proposes a command, here or through the leader, and says what it came to. A forwarded command is forwarded once.
-    pub async fn write(&self, op: Op, request_id: Option<RequestId>, timeout: Duration) -> Result<Outcome, WriteError> {
+    /// Proposes a command, here or through the leader, and says what it came to. A forwarded
+    /// command is forwarded once.
+    pub async fn write(
+        &self,
+        op: Op,
+        request_id: Option<RequestId>,
+        timeout: Duration,
+    ) -> Result<Outcome, WriteError> {
         let deadline = self.clock.monotonic() + timeout;
-        let command = Command { request_id, caller: String::new(), op: Some(op) };
+        let command = Command {
+            request_id,
+            caller: String::new(),
+            op: Some(op),
+        };
         loop {
             let left = deadline.saturating_sub(self.clock.monotonic());
             if left.is_zero() {
@@ -94,13 +109,18 @@ impl Replica {
             }
             match self.leader() {
                 None => self.leader_change(left).await,
-                Some(leader) if leader.is_self => match self.propose_here(command.clone(), left).await {
-                    // Certain not to be in the log: whoever leads now may have it.
-                    Err(WriteError::NotLeader { .. } | WriteError::NoQuorum) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
-                    outcome => return outcome,
-                },
+                Some(leader) if leader.is_self => {
+                    match self.propose_here(command.clone(), left).await {
+                        // Certain not to be in the log: whoever leads now may have it.
+                        Err(WriteError::NotLeader { .. } | WriteError::NoQuorum) => {
+                            tokio::time::sleep(RETRY_PAUSE.min(left)).await
+                        }
+                        outcome => return outcome,
+                    }
+                }
                 Some(leader) => match self.forward(leader, command.clone(), left).await {
-                    // There was no connection to forward it on: not forwarded, and whoever leads next may have it.
+                    // There was no connection to forward it on: not forwarded, and whoever leads
+                    // next may have it.
                     Err(WriteError::NoLeader) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
                     outcome => return outcome,
                 },
@@ -109,20 +129,36 @@ impl Replica {
     }
 
     /// Proposes here, whether this node leads or not: only a leader gets an outcome.
-    pub(crate) async fn propose_here(&self, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
+    pub(crate) async fn propose_here(
+        &self,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<Outcome, WriteError> {
         if matches!(command.op, Some(Op::Set(_) | Op::CommitFetch(_))) && self.disk_full() {
             return Err(WriteError::DiskFull);
         }
         self.proposer.propose(command, timeout).await
     }
 
-    async fn forward(&self, leader: Leader, command: Command, timeout: Duration) -> Result<Outcome, WriteError> {
-        let Some(member) = self.peers.member(leader.id) else { return Err(WriteError::NoLeader) };
+    async fn forward(
+        &self,
+        leader: Leader,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<Outcome, WriteError> {
+        let Some(member) = self.peers.member(leader.id) else {
+            return Err(WriteError::NoLeader);
+        };
         let header = Some(self.peers.header(leader.id, self.shard, None));
-        let mut request = Request::new(ProposeRequest { header, command: Some(command) });
+        let mut request = Request::new(ProposeRequest {
+            header,
+            command: Some(command),
+        });
         request.set_timeout(timeout);
         self.events.outgoing(request.metadata_mut());
-        let mut client = self.peers.replica_client(&member.peer_address, Purpose::Control);
+        let mut client = self
+            .peers
+            .replica_client(&member.peer_address, Purpose::Control);
         let answer = tokio::select! {
             answer = tokio::time::timeout(timeout, client.propose(request)) => answer,
             () = self.deposed(leader) => return Err(WriteError::Unknown("another leader was elected while the write was under way".into())),
@@ -131,10 +167,16 @@ impl Replica {
             Err(_) => return Err(WriteError::DeadlineAfter),
             Ok(Err(status)) if timed_out(&status) => return Err(WriteError::DeadlineAfter),
             Ok(Err(status)) if never_connected(&status) => return Err(WriteError::NoLeader),
-            Ok(Err(status)) => return Err(WriteError::Unknown(format!("the leader did not answer: {}", status.message()))),
+            Ok(Err(status)) => {
+                return Err(WriteError::Unknown(format!(
+                    "the leader did not answer: {}",
+                    status.message()
+                )));
+            }
             Ok(Ok(response)) => response.into_inner(),
         };
-        self.peers.heard(self.shard, leader.id, response.header.as_ref());
+        self.peers
+            .heard(self.shard, leader.id, response.header.as_ref());
         match response.result {
             Some(propose_response::Result::Outcome(outcome)) => Ok(outcome),
             Some(propose_response::Result::Failed(failed)) => Err(WriteError::Remote {
@@ -147,10 +189,15 @@ impl Replica {
         }
     }
 
-    /// Resolves when another term's leader is known, and the old one had the time to answer what it committed.
+    /// Resolves when another term's leader is known, and the old one had the time to answer what it
+    /// committed.
     async fn deposed(&self, old: Leader) {
         let mut leader = self.watch_leader();
-        if leader.wait_for(|leader| leader.is_some_and(|leader| leader.term > old.term)).await.is_err() {
+        if leader
+            .wait_for(|leader| leader.is_some_and(|leader| leader.term > old.term))
+            .await
+            .is_err()
+        {
             return std::future::pending().await;
         }
         tokio::time::sleep(LEASE).await;
@@ -172,7 +219,11 @@ impl Replica {
 
     async fn leader_change(&self, within: Duration) {
         let mut leader = self.watch_leader();
-        let _ = tokio::time::timeout(within.min(RETRY_PAUSE * 4), leader.wait_for(Option::is_some)).await;
+        let _ = tokio::time::timeout(
+            within.min(RETRY_PAUSE * 4),
+            leader.wait_for(Option::is_some),
+        )
+        .await;
     }
 }
 
@@ -187,5 +238,6 @@ fn timed_out(status: &tonic::Status) -> bool {
 }
 
 fn is_caused_by<E: std::error::Error + 'static>(status: &tonic::Status) -> bool {
-    std::iter::successors(std::error::Error::source(status), |error| error.source()).any(|error| error.is::<E>())
+    std::iter::successors(std::error::Error::source(status), |error| error.source())
+        .any(|error| error.is::<E>())
 }

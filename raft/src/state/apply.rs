@@ -1,8 +1,10 @@
-//! What commands mean: a pure function of state, command and the stamp of its log entry. Knows no clock, no randomness and
-//! no I/O but its batch, so that every replica comes to the same state, whatever the sizes of its runs.
+//! What commands mean: a pure function of state, command and the stamp of its log entry. Knows no
+//! clock, no randomness and no I/O but its batch, so that every replica comes to the same state,
+//! whatever the sizes of its runs.
 //!
-//! A [`Run`] applies committed log entries one after another, reads its own writes, and ends as one batch for the store and
-//! one list of changes for the memory tier. Effects and `last_applied` are in the same batch.
+//! A [`Run`] applies committed log entries one after another, reads its own writes, and ends as one
+//! batch for the store and one list of changes for the memory tier. Effects and `last_applied` are
+//! in the same batch.
 
 use std::{collections::HashMap, io, sync::Arc};
 
@@ -11,9 +13,9 @@ use holdfast_proto::{
     Key, Revision, content_hash,
     limits::TOMBSTONE_KEPT,
     peer::{
-        Admitted, AppliedRecord, Command, CommitFetch, Conflict, Done, EntryRecord, FailureRecord, Fenced, FetchFailed, Fetched, LogEntry,
-        LogId, Member, Outcome, Rejected, RosterRecord, Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op, commit_fetch,
-        outcome,
+        Admitted, AppliedRecord, Command, CommitFetch, Conflict, Done, EntryRecord, FailureRecord,
+        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Outcome, Rejected, RosterRecord,
+        Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op, commit_fetch, outcome,
     },
     reason,
     timeline::{Millis, Phase, Timeline, after},
@@ -33,13 +35,17 @@ pub const FEATURE_LEVEL: u32 = 1;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    #[error("log entry {index} has format {format}, this version reads up to {FORMAT}: upgrade this node")]
+    #[error(
+        "log entry {index} has format {format}, this version reads up to {FORMAT}: upgrade this node"
+    )]
     UnknownFormat { index: u64, format: u32 },
     #[error("log entry {index} holds a command that this version does not know: upgrade this node")]
     UnknownCommand { index: u64 },
     #[error("log entry {index} is damaged: {reason}")]
     Damaged { index: u64, reason: String },
-    #[error("the cluster's feature level is {level}, this version speaks up to {FEATURE_LEVEL}: upgrade this node")]
+    #[error(
+        "the cluster's feature level is {level}, this version speaks up to {FEATURE_LEVEL}: upgrade this node"
+    )]
     FeatureLevel { level: u32 },
     #[error("reading the state: {0}")]
     Io(#[from] io::Error),
@@ -71,7 +77,12 @@ pub struct Finished {
 }
 
 impl<'a> Run<'a> {
-    pub fn new(store: &'a dyn StateStore, memory: &'a Memory, clients: &'a mut Clients, applied: AppliedRecord) -> Self {
+    pub fn new(
+        store: &'a dyn StateStore,
+        memory: &'a Memory,
+        clients: &'a mut Clients,
+        applied: AppliedRecord,
+    ) -> Self {
         Self {
             store,
             memory,
@@ -84,7 +95,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A log entry without commands: a blank one, or a membership (kept by the caller in the applied record).
+    /// A log entry without commands: a blank one, or a membership (kept by the caller in the
+    /// applied record).
     pub fn apply_empty(&mut self, log_id: LogId) {
         self.applied.last_applied = Some(log_id);
     }
@@ -93,17 +105,29 @@ impl<'a> Run<'a> {
         &mut self.applied
     }
 
-    /// Applies one log entry, `encoded` as the leader wrote it, and tells what each of its commands came to.
+    /// Applies one log entry, `encoded` as the leader wrote it, and tells what each of its commands
+    /// came to.
     pub fn apply(&mut self, log_id: LogId, encoded: &Bytes) -> Result<Vec<Outcome>, ApplyError> {
         let index = log_id.index;
-        let entry = LogEntry::decode(encoded.clone()).map_err(|error| ApplyError::Damaged { index, reason: error.to_string() })?;
+        let entry = LogEntry::decode(encoded.clone()).map_err(|error| ApplyError::Damaged {
+            index,
+            reason: error.to_string(),
+        })?;
         if entry.format != u32::from(FORMAT) {
-            return Err(ApplyError::UnknownFormat { index, format: entry.format });
+            return Err(ApplyError::UnknownFormat {
+                index,
+                format: entry.format,
+            });
         }
         self.applied.log_time_ms = self.applied.log_time_ms.max(entry.stamp_ms);
-        self.clients.forget_idle(self.applied.log_time_ms, &mut self.batch);
+        self.clients
+            .forget_idle(self.applied.log_time_ms, &mut self.batch);
 
-        let outcomes = entry.commands.iter().map(|command| self.command(log_id, command)).collect::<Result<Vec<_>, _>>()?;
+        let outcomes = entry
+            .commands
+            .iter()
+            .map(|command| self.command(log_id, command))
+            .collect::<Result<Vec<_>, _>>()?;
         self.chain(index, encoded, &outcomes);
         self.applied.last_applied = Some(log_id);
         Ok(outcomes)
@@ -111,23 +135,43 @@ impl<'a> Run<'a> {
 
     pub fn finish(mut self) -> Finished {
         if let Some(roster) = &self.roster {
-            self.batch.put(Family::System, Bytes::from_static(record::ROSTER), record::encode(roster));
+            self.batch.put(
+                Family::System,
+                Bytes::from_static(record::ROSTER),
+                record::encode(roster),
+            );
         }
-        self.batch.put(Family::System, Bytes::from_static(record::APPLIED), record::encode(&self.applied));
-        Finished { batch: self.batch, changes: self.entries, applied: self.applied }
+        self.batch.put(
+            Family::System,
+            Bytes::from_static(record::APPLIED),
+            record::encode(&self.applied),
+        );
+        Finished {
+            batch: self.batch,
+            changes: self.entries,
+            applied: self.applied,
+        }
     }
 
     /// One command. A retried request is answered with what it came to the first time.
     fn command(&mut self, log_id: LogId, command: &Command) -> Result<Outcome, ApplyError> {
-        let op = command.op.as_ref().ok_or(ApplyError::UnknownCommand { index: log_id.index })?;
+        let op = command.op.as_ref().ok_or(ApplyError::UnknownCommand {
+            index: log_id.index,
+        })?;
         let Some(request) = &command.request_id else {
             return self.operation(log_id, op);
         };
-        match self.clients.recall(self.store, request, self.applied.log_time_ms, &mut self.batch)? {
+        match self.clients.recall(
+            self.store,
+            request,
+            self.applied.log_time_ms,
+            &mut self.batch,
+        )? {
             Recall::Done(outcome) => Ok(outcome),
-            Recall::Forgotten => {
-                Ok(rejected(reason::INVALID_FIELD, "request_id: this request was already answered, and its outcome is forgotten"))
-            }
+            Recall::Forgotten => Ok(rejected(
+                reason::INVALID_FIELD,
+                "request_id: this request was already answered, and its outcome is forgotten",
+            )),
             Recall::New => {
                 let outcome = self.operation(log_id, op)?;
                 self.clients.remember(request, &outcome, &mut self.batch);
@@ -155,9 +199,14 @@ impl<'a> Run<'a> {
         let key = key(log_id, &set.key)?;
         let old = self.entry(&key)?;
         let live_version = self.live(old.as_deref()).map_or(0, |record| record.version);
-        let lost = set.if_version.is_some_and(|wanted| wanted != live_version) || (set.if_absent && live_version != 0);
+        let lost = set.if_version.is_some_and(|wanted| wanted != live_version)
+            || (set.if_absent && live_version != 0);
         if lost {
-            return Ok(outcome::Result::Conflict(Conflict { version: live_version, revision: self.applied.revision }).into());
+            return Ok(outcome::Result::Conflict(Conflict {
+                version: live_version,
+                revision: self.applied.revision,
+            })
+            .into());
         }
 
         let now = self.applied.log_time_ms;
@@ -186,14 +235,28 @@ impl<'a> Run<'a> {
         if let Some(old) = &old {
             self.remove_entry(key, &old.record);
         }
-        self.put_tombstone(key, self.applied.revision, after(self.applied.log_time_ms, TOMBSTONE_KEPT.as_millis() as Millis))?;
+        self.put_tombstone(
+            key,
+            self.applied.revision,
+            after(
+                self.applied.log_time_ms,
+                TOMBSTONE_KEPT.as_millis() as Millis,
+            ),
+        )?;
         Ok(self.done(existed))
     }
 
     fn invalidate(&mut self, key: &Key) -> Result<Outcome, ApplyError> {
         let Some(old) = self.entry(key)? else {
             self.applied.revision += 1;
-            self.put_tombstone(key, self.applied.revision, after(self.applied.log_time_ms, TOMBSTONE_KEPT.as_millis() as Millis))?;
+            self.put_tombstone(
+                key,
+                self.applied.revision,
+                after(
+                    self.applied.log_time_ms,
+                    TOMBSTONE_KEPT.as_millis() as Millis,
+                ),
+            )?;
             return Ok(self.done(false));
         };
         let existed = self.live(Some(&old)).is_some();
@@ -215,20 +278,35 @@ impl<'a> Run<'a> {
         let key = key(log_id, &commit.key)?;
         let old = self.entry(&key)?;
         let changed = old.as_ref().map_or(0, |old| old.record.changed);
-        let deleted = self.tombstone(&key)?.map_or(0, |tombstone| tombstone.revision);
+        let deleted = self
+            .tombstone(&key)?
+            .map_or(0, |tombstone| tombstone.revision);
         if commit.term != log_id.term || changed.max(deleted) > commit.fetch_started_revision {
-            return Ok(outcome::Result::Fenced(Fenced { revision: self.applied.revision }).into());
+            return Ok(outcome::Result::Fenced(Fenced {
+                revision: self.applied.revision,
+            })
+            .into());
         }
         match &commit.result {
-            Some(commit_fetch::Result::Fetched(fetched)) => Ok(self.store_fetched(&key, old.as_deref(), fetched)),
-            Some(commit_fetch::Result::Failed(failed)) => Ok(self.record_failure(&key, old.as_deref(), failed)),
-            None => Err(ApplyError::UnknownCommand { index: log_id.index }),
+            Some(commit_fetch::Result::Fetched(fetched)) => {
+                Ok(self.store_fetched(&key, old.as_deref(), fetched))
+            }
+            Some(commit_fetch::Result::Failed(failed)) => {
+                Ok(self.record_failure(&key, old.as_deref(), failed))
+            }
+            None => Err(ApplyError::UnknownCommand {
+                index: log_id.index,
+            }),
         }
     }
 
     fn store_fetched(&mut self, key: &Key, old: Option<&Entry>, fetched: &Fetched) -> Outcome {
         let existed = self.live(old).is_some();
-        let timeline = Timeline::from_lifetime(self.applied.log_time_ms, fetched.took_ms, &fetched.lifetime.unwrap_or_default());
+        let timeline = Timeline::from_lifetime(
+            self.applied.log_time_ms,
+            fetched.took_ms,
+            &fetched.lifetime.unwrap_or_default(),
+        );
         let value = &fetched.value;
         let record = self.stamped(EntryRecord {
             origin: Origin::Fetched.into(),
@@ -242,9 +320,12 @@ impl<'a> Run<'a> {
         self.done(existed)
     }
 
-    /// Remembered so that a new leader goes on waiting where the old one was. The entry itself does not change.
+    /// Remembered so that a new leader goes on waiting where the old one was. The entry itself does
+    /// not change.
     fn record_failure(&mut self, key: &Key, old: Option<&Entry>, failed: &FetchFailed) -> Outcome {
-        let Some(old) = old else { return self.unchanged() };
+        let Some(old) = old else {
+            return self.unchanged();
+        };
         let now = self.applied.log_time_ms;
         let failure = FailureRecord {
             class: failed.class,
@@ -253,16 +334,24 @@ impl<'a> Run<'a> {
             at_ms: now,
             next_attempt_ms: after(now, failed.retry_after_ms),
         };
-        let record = EntryRecord { failure: Some(failure), ..old.record.clone() };
+        let record = EntryRecord {
+            failure: Some(failure),
+            ..old.record.clone()
+        };
         self.put_entry(key, Some(old), record, None);
         self.unchanged()
     }
 
-    /// Removes what is past its last instant. What a slow fetch or lease may still have begun before goes on being fenced.
+    /// Removes what is past its last instant. What a slow fetch or lease may still have begun
+    /// before goes on being fenced.
     fn sweep(&mut self, log_id: LogId, sweep: &Sweep) -> Result<Outcome, ApplyError> {
         let now = self.applied.log_time_ms;
         let mut removed = Vec::new();
-        for SweepKey { key: bytes, changed } in &sweep.keys {
+        for SweepKey {
+            key: bytes,
+            changed,
+        } in &sweep.keys
+        {
             let key = key(log_id, bytes)?;
             if let Some(old) = self.entry(&key)?
                 && old.record.changed == *changed
@@ -271,7 +360,11 @@ impl<'a> Run<'a> {
                 removed.push((key, old));
             }
         }
-        for SweepKey { key: bytes, changed } in &sweep.tombstones {
+        for SweepKey {
+            key: bytes,
+            changed,
+        } in &sweep.tombstones
+        {
             let key = key(log_id, bytes)?;
             if let Some(tombstone) = self.tombstone(&key)?
                 && tombstone.revision == *changed
@@ -286,7 +379,10 @@ impl<'a> Run<'a> {
         self.applied.revision += 1;
         for (key, old) in removed {
             self.remove_entry(&key, &old.record);
-            let fences_until = after(old.record.changed_at_ms, TOMBSTONE_KEPT.as_millis() as Millis);
+            let fences_until = after(
+                old.record.changed_at_ms,
+                TOMBSTONE_KEPT.as_millis() as Millis,
+            );
             if fences_until > now {
                 self.put_tombstone(&key, old.record.changed, fences_until)?;
             }
@@ -294,17 +390,33 @@ impl<'a> Run<'a> {
         Ok(self.done(true))
     }
 
-    /// Ids come from a counter and are never used again. The same incarnation asking twice gets the same id.
-    fn admit_member(&mut self, log_id: LogId, member: Option<&Member>) -> Result<Outcome, ApplyError> {
-        let member = member.ok_or(ApplyError::UnknownCommand { index: log_id.index })?;
+    /// Ids come from a counter and are never used again. The same incarnation asking twice gets the
+    /// same id.
+    fn admit_member(
+        &mut self,
+        log_id: LogId,
+        member: Option<&Member>,
+    ) -> Result<Outcome, ApplyError> {
+        let member = member.ok_or(ApplyError::UnknownCommand {
+            index: log_id.index,
+        })?;
         let mut roster = self.roster()?;
-        if let Some(known) = roster.members.iter_mut().find(|known| known.incarnation == member.incarnation) {
+        if let Some(known) = roster
+            .members
+            .iter_mut()
+            .find(|known| known.incarnation == member.incarnation)
+        {
             let id = known.id;
-            *known = Member { id, ..member.clone() };
+            *known = Member {
+                id,
+                ..member.clone()
+            };
             self.roster = Some(roster);
             return Ok(outcome::Result::Admitted(Admitted { id }).into());
         }
-        let taken = |known: &&Member| known.name == member.name || known.peer_address == member.peer_address;
+        let taken = |known: &&Member| {
+            known.name == member.name || known.peer_address == member.peer_address
+        };
         if let Some(known) = roster.members.iter().find(taken) {
             let message = format!(
                 "a member `{}` at {} exists with another incarnation: run `holdfast member remove {}` if it is gone for good",
@@ -314,7 +426,10 @@ impl<'a> Run<'a> {
         }
         let id = roster.next_id;
         roster.next_id += 1;
-        roster.members.push(Member { id, ..member.clone() });
+        roster.members.push(Member {
+            id,
+            ..member.clone()
+        });
         self.roster = Some(roster);
         Ok(outcome::Result::Admitted(Admitted { id }).into())
     }
@@ -322,7 +437,10 @@ impl<'a> Run<'a> {
     fn promote_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
         let mut roster = self.roster()?;
         if !roster.members.iter().any(|member| member.id == id) {
-            return Ok(rejected(reason::NO_MEMBER, &format!("there is no member with id {id}")));
+            return Ok(rejected(
+                reason::NO_MEMBER,
+                &format!("there is no member with id {id}"),
+            ));
         }
         if !roster.voters.contains(&id) {
             roster.voters.push(id);
@@ -367,7 +485,9 @@ impl Run<'_> {
             return Ok(*own);
         }
         let bytes = self.store.get(Family::Tombstone, key)?;
-        Ok(bytes.map(|bytes| record::decode("tombstone", &bytes)).transpose()?)
+        Ok(bytes
+            .map(|bytes| record::decode("tombstone", &bytes))
+            .transpose()?)
     }
 
     /// Who has which id. Before the first admission it is the membership's own members.
@@ -383,7 +503,9 @@ impl Run<'_> {
 
     /// The record, if the value would still be served.
     fn live<'e>(&self, entry: Option<&'e Entry>) -> Option<&'e EntryRecord> {
-        entry.map(|entry| &entry.record).filter(|record| Timeline::from(*record).phase(self.applied.log_time_ms) != Phase::Expired)
+        entry.map(|entry| &entry.record).filter(|record| {
+            Timeline::from(*record).phase(self.applied.log_time_ms) != Phase::Expired
+        })
     }
 }
 
@@ -394,21 +516,41 @@ impl Run<'_> {
     fn stamped(&mut self, record: EntryRecord) -> EntryRecord {
         self.applied.revision += 1;
         let revision: Revision = self.applied.revision;
-        EntryRecord { version: revision, changed: revision, changed_at_ms: self.applied.log_time_ms, ..record }
+        EntryRecord {
+            version: revision,
+            changed: revision,
+            changed_at_ms: self.applied.log_time_ms,
+            ..record
+        }
     }
 
     /// `value` is `None` if only the record changes.
-    fn put_entry(&mut self, key: &Key, old: Option<&Entry>, record: EntryRecord, value: Option<&Bytes>) {
+    fn put_entry(
+        &mut self,
+        key: &Key,
+        old: Option<&Entry>,
+        record: EntryRecord,
+        value: Option<&Bytes>,
+    ) {
         if let Some(old) = old {
             self.remove_due_rows(key, &old.record);
         }
         for row in record::due_rows(key, &record) {
-            self.batch.put(Family::Due, row, Bytes::from_static(&[FORMAT]));
+            self.batch
+                .put(Family::Due, row, Bytes::from_static(&[FORMAT]));
         }
-        self.batch.put(Family::Entry, key.as_bytes().clone(), record::encode(&record));
+        self.batch.put(
+            Family::Entry,
+            key.as_bytes().clone(),
+            record::encode(&record),
+        );
         let entry = match (value, old) {
             (Some(value), _) => {
-                self.batch.put(Family::Value, key.as_bytes().clone(), record::encode_value(value));
+                self.batch.put(
+                    Family::Value,
+                    key.as_bytes().clone(),
+                    record::encode_value(value),
+                );
                 Entry::new(record, value.as_ref())
             }
             (None, Some(old)) => old.with_record(record),
@@ -431,23 +573,42 @@ impl Run<'_> {
     }
 
     /// Never lowers what an earlier tombstone fences.
-    fn put_tombstone(&mut self, key: &Key, revision: Revision, expires_at_ms: Millis) -> Result<(), ApplyError> {
+    fn put_tombstone(
+        &mut self,
+        key: &Key,
+        revision: Revision,
+        expires_at_ms: Millis,
+    ) -> Result<(), ApplyError> {
         let old = self.tombstone(key)?;
         let revision = revision.max(old.map_or(0, |old| old.revision));
         let expires_at_ms = expires_at_ms.max(old.map_or(0, |old| old.expires_at_ms));
         if let Some(old) = old {
             self.remove_tombstone(key, &old);
         }
-        let tombstone = TombstoneRecord { revision, expires_at_ms };
-        self.batch.put(Family::Tombstone, key.as_bytes().clone(), record::encode(&tombstone));
-        self.batch.put(Family::Due, record::due_key(DueKind::Tombstone, expires_at_ms, key), Bytes::from_static(&[FORMAT]));
+        let tombstone = TombstoneRecord {
+            revision,
+            expires_at_ms,
+        };
+        self.batch.put(
+            Family::Tombstone,
+            key.as_bytes().clone(),
+            record::encode(&tombstone),
+        );
+        self.batch.put(
+            Family::Due,
+            record::due_key(DueKind::Tombstone, expires_at_ms, key),
+            Bytes::from_static(&[FORMAT]),
+        );
         self.tombstones.insert(key.clone(), Some(tombstone));
         Ok(())
     }
 
     fn remove_tombstone(&mut self, key: &Key, tombstone: &TombstoneRecord) {
         self.batch.delete(Family::Tombstone, key.as_bytes().clone());
-        self.batch.delete(Family::Due, record::due_key(DueKind::Tombstone, tombstone.expires_at_ms, key));
+        self.batch.delete(
+            Family::Due,
+            record::due_key(DueKind::Tombstone, tombstone.expires_at_ms, key),
+        );
         self.tombstones.insert(key.clone(), None);
     }
 
@@ -459,7 +620,9 @@ impl Run<'_> {
         for outcome in outcomes {
             match &outcome.result {
                 // Its words are for people and may differ between versions.
-                Some(outcome::Result::Rejected(rejected)) => hasher.update(rejected.reason.as_bytes()),
+                Some(outcome::Result::Rejected(rejected)) => {
+                    hasher.update(rejected.reason.as_bytes())
+                }
                 _ => hasher.update(&outcome.encode_to_vec()),
             }
         }
@@ -467,16 +630,27 @@ impl Run<'_> {
     }
 
     fn done(&self, existed: bool) -> Outcome {
-        outcome::Result::Done(Done { revision: self.applied.revision, existed }).into()
+        outcome::Result::Done(Done {
+            revision: self.applied.revision,
+            existed,
+        })
+        .into()
     }
 
     fn unchanged(&self) -> Outcome {
-        outcome::Result::Unchanged(Unchanged { revision: self.applied.revision }).into()
+        outcome::Result::Unchanged(Unchanged {
+            revision: self.applied.revision,
+        })
+        .into()
     }
 }
 
 fn rejected(reason: &str, message: &str) -> Outcome {
-    outcome::Result::Rejected(Rejected { reason: reason.into(), message: message.into() }).into()
+    outcome::Result::Rejected(Rejected {
+        reason: reason.into(),
+        message: message.into(),
+    })
+    .into()
 }
 
 fn at(timeline: Timeline) -> EntryRecord {
@@ -491,5 +665,8 @@ fn at(timeline: Timeline) -> EntryRecord {
 }
 
 fn key(log_id: LogId, bytes: &Bytes) -> Result<Key, ApplyError> {
-    Key::new(bytes.clone()).map_err(|error| ApplyError::Damaged { index: log_id.index, reason: error.to_string() })
+    Key::new(bytes.clone()).map_err(|error| ApplyError::Damaged {
+        index: log_id.index,
+        reason: error.to_string(),
+    })
 }

@@ -1,7 +1,9 @@
-//! Request outcomes: what the state remembers of each client's mutations, so that a retry happens once.
+//! Request outcomes: what the state remembers of each client's mutations, so that a retry happens
+//! once.
 //!
-//! Bounded three ways, all of them functions of the log alone: 1,024 outcomes a client (the lowest is forgotten, and refused
-//! from then on rather than done twice), 100,000 clients (the longest silent is forgotten), 10 idle minutes of log time.
+//! Bounded three ways, all of them functions of the log alone: 1,024 outcomes a client (the lowest
+//! is forgotten, and refused from then on rather than done twice), 100,000 clients (the longest
+//! silent is forgotten), 10 idle minutes of log time.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -47,7 +49,10 @@ impl Clients {
             let client = key
                 .get(1..)
                 .and_then(|id| ClientId::try_from(id).ok())
-                .ok_or_else(|| BadRecord::Damaged { what: "client", reason: "its key is not a client id".into() })?;
+                .ok_or_else(|| BadRecord::Damaged {
+                    what: "client",
+                    reason: "its key is not a client id".into(),
+                })?;
             clients.by_last_seen.insert((head.last_seen_ms, client));
             clients.heads.insert(client, head);
         }
@@ -55,8 +60,16 @@ impl Clients {
     }
 
     /// Looks a request up and notes that its client is alive.
-    pub fn recall(&mut self, store: &dyn StateStore, request: &RequestId, now: Millis, batch: &mut StateBatch) -> io::Result<Recall> {
-        let Some(client) = client_id(request) else { return Ok(Recall::New) };
+    pub fn recall(
+        &mut self,
+        store: &dyn StateStore,
+        request: &RequestId,
+        now: Millis,
+        batch: &mut StateBatch,
+    ) -> io::Result<Recall> {
+        let Some(client) = client_id(request) else {
+            return Ok(Recall::New);
+        };
         self.see(client, request, now, batch);
         let head = &self.heads[&client];
         if request.seq < head.done_below {
@@ -70,30 +83,49 @@ impl Clients {
         }
         match store.get(Family::Client, &client_outcome_key(&client, request.seq))? {
             Some(bytes) => Ok(Recall::Done(record::decode("outcome", &bytes)?)),
-            None => Err(BadRecord::Damaged { what: "outcome", reason: "its client remembers it and the store does not".into() }.into()),
+            None => Err(BadRecord::Damaged {
+                what: "outcome",
+                reason: "its client remembers it and the store does not".into(),
+            }
+            .into()),
         }
     }
 
     pub fn remember(&mut self, request: &RequestId, outcome: &Outcome, batch: &mut StateBatch) {
-        let Some(client) = client_id(request) else { return };
-        let Some(head) = self.heads.get_mut(&client) else { return };
+        let Some(client) = client_id(request) else {
+            return;
+        };
+        let Some(head) = self.heads.get_mut(&client) else {
+            return;
+        };
         if let Err(place) = head.seqs.binary_search(&request.seq) {
             head.seqs.insert(place, request.seq);
         }
-        batch.put(Family::Client, client_outcome_key(&client, request.seq), record::encode(outcome));
-        self.unwritten.insert((client, request.seq), outcome.clone());
+        batch.put(
+            Family::Client,
+            client_outcome_key(&client, request.seq),
+            record::encode(outcome),
+        );
+        self.unwritten
+            .insert((client, request.seq), outcome.clone());
         if head.seqs.len() > OUTCOMES_PER_CLIENT_MAX {
             let lowest = head.seqs.remove(0);
             head.done_below = lowest + 1;
             batch.delete(Family::Client, client_outcome_key(&client, lowest));
         }
-        batch.put(Family::Client, client_head_key(&client), record::encode(head));
+        batch.put(
+            Family::Client,
+            client_head_key(&client),
+            record::encode(head),
+        );
     }
 
     /// Forgets clients that have been silent too long, a bounded number at a time.
     pub fn forget_idle(&mut self, now: Millis, batch: &mut StateBatch) {
         for _ in 0..FORGET_PER_ENTRY {
-            let Some(&(last_seen, client)) = self.by_last_seen.first() else { return };
+            let Some(&(last_seen, client)) = self.by_last_seen.first() else {
+                return;
+            };
             if last_seen.saturating_add(CLIENT_IDLE.as_millis() as Millis) > now {
                 return;
             }
@@ -128,11 +160,17 @@ impl Clients {
                 self.unwritten.remove(&(client, seq));
             }
         }
-        batch.put(Family::Client, client_head_key(&client), record::encode(head));
+        batch.put(
+            Family::Client,
+            client_head_key(&client),
+            record::encode(head),
+        );
     }
 
     fn forget(&mut self, client: ClientId, batch: &mut StateBatch) {
-        let Some(head) = self.heads.remove(&client) else { return };
+        let Some(head) = self.heads.remove(&client) else {
+            return;
+        };
         self.by_last_seen.remove(&(head.last_seen_ms, client));
         for seq in head.seqs {
             batch.delete(Family::Client, client_outcome_key(&client, seq));

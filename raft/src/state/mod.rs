@@ -1,14 +1,16 @@
-//! The state of one replica: what the log came to. A store for everything, and a memory tier that reads use.
+//! The state of one replica: what the log came to. A store for everything, and a memory tier that
+//! reads use.
 //!
 //! ```text
 //! apply:   raise `visible` ─► batch into the store ─► memory ─► publish `applied`
 //! read:    memory ─► (only if evicted or not yet loaded) store ─► then read `visible` for the answer's token
 //! ```
-//! In this order an answer never claims less than it shows: its token may name a revision whose effects it did not yet see,
-//! which makes a later read wait, never go back. A wait compares with `applied`, behind which everything can be seen.
+//! In this order an answer never claims less than it shows: its token may name a revision whose
+//! effects it did not yet see, which makes a later read wait, never go back. A wait compares with
+//! `applied`, behind which everything can be seen.
 //!
-//! A snapshot swaps store and (empty) memory together, as one [`Generation`]: a reader holds one of them throughout.
-//! Must never know: openraft, the network, a clock.
+//! A snapshot swaps store and (empty) memory together, as one [`Generation`]: a reader holds one of
+//! them throughout. Must never know: openraft, the network, a clock.
 
 pub mod apply;
 mod clients;
@@ -30,7 +32,10 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use holdfast_proto::{
     Key, Revision, ShardId, content_hash,
-    peer::{AppliedRecord, EntryRecord, LogId, Member, Membership, Outcome, RosterRecord, TombstoneRecord},
+    peer::{
+        AppliedRecord, EntryRecord, LogId, Member, Membership, Outcome, RosterRecord,
+        TombstoneRecord,
+    },
     timeline::Millis,
 };
 use parking_lot::Mutex;
@@ -92,7 +97,8 @@ pub struct State {
     generation: ArcSwap<Generation>,
     visible: AtomicU64,
     applied: watch::Sender<Applied>,
-    /// Index up to which the store is known to be on disk: what a restart replays from, and purging never passes.
+    /// Index up to which the store is known to be on disk: what a restart replays from, and purging
+    /// never passes.
     flushed_index: AtomicU64,
     writer: Mutex<Writer>,
     hashes: Mutex<std::collections::VecDeque<ChainHash>>,
@@ -119,7 +125,10 @@ impl State {
             shard,
             stores: stores.clone(),
             memory_bytes_max,
-            generation: ArcSwap::from_pointee(Generation { store, memory: Memory::new(memory_bytes_max) }),
+            generation: ArcSwap::from_pointee(Generation {
+                store,
+                memory: Memory::new(memory_bytes_max),
+            }),
             visible: AtomicU64::new(applied.revision),
             applied: watch::Sender::new(applied),
             flushed_index: AtomicU64::new(applied.index),
@@ -150,7 +159,8 @@ impl State {
         self.generation.load().memory.peek(key)
     }
 
-    /// From memory or disk; what came from disk is kept in memory if nothing overtook it. Blocks for one disk read at most.
+    /// From memory or disk; what came from disk is kept in memory if nothing overtook it. Blocks
+    /// for one disk read at most.
     pub fn get(&self, key: &Key) -> io::Result<Option<Arc<Entry>>> {
         let generation = self.generation.load_full();
         match generation.memory.get(key) {
@@ -168,7 +178,9 @@ impl State {
 
     pub fn tombstone(&self, key: &Key) -> io::Result<Option<TombstoneRecord>> {
         let bytes = self.generation().store.get(Family::Tombstone, key)?;
-        Ok(bytes.map(|bytes| record::decode("tombstone", &bytes)).transpose()?)
+        Ok(bytes
+            .map(|bytes| record::decode("tombstone", &bytes))
+            .transpose()?)
     }
 
     /// Stored entries under `prefix`, from `from` on, in key order: those of `limit` rows.
@@ -176,7 +188,11 @@ impl State {
         let generation = self.generation();
         let mut scanned = Scanned::default();
         let mut looked_at = 0;
-        for row in generation.store.scan(Family::Entry, from.max(prefix), None).take(limit) {
+        for row in generation
+            .store
+            .scan(Family::Entry, from.max(prefix), None)
+            .take(limit)
+        {
             let (key, _) = row?;
             if !key.starts_with(prefix) {
                 return Ok(scanned);
@@ -195,11 +211,24 @@ impl State {
     }
 
     /// Rows of the due index of one kind in `[from, until]`, oldest first.
-    pub fn due(&self, kind: DueKind, from: Millis, until: Millis, limit: usize) -> io::Result<Vec<(Millis, Key)>> {
+    pub fn due(
+        &self,
+        kind: DueKind,
+        from: Millis,
+        until: Millis,
+        limit: usize,
+    ) -> io::Result<Vec<(Millis, Key)>> {
         let generation = self.generation();
-        let (start, end) = (record::due_key(kind, from, b""), record::due_key(kind, until.saturating_add(1), b""));
+        let (start, end) = (
+            record::due_key(kind, from, b""),
+            record::due_key(kind, until.saturating_add(1), b""),
+        );
         let mut due = Vec::new();
-        for row in generation.store.scan(Family::Due, &start, Some(&end)).take(limit) {
+        for row in generation
+            .store
+            .scan(Family::Due, &start, Some(&end))
+            .take(limit)
+        {
             let (row, _) = row?;
             if let Some((at, key)) = record::parse_due_key(&row)
                 && let Ok(key) = Key::new(key)
@@ -211,7 +240,11 @@ impl State {
     }
 
     pub fn roster(&self) -> io::Result<RosterRecord> {
-        match self.generation().store.get(Family::System, record::ROSTER)? {
+        match self
+            .generation()
+            .store
+            .get(Family::System, record::ROSTER)?
+        {
             Some(bytes) => Ok(record::decode("roster", &bytes)?),
             None => Ok(founding_roster(&self.applied_record())),
         }
@@ -247,7 +280,11 @@ impl State {
 
     /// What this replica's hash was at an index, if it remembers.
     pub fn chain_hash_at(&self, index: u64) -> Option<u64> {
-        self.hashes.lock().iter().find(|known| known.index == index).map(|known| known.hash)
+        self.hashes
+            .lock()
+            .iter()
+            .find(|known| known.index == index)
+            .map(|known| known.hash)
     }
 
     // ---- writing: apply, flush, snapshots ----
@@ -257,7 +294,12 @@ impl State {
         let generation = self.generation.load_full();
         let mut writer = self.writer.lock();
         let Writer { applied, clients } = &mut *writer;
-        let mut batch = Run::new(generation.store.as_ref(), &generation.memory, clients, applied.clone());
+        let mut batch = Run::new(
+            generation.store.as_ref(),
+            &generation.memory,
+            clients,
+            applied.clone(),
+        );
         let mut outcomes = Vec::with_capacity(run.len());
         let mut hashes = Vec::new();
         for committed in run {
@@ -275,12 +317,16 @@ impl State {
                 }
             });
             if committed.log_id.index.is_multiple_of(HASH_EVERY) {
-                hashes.push(ChainHash { index: committed.log_id.index, hash: batch.applied_mut().chain_hash });
+                hashes.push(ChainHash {
+                    index: committed.log_id.index,
+                    hash: batch.applied_mut().chain_hash,
+                });
             }
         }
         let finished = batch.finish();
 
-        self.visible.store(finished.applied.revision, Ordering::Release);
+        self.visible
+            .store(finished.applied.revision, Ordering::Release);
         generation.store.write(finished.batch)?;
         generation.memory.apply(finished.changes);
         writer.applied = finished.applied;
@@ -290,11 +336,15 @@ impl State {
         Ok(outcomes)
     }
 
-    /// Everything applied so far survives a restart without the log. Returns the index that is certain.
+    /// Everything applied so far survives a restart without the log. Returns the index that is
+    /// certain.
     pub fn flush(&self) -> io::Result<u64> {
         let index = self.applied().index;
         self.generation().store.flush()?;
-        Ok(self.flushed_index.fetch_max(index, Ordering::AcqRel).max(index))
+        Ok(self
+            .flushed_index
+            .fetch_max(index, Ordering::AcqRel)
+            .max(index))
     }
 
     pub fn compact(&self) -> io::Result<()> {
@@ -305,23 +355,31 @@ impl State {
         self.generation().store.disk_bytes()
     }
 
-    /// A copy of the state as files in `dir`, to send to a follower. The applied record inside it says how far it is.
+    /// A copy of the state as files in `dir`, to send to a follower. The applied record inside it
+    /// says how far it is.
     pub fn checkpoint(&self, dir: &Path) -> io::Result<()> {
         self.generation().store.checkpoint(dir)
     }
 
-    /// Replaces everything by a checkpoint that was fully received into `dir`. Never goes backwards.
+    /// Replaces everything by a checkpoint that was fully received into `dir`. Never goes
+    /// backwards.
     pub fn install(self: &Arc<Self>, dir: &Path) -> io::Result<AppliedRecord> {
         let mut writer = self.writer.lock();
         let store = self.stores.install_state(self.shard, dir)?;
         let installed = Writer::load(store.as_ref())?;
         let record = installed.applied.clone();
         if record.revision < writer.applied.revision {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a snapshot would take this replica back in time"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a snapshot would take this replica back in time",
+            ));
         }
         *writer = installed;
         self.visible.store(record.revision, Ordering::Release);
-        self.generation.store(Arc::new(Generation { store, memory: Memory::new(self.memory_bytes_max) }));
+        self.generation.store(Arc::new(Generation {
+            store,
+            memory: Memory::new(self.memory_bytes_max),
+        }));
         let applied = writer.published();
         self.flushed_index.store(applied.index, Ordering::Release);
         self.hashes.lock().clear();
@@ -331,9 +389,13 @@ impl State {
         Ok(record)
     }
 
-    /// Lets go of the store, so that it can be opened again. Whoever still reads finds an error, never another state.
+    /// Lets go of the store, so that it can be opened again. Whoever still reads finds an error,
+    /// never another state.
     pub(crate) fn close(&self) {
-        self.generation.store(Arc::new(Generation { store: Arc::new(Closed), memory: Memory::new(0) }));
+        self.generation.store(Arc::new(Generation {
+            store: Arc::new(Closed),
+            memory: Memory::new(0),
+        }));
     }
 
     fn remember_hashes(&self, new: Vec<ChainHash>) {
@@ -344,13 +406,19 @@ impl State {
         }
     }
 
-    /// Brings the stored entries into memory in the background. Until it ends, a look-up that finds nothing asks the disk.
+    /// Brings the stored entries into memory in the background. Until it ends, a look-up that finds
+    /// nothing asks the disk.
     fn load_memory(self: &Arc<Self>) {
         let generation = self.generation.load_full();
         let state = Arc::downgrade(self);
-        // Detached on purpose: it holds one generation, ends by itself, and stops when the state is gone or replaced.
+        // Detached on purpose: it holds one generation, ends by itself, and stops when the state is
+        // gone or replaced.
         drop(crate::task::blocking(move || {
-            let replaced = || state.upgrade().is_none_or(|state| !Arc::ptr_eq(&state.generation.load(), &generation));
+            let replaced = || {
+                state
+                    .upgrade()
+                    .is_none_or(|state| !Arc::ptr_eq(&state.generation.load(), &generation))
+            };
             if let Err(error) = load_all(&generation, replaced) {
                 tracing::warn!(%error, "loading entries into memory stopped: reads go to the disk");
             }
@@ -370,7 +438,9 @@ fn load_all(generation: &Generation, replaced: impl Fn() -> bool) -> io::Result<
         // The ticket comes before the read; a key that changed meanwhile is read again.
         loop {
             let ticket = memory.ticket(&key);
-            let Some(entry) = read_entry(generation.store.as_ref(), &key)? else { break };
+            let Some(entry) = read_entry(generation.store.as_ref(), &key)? else {
+                break;
+            };
             match memory.load(loading, &key, ticket, Arc::new(entry)) {
                 Loaded::Kept => break,
                 Loaded::Changed => {}
@@ -391,7 +461,10 @@ fn after(key: &[u8]) -> Bytes {
 struct Closed;
 
 fn closed<T>() -> io::Result<T> {
-    Err(io::Error::new(io::ErrorKind::NotConnected, "the state is closed"))
+    Err(io::Error::new(
+        io::ErrorKind::NotConnected,
+        "the state is closed",
+    ))
 }
 
 impl StateStore for Closed {
@@ -431,11 +504,19 @@ impl StateStore for Closed {
 impl Writer {
     fn load(store: &dyn StateStore) -> io::Result<Self> {
         let applied = store.get(Family::System, record::APPLIED)?;
-        let applied: AppliedRecord = applied.map(|bytes| record::decode("applied", &bytes)).transpose()?.unwrap_or_default();
+        let applied: AppliedRecord = applied
+            .map(|bytes| record::decode("applied", &bytes))
+            .transpose()?
+            .unwrap_or_default();
         if applied.feature_level > apply::FEATURE_LEVEL {
-            return Err(io::Error::other(ApplyError::FeatureLevel { level: applied.feature_level }));
+            return Err(io::Error::other(ApplyError::FeatureLevel {
+                level: applied.feature_level,
+            }));
         }
-        Ok(Self { applied, clients: Clients::load(store)? })
+        Ok(Self {
+            applied,
+            clients: Clients::load(store)?,
+        })
     }
 
     fn published(&self) -> Applied {
@@ -450,24 +531,43 @@ impl Writer {
 /// Who is a member before the first change: those that founded the cluster.
 fn founding_roster(applied: &AppliedRecord) -> RosterRecord {
     let membership = applied.membership.clone().unwrap_or_default();
-    let members: Vec<Member> = membership.members.into_iter().filter_map(|node| node.member).collect();
+    let members: Vec<Member> = membership
+        .members
+        .into_iter()
+        .filter_map(|node| node.member)
+        .collect();
     let next_id = members.iter().map(|member| member.id).max().unwrap_or(0) + 1;
-    let voters = membership.configs.last().map_or(Vec::new(), |voters| voters.ids.clone());
-    RosterRecord { next_id, members, voters }
+    let voters = membership
+        .configs
+        .last()
+        .map_or(Vec::new(), |voters| voters.ids.clone());
+    RosterRecord {
+        next_id,
+        members,
+        voters,
+    }
 }
 
-/// Both records of a key. They are read one after the other: a value that does not have the entry's hash was written between
-/// the two reads, or is damaged.
+/// Both records of a key. They are read one after the other: a value that does not have the entry's
+/// hash was written between the two reads, or is damaged.
 pub(crate) fn read_entry(store: &dyn StateStore, key: &[u8]) -> io::Result<Option<Entry>> {
     const TRIES: usize = 16;
     for _ in 0..TRIES {
-        let Some(entry) = store.get(Family::Entry, key)? else { return Ok(None) };
-        let Some(value) = store.get(Family::Value, key)? else { continue };
+        let Some(entry) = store.get(Family::Entry, key)? else {
+            return Ok(None);
+        };
+        let Some(value) = store.get(Family::Value, key)? else {
+            continue;
+        };
         let entry: EntryRecord = record::decode("entry", &entry)?;
         let value = record::decode_value(&value)?;
         if content_hash(&value) == entry.content_hash {
             return Ok(Some(Entry::new(entry, value.as_ref())));
         }
     }
-    Err(BadRecord::Damaged { what: "value", reason: "its hash is not its entry's".into() }.into())
+    Err(BadRecord::Damaged {
+        what: "value",
+        reason: "its hash is not its entry's".into(),
+    }
+    .into())
 }

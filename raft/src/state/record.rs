@@ -1,5 +1,6 @@
-//! Every key and record of the state, in one table. What is here is on disk: shapes are never changed in place, the first
-//! byte of each record is its format, and a record of an unknown format stops the replica.
+//! Every key and record of the state, in one table. What is here is on disk: shapes are never
+//! changed in place, the first byte of each record is its format, and a record of an unknown format
+//! stops the replica.
 //!
 //! | family      | key                              | record                                                   |
 //! |-------------|----------------------------------|----------------------------------------------------------|
@@ -66,7 +67,10 @@ pub fn encode<M: Message>(record: &M) -> Bytes {
 
 pub fn decode<M: Message + Default>(what: &'static str, bytes: &Bytes) -> Result<M, BadRecord> {
     let body = body(what, bytes)?;
-    M::decode(body).map_err(|error| BadRecord::Damaged { what, reason: error.to_string() })
+    M::decode(body).map_err(|error| BadRecord::Damaged {
+        what,
+        reason: error.to_string(),
+    })
 }
 
 pub fn encode_value(value: &[u8]) -> Bytes {
@@ -84,7 +88,10 @@ fn body(what: &'static str, bytes: &Bytes) -> Result<Bytes, BadRecord> {
     match bytes.first() {
         Some(&FORMAT) => Ok(bytes.slice(1..)),
         Some(&format) => Err(BadRecord::UnknownFormat { what, format }),
-        None => Err(BadRecord::Damaged { what, reason: "it is empty".into() }),
+        None => Err(BadRecord::Damaged {
+            what,
+            reason: "it is empty".into(),
+        }),
     }
 }
 
@@ -107,25 +114,35 @@ pub fn client_head_key(client: &ClientId) -> Bytes {
 }
 
 pub fn client_outcome_key(client: &ClientId, seq: u64) -> Bytes {
-    [b"o".as_slice(), client, &seq.to_be_bytes()].concat().into()
+    [b"o".as_slice(), client, &seq.to_be_bytes()]
+        .concat()
+        .into()
 }
 
-/// When the entry may next be refreshed: its refresh point, or the next attempt after a failure. `FOREVER` for a plain one.
+/// When the entry may next be refreshed: its refresh point, or the next attempt after a failure.
+/// `FOREVER` for a plain one.
 pub fn refresh_at(record: &EntryRecord) -> Millis {
     if record.origin() == Origin::Plain {
         return FOREVER;
     }
-    let next_attempt = record.failure.as_ref().map_or(0, |failure: &FailureRecord| failure.next_attempt_ms);
+    let next_attempt = record
+        .failure
+        .as_ref()
+        .map_or(0, |failure: &FailureRecord| failure.next_attempt_ms);
     record.refresh_at_ms.max(next_attempt)
 }
 
-/// The rows of the due index that an entry has: functions of its record alone, so that apply can remove what it wrote.
+/// The rows of the due index that an entry has: functions of its record alone, so that apply can
+/// remove what it wrote.
 pub fn due_rows(key: &[u8], record: &EntryRecord) -> impl Iterator<Item = Bytes> {
     let expires_at = Timeline::from(record).expires_at();
-    [(DueKind::Refresh, refresh_at(record)), (DueKind::Expire, expires_at)]
-        .into_iter()
-        .filter(|&(_, at)| at != FOREVER)
-        .map(move |(kind, at)| due_key(kind, at, key))
+    [
+        (DueKind::Refresh, refresh_at(record)),
+        (DueKind::Expire, expires_at),
+    ]
+    .into_iter()
+    .filter(|&(_, at)| at != FOREVER)
+    .map(move |(kind, at)| due_key(kind, at, key))
 }
 
 #[cfg(test)]
@@ -156,7 +173,13 @@ mod tests {
     fn a_record_of_an_unknown_format_is_an_error_and_never_skipped() {
         let mut bytes = encode(&AppliedRecord::default()).to_vec();
         bytes[0] = FORMAT + 1;
-        assert!(matches!(decode::<AppliedRecord>("applied", &bytes.into()), Err(BadRecord::UnknownFormat { format: 2, .. })));
-        assert!(matches!(decode_value(&Bytes::new()), Err(BadRecord::Damaged { .. })));
+        assert!(matches!(
+            decode::<AppliedRecord>("applied", &bytes.into()),
+            Err(BadRecord::UnknownFormat { format: 2, .. })
+        ));
+        assert!(matches!(
+            decode_value(&Bytes::new()),
+            Err(BadRecord::Damaged { .. })
+        ));
     }
 }

@@ -19,7 +19,10 @@ impl StateStore for Leaving {
 
     fn scan<'a>(&'a self, _: Family, from: &[u8], _: Option<&[u8]>) -> Scan<'a> {
         let from = from.to_vec();
-        let rows = self.0.iter().filter(move |key| key.as_bytes() >= from.as_slice());
+        let rows = self
+            .0
+            .iter()
+            .filter(move |key| key.as_bytes() >= from.as_slice());
         Box::new(rows.map(|key| Ok((Bytes::from_static(key.as_bytes()), Bytes::new()))))
     }
 
@@ -45,17 +48,40 @@ impl StateStore for Leaving {
 }
 
 /// Applies one command in a term of its own, to a state of its own.
-fn applied(state: &State, term: u64, stamp_ms: u64, op: peer::command::Op) -> Option<peer::outcome::Result> {
-    let command = peer::Command { op: Some(op), ..Default::default() };
-    let entry = peer::LogEntry { format: 1, stamp_ms, commands: vec![command] };
+fn applied(
+    state: &State,
+    term: u64,
+    stamp_ms: u64,
+    op: peer::command::Op,
+) -> Option<peer::outcome::Result> {
+    let command = peer::Command {
+        op: Some(op),
+        ..Default::default()
+    };
+    let entry = peer::LogEntry {
+        format: 1,
+        stamp_ms,
+        commands: vec![command],
+    };
     let payload = CommittedPayload::Commands(prost::Message::encode_to_vec(&entry).into());
-    let log_id = LogId { term, index: state.applied().index + 1 };
+    let log_id = LogId {
+        term,
+        index: state.applied().index + 1,
+    };
     let mut outcomes = state.apply(&[Committed { log_id, payload }]).unwrap();
-    outcomes.pop().and_then(|mut outcomes| outcomes.pop()).and_then(|outcome| outcome.result)
+    outcomes
+        .pop()
+        .and_then(|mut outcomes| outcomes.pop())
+        .and_then(|outcome| outcome.result)
 }
 
 fn empty() -> Arc<State> {
-    let stores = Stores::open(crate::store::Engine::Memory, Path::new(""), crate::store::Budget::default()).unwrap();
+    let stores = Stores::open(
+        crate::store::Engine::Memory,
+        Path::new(""),
+        crate::store::Budget::default(),
+    )
+    .unwrap();
     State::open(&stores, 0, 1 << 20).unwrap()
 }
 
@@ -64,35 +90,73 @@ fn empty() -> Arc<State> {
 async fn what_was_fetched_in_another_term_is_not_stored() {
     let state = empty();
     let commit = |term| {
-        let fetched = peer::Fetched { value: "v".into(), ..Default::default() };
+        let fetched = peer::Fetched {
+            value: "v".into(),
+            ..Default::default()
+        };
         let result = Some(peer::commit_fetch::Result::Fetched(fetched));
-        peer::command::Op::CommitFetch(peer::CommitFetch { key: "k".into(), fetch_started_revision: 0, term, result })
+        peer::command::Op::CommitFetch(peer::CommitFetch {
+            key: "k".into(),
+            fetch_started_revision: 0,
+            term,
+            result,
+        })
     };
-    assert!(matches!(applied(&state, 5, 1_000, commit(4)), Some(peer::outcome::Result::Fenced(_))));
-    assert!(matches!(applied(&state, 5, 1_000, commit(5)), Some(peer::outcome::Result::Done(_))));
+    assert!(matches!(
+        applied(&state, 5, 1_000, commit(4)),
+        Some(peer::outcome::Result::Fenced(_))
+    ));
+    assert!(matches!(
+        applied(&state, 5, 1_000, commit(5)),
+        Some(peer::outcome::Result::Done(_))
+    ));
 }
 
 /// What the broom saw, and no newer value of the same key.
 #[tokio::test]
 async fn a_sweep_removes_what_it_was_meant_for() {
     let state = empty();
-    let set = peer::Set { key: "k".into(), value: "v".into(), lifetime: Some(peer::Lifetime::default()), ..Default::default() };
+    let set = peer::Set {
+        key: "k".into(),
+        value: "v".into(),
+        lifetime: Some(peer::Lifetime::default()),
+        ..Default::default()
+    };
     let sweep = |changed| {
-        let keys = vec![peer::SweepKey { key: "k".into(), changed }];
-        peer::command::Op::Sweep(peer::Sweep { keys, ..Default::default() })
+        let keys = vec![peer::SweepKey {
+            key: "k".into(),
+            changed,
+        }];
+        peer::command::Op::Sweep(peer::Sweep {
+            keys,
+            ..Default::default()
+        })
     };
     applied(&state, 1, 1_000, peer::command::Op::Set(set.clone()));
     applied(&state, 1, 1_000, peer::command::Op::Set(set));
-    assert!(matches!(applied(&state, 1, 9_000, sweep(1)), Some(peer::outcome::Result::Unchanged(_))));
-    assert!(matches!(applied(&state, 1, 9_000, sweep(2)), Some(peer::outcome::Result::Done(_))));
+    assert!(matches!(
+        applied(&state, 1, 9_000, sweep(1)),
+        Some(peer::outcome::Result::Unchanged(_))
+    ));
+    assert!(matches!(
+        applied(&state, 1, 9_000, sweep(2)),
+        Some(peer::outcome::Result::Done(_))
+    ));
 }
 
 #[tokio::test]
 async fn a_scan_goes_on_behind_rows_that_have_gone_since() {
     let state = empty();
-    state.generation.store(Arc::new(Generation { store: Arc::new(Leaving(&["a", "b", "c"])), memory: Memory::new(1 << 20) }));
+    state.generation.store(Arc::new(Generation {
+        store: Arc::new(Leaving(&["a", "b", "c"])),
+        memory: Memory::new(1 << 20),
+    }));
     let first = state.scan(b"", b"", 2).unwrap();
-    assert_eq!((first.entries.len(), first.next), (0, Some(after(b"b"))), "the rows go on behind those that are gone");
+    assert_eq!(
+        (first.entries.len(), first.next),
+        (0, Some(after(b"b"))),
+        "the rows go on behind those that are gone"
+    );
     let last = state.scan(b"", &after(b"b"), 2).unwrap();
     assert_eq!((last.entries.len(), last.next), (0, None));
 }

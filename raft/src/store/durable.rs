@@ -1,5 +1,6 @@
-//! Files and directories that are there after power loss. A file is durable only with its own sync and that of the directory which
-//! names it, so both live here. Must never know whose files they are.
+//! Files and directories that are there after power loss. A file is durable only with its own sync
+//! and that of the directory which names it, so both live here. Must never know whose files they
+//! are.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -7,7 +8,9 @@ use std::path::Path;
 
 /// Makes the entries of a directory durable: what was created, renamed or removed in it.
 pub(super) fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory).and_then(|opened| opened.sync_all()).map_err(|error| named(error, "sync", directory))
+    File::open(directory)
+        .and_then(|opened| opened.sync_all())
+        .map_err(|error| named(error, "sync", directory))
 }
 
 /// Makes the directory that names `path` durable. A lone name is named by the working directory.
@@ -23,14 +26,17 @@ pub(super) fn sync_parent(path: &Path) -> io::Result<()> {
 pub(super) fn sync_files(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        File::open(&path).and_then(|file| file.sync_all()).map_err(|error| named(error, "sync", &path))?;
+        File::open(&path)
+            .and_then(|file| file.sync_all())
+            .map_err(|error| named(error, "sync", &path))?;
     }
     sync_directory(directory)?;
     sync_parent(directory)
 }
 
-/// Creates a directory with its missing parents, each durable in its parent. One that is there may have been made a moment ago by
-/// who did not sync its name: that is made good, unless its parent is somebody else's and cannot be opened.
+/// Creates a directory with its missing parents, each durable in its parent. One that is there may
+/// have been made a moment ago by who did not sync its name: that is made good, unless its parent
+/// is somebody else's and cannot be opened.
 pub(super) fn create_directory(directory: &Path) -> io::Result<()> {
     if directory.is_dir() {
         return match sync_parent(directory) {
@@ -38,11 +44,16 @@ pub(super) fn create_directory(directory: &Path) -> io::Result<()> {
             synced => synced,
         };
     }
-    if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+    if let Some(parent) = directory
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    {
         create_directory(parent)?;
     }
     match fs::create_dir(directory) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(named(error, "create", directory)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(named(error, "create", directory))
+        }
         _ => sync_parent(directory),
     }
 }
@@ -60,7 +71,9 @@ pub(super) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Removes a directory and what is in it; one that is not there is fine.
 pub(super) fn remove_directory(directory: &Path) -> io::Result<()> {
     match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(named(error, "remove", directory)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(named(error, "remove", directory))
+        }
         _ => sync_parent(directory),
     }
 }
@@ -82,7 +95,10 @@ pub(super) fn size_bytes(directory: &Path) -> io::Result<u64> {
 
 /// The standard library's errors do not say which file.
 pub(super) fn named(error: io::Error, verb: &str, path: &Path) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {verb} {}: {error}", path.display()))
+    io::Error::new(
+        error.kind(),
+        format!("cannot {verb} {}: {error}", path.display()),
+    )
 }
 
 #[cfg(test)]

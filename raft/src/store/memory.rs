@@ -1,6 +1,7 @@
-//! The memory engine, for development and tests: nothing survives the process, so it keeps no promise of durability. All else is as
-//! with the durable engine, on purpose: a state opened again is as of its last flush, a store is open once at a time, and a
-//! checkpoint is a file that goes over the wire as any snapshot does.
+//! The memory engine, for development and tests: nothing survives the process, so it keeps no
+//! promise of durability. All else is as with the durable engine, on purpose: a state opened again
+//! is as of its last flush, a store is open once at a time, and a checkpoint is a file that goes
+//! over the wire as any snapshot does.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -12,14 +13,18 @@ use bytes::Bytes;
 use holdfast_proto::ShardId;
 use parking_lot::{Mutex, RwLock};
 
-use super::{Family, LogBatch, LogChange, LogMark, LogStore, Scan, StateBatch, StateChange, StateStore, durable};
+use super::{
+    Family, LogBatch, LogChange, LogMark, LogStore, Scan, StateBatch, StateChange, StateStore,
+    durable,
+};
 
 mod file;
 
 /// Said where a snapshot names the engine that made it.
 pub(super) const VERSION: &str = "memory 1";
 
-/// What stands for the disk: outlives the handles, so that a test can restart a node in its process.
+/// What stands for the disk: outlives the handles, so that a test can restart a node in its
+/// process.
 #[derive(Default)]
 pub(super) struct MemoryDisk {
     log: Mutex<LogSlot>,
@@ -42,7 +47,9 @@ impl MemoryDisk {
     pub(super) fn open_log(&self) -> io::Result<Arc<MemoryLog>> {
         let mut slot = self.log.lock();
         refuse_second(&slot.open, "the log")?;
-        let log = Arc::new(MemoryLog { shards: slot.shards.clone() });
+        let log = Arc::new(MemoryLog {
+            shards: slot.shards.clone(),
+        });
         slot.open = Arc::downgrade(&log);
         Ok(log)
     }
@@ -54,14 +61,21 @@ impl MemoryDisk {
         Ok(slot.open_anew())
     }
 
-    pub(super) fn install_state(&self, shard: ShardId, from_dir: &Path) -> io::Result<Arc<MemoryState>> {
+    pub(super) fn install_state(
+        &self,
+        shard: ShardId,
+        from_dir: &Path,
+    ) -> io::Result<Arc<MemoryState>> {
         let tables = file::read(from_dir);
         durable::remove_directory(from_dir)?;
         let tables = tables?;
         let mut states = self.states.lock();
         let slot = states.entry(shard).or_default();
         // The old handle keeps the old slot's tables: whoever still reads them sees no mixture.
-        *slot = StateSlot { flushed: Arc::new(Mutex::new(tables)), open: Weak::new() };
+        *slot = StateSlot {
+            flushed: Arc::new(Mutex::new(tables)),
+            open: Weak::new(),
+        };
         Ok(slot.open_anew())
     }
 }
@@ -73,7 +87,10 @@ pub(super) fn read_checkpoint(dir: &Path, family: Family, key: &[u8]) -> io::Res
 impl StateSlot {
     fn open_anew(&mut self) -> Arc<MemoryState> {
         let live = RwLock::new(self.flushed.lock().clone());
-        let state = Arc::new(MemoryState { live, flushed: self.flushed.clone() });
+        let state = Arc::new(MemoryState {
+            live,
+            flushed: self.flushed.clone(),
+        });
         self.open = Arc::downgrade(&state);
         state
     }
@@ -83,7 +100,10 @@ impl StateSlot {
 fn refuse_second<T>(open: &Weak<T>, what: &str) -> io::Result<()> {
     match open.strong_count() {
         0 => Ok(()),
-        _ => Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{what} is open already"))),
+        _ => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{what} is open already"),
+        )),
     }
 }
 
@@ -109,14 +129,20 @@ impl LogStore for MemoryLog {
         for change in batch.changes {
             match change {
                 LogChange::Put(shard, index, entry) => {
-                    shards.entry(shard).or_default().entries.insert(index, entry);
+                    shards
+                        .entry(shard)
+                        .or_default()
+                        .entries
+                        .insert(index, entry);
                 }
                 LogChange::TruncateFrom(shard, index) => {
                     shards.entry(shard).or_default().entries.split_off(&index);
                 }
                 LogChange::PurgeTo(shard, index) => {
                     let entries = &mut shards.entry(shard).or_default().entries;
-                    *entries = index.checked_add(1).map_or_else(BTreeMap::new, |next| entries.split_off(&next));
+                    *entries = index
+                        .checked_add(1)
+                        .map_or_else(BTreeMap::new, |next| entries.split_off(&next));
                 }
                 LogChange::SetMark(shard, mark, record) => {
                     shards.entry(shard).or_default().marks.insert(mark, record);
@@ -126,7 +152,12 @@ impl LogStore for MemoryLog {
         Ok(())
     }
 
-    fn read(&self, shard: ShardId, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<(u64, Bytes)>> {
+    fn read(
+        &self,
+        shard: ShardId,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(u64, Bytes)>> {
         let mut read = Vec::new();
         if range.is_empty() {
             return Ok(read);
@@ -145,11 +176,20 @@ impl LogStore for MemoryLog {
     }
 
     fn bounds(&self, shard: ShardId) -> io::Result<Option<(u64, u64)>> {
-        Ok(self.look(shard, |log| Some((*log.entries.first_key_value()?.0, *log.entries.last_key_value()?.0))))
+        Ok(self.look(shard, |log| {
+            Some((
+                *log.entries.first_key_value()?.0,
+                *log.entries.last_key_value()?.0,
+            ))
+        }))
     }
 
     fn last(&self, shard: ShardId) -> io::Result<Option<(u64, Bytes)>> {
-        Ok(self.look(shard, |log| log.entries.last_key_value().map(|(index, entry)| (*index, entry.clone()))))
+        Ok(self.look(shard, |log| {
+            log.entries
+                .last_key_value()
+                .map(|(index, entry)| (*index, entry.clone()))
+        }))
     }
 
     fn mark(&self, shard: ShardId, mark: LogMark) -> io::Result<Option<Bytes>> {
@@ -158,7 +198,9 @@ impl LogStore for MemoryLog {
 
     fn disk_bytes(&self) -> io::Result<u64> {
         let shards = self.shards.read();
-        let records = shards.values().flat_map(|log| log.entries.values().chain(log.marks.values()));
+        let records = shards
+            .values()
+            .flat_map(|log| log.entries.values().chain(log.marks.values()));
         Ok(records.map(|record| record.len() as u64).sum())
     }
 
@@ -174,7 +216,8 @@ pub(super) struct MemoryState {
 
 type Table = BTreeMap<Bytes, Bytes>;
 
-/// The families, each shared until somebody writes to it: a scan, a flush and a checkpoint cost nothing but that copy.
+/// The families, each shared until somebody writes to it: a scan, a flush and a checkpoint cost
+/// nothing but that copy.
 #[derive(Clone, Default)]
 struct Tables {
     families: [Arc<Table>; Family::ALL.len()],
@@ -184,7 +227,9 @@ struct Tables {
 impl Tables {
     fn put(&mut self, family: Family, key: &[u8], value: &[u8]) {
         // Copied, because a slice would keep the whole log entry or message it came from.
-        let old = self.table(family).insert(Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
+        let old = self
+            .table(family)
+            .insert(Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
         let freed = old.map_or(0, |old| key.len() + old.len());
         self.size_bytes = self.size_bytes + (key.len() + value.len()) as u64 - freed as u64;
     }
@@ -199,7 +244,11 @@ impl Tables {
         if from >= end {
             return;
         }
-        let doomed: Vec<Bytes> = self.table(family).range::<Bytes, _>(from..end).map(|(key, _)| key.clone()).collect();
+        let doomed: Vec<Bytes> = self
+            .table(family)
+            .range::<Bytes, _>(from..end)
+            .map(|(key, _)| key.clone())
+            .collect();
         doomed.iter().for_each(|key| self.delete(family, key));
     }
 
@@ -215,7 +264,10 @@ impl StateStore for MemoryState {
 
     fn get_many(&self, family: Family, keys: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>> {
         let live = self.live.read();
-        Ok(keys.iter().map(|key| live.families[family as usize].get(*key).cloned()).collect())
+        Ok(keys
+            .iter()
+            .map(|key| live.families[family as usize].get(*key).cloned())
+            .collect())
     }
 
     fn scan<'a>(&'a self, family: Family, from: &[u8], end: Option<&[u8]>) -> Scan<'a> {
@@ -232,7 +284,9 @@ impl StateStore for MemoryState {
             match change {
                 StateChange::Put(family, key, value) => live.put(family, &key, &value),
                 StateChange::Delete(family, key) => live.delete(family, &key),
-                StateChange::DeleteRange(family, from, end) => live.delete_range(family, &from, &end),
+                StateChange::DeleteRange(family, from, end) => {
+                    live.delete_range(family, &from, &end)
+                }
             }
         }
         Ok(())

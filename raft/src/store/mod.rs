@@ -1,9 +1,10 @@
-//! What a node writes down, below all meaning: two thin traits, the log of all its shards and the state of one replica, each with
-//! two engines (RocksDB, and memory for development and tests).
+//! What a node writes down, below all meaning: two thin traits, the log of all its shards and the
+//! state of one replica, each with two engines (RocksDB, and memory for development and tests).
 //!
-//! Promises: a batch is all there or not at all; a synced write of the log survives power loss once it returned; a state comes
-//! back as of its last flush, the same for all families, and never a part of it. A store that failed to write says so for ever.
-//! Must never know: openraft, tokio, a clock, or what the bytes mean. The first byte of a record is its format, the caller's job.
+//! Promises: a batch is all there or not at all; a synced write of the log survives power loss once
+//! it returned; a state comes back as of its last flush, the same for all families, and never a
+//! part of it. A store that failed to write says so for ever. Must never know: openraft, tokio, a
+//! clock, or what the bytes mean. The first byte of a record is its format, the caller's job.
 //!
 //! What is stored, and under which key (integers big-endian, so that the order of keys is theirs):
 //!
@@ -23,7 +24,10 @@
 //! data_dir/state/<shard>/<n>/         one database; an installed snapshot is generation n + 1
 //! ```
 
-#[cfg_attr(not(feature = "rocksdb"), allow(dead_code, reason = "the memory engine needs only some of it"))]
+#[cfg_attr(
+    not(feature = "rocksdb"),
+    allow(dead_code, reason = "the memory engine needs only some of it")
+)]
 mod durable;
 mod memory;
 #[cfg(feature = "rocksdb")]
@@ -45,12 +49,19 @@ pub use stores::{Budget, Engine, Stores};
 
 /// The log of ALL shards of a node. One writer (the sync thread), many readers.
 pub trait LogStore: Send + Sync + 'static {
-    /// Writes all of it or nothing and, if `sync`, returns only after it and everything before it is durable.
-    /// An error is final: whether the batch is there is unknown, the store is poisoned and every later call fails.
+    /// Writes all of it or nothing and, if `sync`, returns only after it and everything before it
+    /// is durable. An error is final: whether the batch is there is unknown, the store is poisoned
+    /// and every later call fails.
     fn write(&self, batch: LogBatch, sync: bool) -> io::Result<()>;
 
-    /// The entries of the range in order. Stops once the entries read hold `max_bytes`, but gives at least one if there is any.
-    fn read(&self, shard: ShardId, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<(u64, Bytes)>>;
+    /// The entries of the range in order. Stops once the entries read hold `max_bytes`, but gives
+    /// at least one if there is any.
+    fn read(
+        &self,
+        shard: ShardId,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(u64, Bytes)>>;
 
     /// First and last index present.
     fn bounds(&self, shard: ShardId) -> io::Result<Option<(u64, u64)>>;
@@ -62,37 +73,41 @@ pub trait LogStore: Send + Sync + 'static {
     /// Bytes on disk of all shards; the memory engine says what it holds.
     fn disk_bytes(&self) -> io::Result<u64>;
 
-    /// Gives the space of purged and truncated entries back to the disk, where a purge alone does so only with time.
-    /// Slow: never on a thread that anybody waits for, the sync thread least.
+    /// Gives the space of purged and truncated entries back to the disk, where a purge alone does
+    /// so only with time. Slow: never on a thread that anybody waits for, the sync thread least.
     fn compact(&self) -> io::Result<()>;
 }
 
-/// The state of one replica: families of ordered keys. Written without a WAL, because the Raft log is one.
+/// The state of one replica: families of ordered keys. Written without a WAL, because the Raft log
+/// is one.
 pub trait StateStore: Send + Sync + 'static {
     fn get(&self, family: Family, key: &[u8]) -> io::Result<Option<Bytes>>;
 
     /// Answers in the order of `keys`.
     fn get_many(&self, family: Family, keys: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>>;
 
-    /// Keys at or after `from` and before `end`, in order, read as the iterator goes. It shows the moment of this call, whatever is
-    /// written meanwhile. After an error it ends.
+    /// Keys at or after `from` and before `end`, in order, read as the iterator goes. It shows the
+    /// moment of this call, whatever is written meanwhile. After an error it ends.
     fn scan<'a>(&'a self, family: Family, from: &[u8], end: Option<&[u8]>) -> Scan<'a>;
 
-    /// Writes all of it or nothing, over all families. Readers see it at once; only a flush makes it durable.
-    /// An error is final: the store is poisoned and every later call fails.
+    /// Writes all of it or nothing, over all families. Readers see it at once; only a flush makes
+    /// it durable. An error is final: the store is poisoned and every later call fails.
     fn write(&self, batch: StateBatch) -> io::Result<()>;
 
-    /// Makes everything written so far durable, all families at the same point. The engine may flush by itself before; never a part.
+    /// Makes everything written so far durable, all families at the same point. The engine may
+    /// flush by itself before; never a part.
     fn flush(&self) -> io::Result<()>;
 
-    /// A consistent copy of everything written so far as plain files in `dir`, which must not exist; durable on return.
-    /// `dir` is on the file system of the data directory, where the copy is mostly hard links.
+    /// A consistent copy of everything written so far as plain files in `dir`, which must not
+    /// exist; durable on return. `dir` is on the file system of the data directory, where the copy
+    /// is mostly hard links.
     fn checkpoint(&self, dir: &Path) -> io::Result<()>;
 
     /// Bytes on disk; the memory engine says what it holds.
     fn disk_bytes(&self) -> io::Result<u64>;
 
-    /// Gives the space of deleted records back to the disk. Slow: never on a thread that anybody waits for.
+    /// Gives the space of deleted records back to the disk. Slow: never on a thread that anybody
+    /// waits for.
     fn compact(&self) -> io::Result<()>;
 }
 
@@ -111,7 +126,8 @@ impl LogMark {
     pub const ALL: [Self; 3] = [Self::Vote, Self::Committed, Self::Purged];
 }
 
-/// The column families of a state. All exist from the first day, so that no upgrade has to make one.
+/// The column families of a state. All exist from the first day, so that no upgrade has to make
+/// one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     Entry,
@@ -125,8 +141,16 @@ pub enum Family {
 }
 
 impl Family {
-    pub const ALL: [Self; 8] =
-        [Self::Entry, Self::Value, Self::Due, Self::Barrier, Self::Lease, Self::Tombstone, Self::Client, Self::System];
+    pub const ALL: [Self; 8] = [
+        Self::Entry,
+        Self::Value,
+        Self::Due,
+        Self::Barrier,
+        Self::Lease,
+        Self::Tombstone,
+        Self::Client,
+        Self::System,
+    ];
 
     /// Its name on disk.
     pub fn name(self) -> &'static str {
@@ -143,7 +167,8 @@ impl Family {
     }
 }
 
-/// Changes to the log, of any number of shards, in the order they were named: a put after a truncation stays.
+/// Changes to the log, of any number of shards, in the order they were named: a put after a
+/// truncation stays.
 #[derive(Debug, Default)]
 pub struct LogBatch {
     changes: Vec<LogChange>,
@@ -210,7 +235,8 @@ enum StateChange {
 
 impl StateBatch {
     pub fn put(&mut self, family: Family, key: impl Into<Bytes>, value: impl Into<Bytes>) {
-        self.changes.push(StateChange::Put(family, key.into(), value.into()));
+        self.changes
+            .push(StateChange::Put(family, key.into(), value.into()));
     }
 
     /// Removing what is not there is fine.
@@ -218,9 +244,11 @@ impl StateBatch {
         self.changes.push(StateChange::Delete(family, key.into()));
     }
 
-    /// Removes the keys at or after `from` and before `end`. For many keys at once: each call leaves a trace that reads must pass.
+    /// Removes the keys at or after `from` and before `end`. For many keys at once: each call
+    /// leaves a trace that reads must pass.
     pub fn delete_range(&mut self, family: Family, from: impl Into<Bytes>, end: impl Into<Bytes>) {
-        self.changes.push(StateChange::DeleteRange(family, from.into(), end.into()));
+        self.changes
+            .push(StateChange::DeleteRange(family, from.into(), end.into()));
     }
 
     pub fn is_empty(&self) -> bool {

@@ -1,5 +1,6 @@
-//! Remembers that a store failed to write. After a failed sync nobody knows what the disk holds, and trying again may wrongly
-//! succeed, so every later call fails with the first reason. Must never heal: only a restart, which reads the disk anew, does.
+//! Remembers that a store failed to write. After a failed sync nobody knows what the disk holds,
+//! and trying again may wrongly succeed, so every later call fails with the first reason. Must
+//! never heal: only a restart, which reads the disk anew, does.
 
 use std::io;
 use std::sync::OnceLock;
@@ -14,7 +15,9 @@ impl Poison {
     pub(super) fn check(&self) -> io::Result<()> {
         match self.reason.get() {
             None => Ok(()),
-            Some(reason) => Err(io::Error::other(format!("the store stopped after a failed write: {reason}"))),
+            Some(reason) => Err(io::Error::other(format!(
+                "the store stopped after a failed write: {reason}"
+            ))),
         }
     }
 
@@ -37,8 +40,16 @@ mod tests {
         assert!(poison.watch(Ok(1)).is_ok());
         assert!(poison.check().is_ok());
 
-        assert!(poison.watch::<()>(Err(io::Error::other("disk on fire"))).is_err());
-        assert!(poison.watch::<()>(Err(io::Error::other("disk is ash"))).is_err());
+        assert!(
+            poison
+                .watch::<()>(Err(io::Error::other("disk on fire")))
+                .is_err()
+        );
+        assert!(
+            poison
+                .watch::<()>(Err(io::Error::other("disk is ash")))
+                .is_err()
+        );
 
         let told = poison.check().expect_err("poisoned").to_string();
         assert!(told.contains("disk on fire"), "{told}");

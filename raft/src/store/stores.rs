@@ -1,4 +1,5 @@
-//! The stores of one node, opened once. Knows where each lives and which engine runs it; must never know what is in them.
+//! The stores of one node, opened once. Knows where each lives and which engine runs it; must never
+//! know what is in them.
 
 use std::io;
 use std::path::Path;
@@ -23,7 +24,11 @@ pub enum Engine {
 
 impl Engine {
     /// The one to use when nobody chose: the durable one if this build has it.
-    pub const DEFAULT: Self = if cfg!(feature = "rocksdb") { Self::Rocksdb } else { Self::Memory };
+    pub const DEFAULT: Self = if cfg!(feature = "rocksdb") {
+        Self::Rocksdb
+    } else {
+        Self::Memory
+    };
 }
 
 /// Memory the engine may use for all shards together; soft by a few percent.
@@ -37,11 +42,15 @@ pub struct Budget {
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { block_cache_bytes: 64 << 20, write_buffer_bytes: 256 << 20 }
+        Self {
+            block_cache_bytes: 64 << 20,
+            write_buffer_bytes: 256 << 20,
+        }
     }
 }
 
-/// All stores of one node. Clones are the same stores. Each of them is open once at a time: drop every handle before opening again.
+/// All stores of one node. Clones are the same stores. Each of them is open once at a time: drop
+/// every handle before opening again.
 #[derive(Clone)]
 pub struct Stores {
     disk: Disk,
@@ -61,18 +70,25 @@ impl Stores {
         match engine {
             Engine::Memory => Ok(Self::memory()),
             #[cfg(feature = "rocksdb")]
-            Engine::Rocksdb => Ok(Self { disk: Disk::Rocks(Arc::new(RocksDisk::new(data_dir, budget)?)) }),
+            Engine::Rocksdb => Ok(Self {
+                disk: Disk::Rocks(Arc::new(RocksDisk::new(data_dir, budget)?)),
+            }),
             #[cfg(not(feature = "rocksdb"))]
             Engine::Rocksdb => {
                 let _ = (data_dir, budget);
-                Err(io::Error::new(io::ErrorKind::Unsupported, "this build has no engine `rocksdb`: its cargo feature is off"))
+                Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this build has no engine `rocksdb`: its cargo feature is off",
+                ))
             }
         }
     }
 
     /// Empty stores in memory. What they hold lives as long as this value or a clone of it.
     pub fn memory() -> Self {
-        Self { disk: Disk::Memory(Arc::default()) }
+        Self {
+            disk: Disk::Memory(Arc::default()),
+        }
     }
 
     pub fn open_log(&self) -> io::Result<Arc<dyn LogStore>> {
@@ -92,10 +108,15 @@ impl Stores {
         }
     }
 
-    /// Replaces the state by a checkpoint: all of it, durable, in `from_dir` on the data directory's file system. `from_dir` is used
-    /// up, also by an error, after which the old state stands. After a crash it is the old state or the new one.
-    /// Nobody may write to the old handle any more; who still reads from it reads the old state until the last handle is dropped.
-    pub fn install_state(&self, shard: ShardId, from_dir: &Path) -> io::Result<Arc<dyn StateStore>> {
+    /// Replaces the state by a checkpoint: all of it, durable, in `from_dir` on the data
+    /// directory's file system. `from_dir` is used up, also by an error, after which the old state
+    /// stands. After a crash it is the old state or the new one. Nobody may write to the old handle
+    /// any more; who still reads from it reads the old state until the last handle is dropped.
+    pub fn install_state(
+        &self,
+        shard: ShardId,
+        from_dir: &Path,
+    ) -> io::Result<Arc<dyn StateStore>> {
         match &self.disk {
             Disk::Memory(disk) => Ok(disk.install_state(shard, from_dir)?),
             #[cfg(feature = "rocksdb")]
@@ -104,7 +125,12 @@ impl Stores {
     }
 
     /// One record of a checkpoint directory, without changing anything there.
-    pub fn read_checkpoint(&self, dir: &Path, family: Family, key: &[u8]) -> io::Result<Option<Bytes>> {
+    pub fn read_checkpoint(
+        &self,
+        dir: &Path,
+        family: Family,
+        key: &[u8],
+    ) -> io::Result<Option<Bytes>> {
         match &self.disk {
             Disk::Memory(_) => memory::read_checkpoint(dir, family, key),
             #[cfg(feature = "rocksdb")]

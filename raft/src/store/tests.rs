@@ -20,14 +20,20 @@ struct Home {
 
 impl Home {
     fn new(engine: Engine) -> Self {
-        Self { engine, directory: tempfile::tempdir().unwrap(), memory: Stores::memory() }
+        Self {
+            engine,
+            directory: tempfile::tempdir().unwrap(),
+            memory: Stores::memory(),
+        }
     }
 
     /// As after a restart, if all handles of before are dropped.
     fn stores(&self) -> Stores {
         match self.engine {
             Engine::Memory => self.memory.clone(),
-            Engine::Rocksdb => Stores::open(self.engine, self.directory.path(), Budget::default()).unwrap(),
+            Engine::Rocksdb => {
+                Stores::open(self.engine, self.directory.path(), Budget::default()).unwrap()
+            }
         }
     }
 
@@ -38,7 +44,11 @@ impl Home {
 
 /// One home for each engine of this build.
 fn homes() -> impl Iterator<Item = Home> {
-    let engines: &[Engine] = if cfg!(feature = "rocksdb") { &[Engine::Memory, Engine::Rocksdb] } else { &[Engine::Memory] };
+    let engines: &[Engine] = if cfg!(feature = "rocksdb") {
+        &[Engine::Memory, Engine::Rocksdb]
+    } else {
+        &[Engine::Memory]
+    };
     engines.iter().map(|engine| Home::new(*engine))
 }
 

@@ -39,19 +39,35 @@ const PATIENCE: Duration = Duration::from_secs(20);
 impl Node {
     pub(super) async fn start(&mut self) {
         let listener = bind(self.address).await;
-        let replicas = Replicas::open(self.options.clone(), self.stores.clone(), Clock::system(), Arc::new(())).await.expect("opens");
+        let replicas = Replicas::open(
+            self.options.clone(),
+            self.stores.clone(),
+            Clock::system(),
+            Arc::new(()),
+        )
+        .await
+        .expect("opens");
         let stop = CancellationToken::new();
         let served = tonic::transport::Server::builder()
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                stop.clone().cancelled_owned(),
+            );
         let server = tokio::spawn(async move { served.await.expect("serves") });
         replicas.start();
-        self.running = Some(Running { replicas, stop, server });
+        self.running = Some(Running {
+            replicas,
+            stop,
+            server,
+        });
     }
 
     pub(super) async fn stop(&mut self) {
-        let Some(running) = self.running.take() else { return };
+        let Some(running) = self.running.take() else {
+            return;
+        };
         running.replicas.close().await;
         running.stop.cancel();
         running.server.abort();
@@ -65,10 +81,13 @@ impl Node {
 
     pub(super) async fn member(&self) {
         let mut membership = self.replicas().membership();
-        tokio::time::timeout(PATIENCE, membership.wait_for(|membership| *membership == Membership::Member))
-            .await
-            .expect("in time")
-            .expect("open");
+        tokio::time::timeout(
+            PATIENCE,
+            membership.wait_for(|membership| *membership == Membership::Member),
+        )
+        .await
+        .expect("in time")
+        .expect("open");
     }
 
     fn replica(&self) -> Arc<Replica> {
@@ -83,7 +102,9 @@ async fn bind(address: SocketAddr) -> TcpListener {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    TcpListener::bind(address).await.expect("the port is free again")
+    TcpListener::bind(address)
+        .await
+        .expect("the port is free again")
 }
 
 /// `n` nodes that know of each other; `expect` of them form.
@@ -92,7 +113,10 @@ pub(super) async fn nodes(n: usize, expect: u32, shards: u32) -> Vec<Node> {
     for _ in 0..n {
         listeners.push(TcpListener::bind("127.0.0.1:0").await.expect("a port"));
     }
-    let addresses: Vec<SocketAddr> = listeners.iter().map(|listener| listener.local_addr().expect("bound")).collect();
+    let addresses: Vec<SocketAddr> = listeners
+        .iter()
+        .map(|listener| listener.local_addr().expect("bound"))
+        .collect();
     let discover: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     let node = |(number, &address): (usize, &SocketAddr)| {
         let dir = tempfile::tempdir().expect("a directory");
@@ -109,9 +133,18 @@ pub(super) async fn nodes(n: usize, expect: u32, shards: u32) -> Vec<Node> {
             shards,
             memory_bytes_max: 64 << 20,
             disk_bytes_max: 1 << 40,
-            log_kept: LogKept { entries: 1000, bytes: 64 << 20 },
+            log_kept: LogKept {
+                entries: 1000,
+                bytes: 64 << 20,
+            },
         };
-        Node { dir, options, stores, address, running: None }
+        Node {
+            dir,
+            options,
+            stores,
+            address,
+            running: None,
+        }
     };
     addresses.iter().enumerate().map(node).collect()
 }
@@ -120,7 +153,11 @@ fn set(key: &str, value: &str) -> Op {
     Op::Set(Set {
         key: Bytes::copy_from_slice(key.as_bytes()),
         value: Bytes::copy_from_slice(value.as_bytes()),
-        lifetime: Some(Lifetime { fresh_ms: FOREVER, refresh_after_ms: FOREVER, ..Lifetime::default() }),
+        lifetime: Some(Lifetime {
+            fresh_ms: FOREVER,
+            refresh_after_ms: FOREVER,
+            ..Lifetime::default()
+        }),
         origin: Origin::Plain.into(),
         ..Set::default()
     })
@@ -134,35 +171,56 @@ fn revision(outcome: Outcome) -> u64 {
 }
 
 fn value(replica: &Replica, key: &str) -> Option<Bytes> {
-    replica.state().get(&Key::new(key.to_owned()).expect("a key")).expect("reads").map(|entry| entry.value.clone())
+    replica
+        .state()
+        .get(&Key::new(key.to_owned()).expect("a key"))
+        .expect("reads")
+        .map(|entry| entry.value.clone())
 }
 
-/// Writes again until somebody says what it came to, as a client does: the request id makes it happen once.
+/// Writes again until somebody says what it came to, as a client does: the request id makes it
+/// happen once.
 async fn write_on(replica: &Replica, op: Op) -> Outcome {
-    let request_id = RequestId { client: Bytes::from_static(&[7; 16]), seq: 1, done_below: 0 };
+    let request_id = RequestId {
+        client: Bytes::from_static(&[7; 16]),
+        seq: 1,
+        done_below: 0,
+    };
     let written = async {
         loop {
-            match replica.write(op.clone(), Some(request_id.clone()), PATIENCE).await {
+            match replica
+                .write(op.clone(), Some(request_id.clone()), PATIENCE)
+                .await
+            {
                 Ok(outcome) => return outcome,
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         }
     };
-    tokio::time::timeout(PATIENCE, written).await.expect("written in time")
+    tokio::time::timeout(PATIENCE, written)
+        .await
+        .expect("written in time")
 }
 
 pub(super) async fn leader_of(nodes: &[Node]) -> usize {
     let found = async {
         loop {
             for (number, node) in nodes.iter().enumerate() {
-                if node.running.is_some() && node.replicas().replica(0).is_some_and(|replica| replica.leads().is_some()) {
+                if node.running.is_some()
+                    && node
+                        .replicas()
+                        .replica(0)
+                        .is_some_and(|replica| replica.leads().is_some())
+                {
                     return number;
                 }
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, found).await.expect("a leader in time")
+    tokio::time::timeout(PATIENCE, found)
+        .await
+        .expect("a leader in time")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -178,13 +236,23 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     let follower = (leader + 1) % 3;
 
     // A write through a follower is forwarded, and every node has it.
-    let outcome = nodes[follower].replica().write(set("greeting", "hello"), None, PATIENCE).await.expect("written");
+    let outcome = nodes[follower]
+        .replica()
+        .write(set("greeting", "hello"), None, PATIENCE)
+        .await
+        .expect("written");
     let revision_1 = revision(outcome);
     let mut token = Token::new(1);
     token.see(0, revision_1);
     for node in &nodes {
-        node.replica().wait_until_seen(&Seen::Token(token.clone()), PATIENCE, PATIENCE).await.expect("seen");
-        assert_eq!(value(&node.replica(), "greeting").as_deref(), Some(b"hello".as_slice()));
+        node.replica()
+            .wait_until_seen(&Seen::Token(token.clone()), PATIENCE, PATIENCE)
+            .await
+            .expect("seen");
+        assert_eq!(
+            value(&node.replica(), "greeting").as_deref(),
+            Some(b"hello".as_slice())
+        );
     }
 
     // The leader goes: the others elect, write, and read linearizably.
@@ -192,19 +260,42 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     let outcome = write_on(&nodes[follower].replica(), set("greeting", "again")).await;
     assert!(revision(outcome) > revision_1);
     let other = (leader + 2) % 3;
-    nodes[other].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("linearizable on a follower");
-    assert_eq!(value(&nodes[other].replica(), "greeting").as_deref(), Some(b"again".as_slice()));
+    nodes[other]
+        .replica()
+        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .await
+        .expect("linearizable on a follower");
+    assert_eq!(
+        value(&nodes[other].replica(), "greeting").as_deref(),
+        Some(b"again".as_slice())
+    );
 
     if Engine::DEFAULT == Engine::Memory {
         return;
     }
     // It comes back and catches up.
     nodes[leader].start().await;
-    nodes[leader].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("caught up");
-    assert_eq!(value(&nodes[leader].replica(), "greeting").as_deref(), Some(b"again".as_slice()));
+    nodes[leader]
+        .replica()
+        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .await
+        .expect("caught up");
+    assert_eq!(
+        value(&nodes[leader].replica(), "greeting").as_deref(),
+        Some(b"again".as_slice())
+    );
 
     // All of them go and come back: nothing acknowledged is lost.
-    let deleted = nodes[other].replica().write(Op::Delete(Delete { key: Bytes::from_static(b"greeting") }), None, PATIENCE).await;
+    let deleted = nodes[other]
+        .replica()
+        .write(
+            Op::Delete(Delete {
+                key: Bytes::from_static(b"greeting"),
+            }),
+            None,
+            PATIENCE,
+        )
+        .await;
     revision(deleted.expect("deleted"));
     for node in &mut nodes {
         node.stop().await;
@@ -212,7 +303,11 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     for node in &mut nodes {
         node.start().await;
     }
-    nodes[0].replica().wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("a quorum again");
+    nodes[0]
+        .replica()
+        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .await
+        .expect("a quorum again");
     assert_eq!(value(&nodes[0].replica(), "greeting"), None);
     for node in &mut nodes {
         node.stop().await;
@@ -228,8 +323,17 @@ async fn a_lone_node_is_a_cluster_of_three_shards() {
     nodes[0].member().await;
     for n in 0..50 {
         let key = format!("key-{n}");
-        let replica = nodes[0].replicas().of_key(key.as_bytes()).expect("open").clone();
-        revision(replica.write(set(&key, "v"), None, PATIENCE).await.expect("written"));
+        let replica = nodes[0]
+            .replicas()
+            .of_key(key.as_bytes())
+            .expect("open")
+            .clone();
+        revision(
+            replica
+                .write(set(&key, "v"), None, PATIENCE)
+                .await
+                .expect("written"),
+        );
         assert_eq!(value(&replica, &key).as_deref(), Some(b"v".as_slice()));
     }
     nodes[0].stop().await;
@@ -248,7 +352,10 @@ async fn five_empty_nodes_that_expect_three_form_no_cluster_and_a_fourth_joins_o
     nodes[3].start().await;
     nodes[3].member().await;
     let joined = nodes[3].replica();
-    joined.wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("the new node is level");
+    joined
+        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .await
+        .expect("the new node is level");
     assert_eq!(joined.peers_identity().node_id, 4);
     for node in &mut nodes {
         node.stop().await;
@@ -266,10 +373,18 @@ async fn a_change_of_voters_that_nobody_finished_is_finished() {
     }
     let leader = leader_of(&nodes).await;
     let replica = nodes[leader].replica();
-    let gone = replica.voters().into_iter().find(|&voter| voter != replica.peers_identity().node_id).expect("another voter");
+    let gone = replica
+        .voters()
+        .into_iter()
+        .find(|&voter| voter != replica.peers_identity().node_id)
+        .expect("another voter");
 
     // Asked once and dropped: the first of its two steps is committed, and nobody takes the second.
-    let mut change = Box::pin(replica.raft().change_membership(openraft::ChangeMembers::RemoveVoters([gone].into()), true));
+    let mut change = Box::pin(
+        replica
+            .raft()
+            .change_membership(openraft::ChangeMembers::RemoveVoters([gone].into()), true),
+    );
     assert!(futures::poll!(&mut change).is_pending());
     let until = async |what: &str, done: &dyn Fn() -> bool| {
         let reached = async {
@@ -277,19 +392,25 @@ async fn a_change_of_voters_that_nobody_finished_is_finished() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("waited for: {what}"));
+        tokio::time::timeout(PATIENCE, reached)
+            .await
+            .unwrap_or_else(|_| panic!("waited for: {what}"));
     };
     until("two sets of voters", &|| replica.changes_voters()).await;
     drop(change);
 
     // Whoever leads ends it, and brings back whom the roster has as a voter.
-    until("one set of voters, as the roster has it", &|| !replica.changes_voters() && replica.voters().len() == 3).await;
+    until("one set of voters, as the roster has it", &|| {
+        !replica.changes_voters() && replica.voters().len() == 3
+    })
+    .await;
     for node in &mut nodes {
         node.stop().await;
     }
 }
 
-/// Both others have voted for somebody newer, and nobody told the leader: within its lease only their own word says so.
+/// Both others have voted for somebody newer, and nobody told the leader: within its lease only
+/// their own word says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_a_quorum_has_left_proves_nothing() {
     let mut nodes = nodes(3, 3, 1).await;
@@ -302,18 +423,42 @@ async fn a_leader_that_a_quorum_has_left_proves_nothing() {
     for round in 0..5 {
         let leader = leader_of(&nodes).await;
         let replica = nodes[leader].replica();
-        replica.wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE).await.expect("it leads");
-        let others: Vec<_> = (0..3).filter(|&node| node != leader).map(|node| nodes[node].replica()).collect();
+        replica
+            .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+            .await
+            .expect("it leads");
+        let others: Vec<_> = (0..3)
+            .filter(|&node| node != leader)
+            .map(|node| nodes[node].replica())
+            .collect();
         let term = replica.term();
-        let vote = peer::Vote { term: term + 1, voted_for: Some(replica.peers_identity().node_id), committed: false };
+        let vote = peer::Vote {
+            term: term + 1,
+            voted_for: Some(replica.peers_identity().node_id),
+            committed: false,
+        };
         let vote = vote_from(Some(vote)).unwrap_or_else(|_| panic!("a vote"));
-        let last = log_id_from(peer::LogId { term, index: 1 << 40 });
+        let last = log_id_from(peer::LogId {
+            term,
+            index: 1 << 40,
+        });
         let mut request = openraft::raft::VoteRequest::<Types>::new(vote, Some(last));
         request.leadership_transfer = true;
         for other in &others {
-            assert!(other.raft().vote(request.clone()).await.expect("votes").vote_granted, "round {round}");
+            assert!(
+                other
+                    .raft()
+                    .vote(request.clone())
+                    .await
+                    .expect("votes")
+                    .vote_granted,
+                "round {round}"
+            );
         }
-        assert!(replica.confirm_leadership().await.is_err(), "round {round}: it took itself for the leader");
+        assert!(
+            replica.confirm_leadership().await.is_err(),
+            "round {round}: it took itself for the leader"
+        );
     }
     for node in &mut nodes {
         node.stop().await;

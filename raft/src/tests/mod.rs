@@ -1,4 +1,5 @@
-//! The crate held to its promises: openraft's storage suite on both engines, and whole groups of nodes in one process.
+//! The crate held to its promises: openraft's storage suite on both engines, and whole groups of
+//! nodes in one process.
 
 mod group;
 mod quiet;

@@ -1,8 +1,11 @@
-//! A replica that starts again may have acknowledged a lease that it no longer knows of: it votes for nobody until that is over.
+//! A replica that starts again may have acknowledged a lease that it no longer knows of: it votes
+//! for nobody until that is over.
 
 use std::sync::Arc;
 
-use holdfast_proto::peer::{LogId, PreVoteRequest, Vote, VoteRequest, replica_service_server::ReplicaService};
+use holdfast_proto::peer::{
+    LogId, PreVoteRequest, Vote, VoteRequest, replica_service_server::ReplicaService,
+};
 use tonic::{Code, Request};
 
 use super::group::{leader_of, nodes};
@@ -22,20 +25,52 @@ async fn a_vote_is_quiet_for_one_lease_after_a_start() {
     nodes[0].stop().await;
 
     let clock = Clock::system();
-    let replicas = Replicas::open(nodes[0].options.clone(), nodes[0].stores.clone(), clock.clone(), Arc::new(())).await.expect("opens");
+    let replicas = Replicas::open(
+        nodes[0].options.clone(),
+        nodes[0].stores.clone(),
+        clock.clone(),
+        Arc::new(()),
+    )
+    .await
+    .expect("opens");
     let replica = replicas.replica(0).expect("it belongs to a cluster");
     let peers = replicas.peers().expect("it belongs to a cluster");
     let service = ReplicaServer::new(replicas.clone());
     // A candidate with a higher term and as much log as anybody.
     let header = Some(peers.header(peers.identity().node_id, 0, None));
-    let vote = Some(Vote { term: 1000, voted_for: Some(2), committed: false });
-    let last_log_id = Some(LogId { term: 999, index: 1_000_000 });
-    let pre_vote = PreVoteRequest { header: header.clone(), vote, last_log_id, leadership_transfer: false };
-    let vote = VoteRequest { header, vote, last_log_id, leadership_transfer: true };
+    let vote = Some(Vote {
+        term: 1000,
+        voted_for: Some(2),
+        committed: false,
+    });
+    let last_log_id = Some(LogId {
+        term: 999,
+        index: 1_000_000,
+    });
+    let pre_vote = PreVoteRequest {
+        header: header.clone(),
+        vote,
+        last_log_id,
+        leadership_transfer: false,
+    };
+    let vote = VoteRequest {
+        header,
+        vote,
+        last_log_id,
+        leadership_transfer: true,
+    };
 
     let refused = [
-        service.pre_vote(Request::new(pre_vote)).await.map(|_| ()).map_err(|status| status.code()),
-        service.vote(Request::new(vote.clone())).await.map(|_| ()).map_err(|status| status.code()),
+        service
+            .pre_vote(Request::new(pre_vote))
+            .await
+            .map(|_| ())
+            .map_err(|status| status.code()),
+        service
+            .vote(Request::new(vote.clone()))
+            .await
+            .map(|_| ())
+            .map_err(|status| status.code()),
     ];
     // On a machine that was busy for so long the lease is over by itself.
     if clock.monotonic() < LEASE {
@@ -44,7 +79,11 @@ async fn a_vote_is_quiet_for_one_lease_after_a_start() {
     }
     clock.advance(LEASE);
     assert!(!replica.votes_quietly());
-    let answer = service.vote(Request::new(vote)).await.expect("it may vote now").into_inner();
+    let answer = service
+        .vote(Request::new(vote))
+        .await
+        .expect("it may vote now")
+        .into_inner();
     assert!(answer.vote.is_some_and(|vote| vote.term >= 1));
     replicas.close().await;
 }

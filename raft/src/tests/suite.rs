@@ -27,21 +27,36 @@ impl StoreBuilder<Types, ShardLog, StateMachine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, ShardLog, StateMachine), StorageError<Types>> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let stores = Stores::open(self.0, dir.path(), Budget::default()).expect("stores");
-        let log = SharedLog::open(stores.open_log().expect("a log"), Clock::system(), Arc::new(()));
-        let snapshots = snapshot::Sender::new(stores.clone(), dir.path().join("snapshots"), Arc::new(())).expect("snapshots");
+        let log = SharedLog::open(
+            stores.open_log().expect("a log"),
+            Clock::system(),
+            Arc::new(()),
+        );
+        let snapshots =
+            snapshot::Sender::new(stores.clone(), dir.path().join("snapshots"), Arc::new(()))
+                .expect("snapshots");
         let state = State::open(&stores, 0, 1 << 20).expect("a state");
-        let machine = StateMachine::new(state, Arc::new(snapshots), Arc::new(())).expect("a state machine");
+        let machine =
+            StateMachine::new(state, Arc::new(snapshots), Arc::new(())).expect("a state machine");
         Ok((dir, log.shard(0).expect("a shard's log"), machine))
     }
 }
 
 #[test]
 fn openrafts_suite_passes_on_the_memory_engine() {
-    Types::run(async { Suite::test_all(Builder(Engine::Memory)).await.expect("the suite") });
+    Types::run(async {
+        Suite::test_all(Builder(Engine::Memory))
+            .await
+            .expect("the suite")
+    });
 }
 
 #[cfg(feature = "rocksdb")]
 #[test]
 fn openrafts_suite_passes_on_rocksdb() {
-    Types::run(async { Suite::test_all(Builder(Engine::Rocksdb)).await.expect("the suite") });
+    Types::run(async {
+        Suite::test_all(Builder(Engine::Rocksdb))
+            .await
+            .expect("the suite")
+    });
 }

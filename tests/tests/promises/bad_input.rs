@@ -5,11 +5,14 @@ use std::net::SocketAddr;
 use bytes::{Buf, BufMut, Bytes};
 use holdfast_proto::{
     Token,
-    limits::{BATCH_KEYS_MAX, CLIENT_MESSAGE_BYTES_MAX, KEY_BYTES_MAX, SCAN_LIMIT_MAX, VALUE_BYTES_DEFAULT},
+    limits::{
+        BATCH_KEYS_MAX, CLIENT_MESSAGE_BYTES_MAX, KEY_BYTES_MAX, SCAN_LIMIT_MAX,
+        VALUE_BYTES_DEFAULT,
+    },
     reason,
     v1::{
-        self, Consistency, cache_service_client::CacheServiceClient, cluster_service_client::ClusterServiceClient, delete_request,
-        invalidate_request,
+        self, Consistency, cache_service_client::CacheServiceClient,
+        cluster_service_client::ClusterServiceClient, delete_request, invalidate_request,
     },
 };
 use holdfast_tests::cluster::{Cluster, http_get};
@@ -35,17 +38,36 @@ fn cache(cluster: &Cluster, node: usize) -> Cache {
 }
 
 fn told<T>(answer: Result<tonic::Response<T>, Status>) -> Told {
-    let Err(status) = answer else { return (Code::Ok, String::new(), String::new()) };
-    let Some(info) = status.get_details_error_info() else { return (status.code(), String::new(), String::new()) };
-    (status.code(), info.reason, info.metadata.get(reason::FIELD).cloned().unwrap_or_default())
+    let Err(status) = answer else {
+        return (Code::Ok, String::new(), String::new());
+    };
+    let Some(info) = status.get_details_error_info() else {
+        return (status.code(), String::new(), String::new());
+    };
+    (
+        status.code(),
+        info.reason,
+        info.metadata
+            .get(reason::FIELD)
+            .cloned()
+            .unwrap_or_default(),
+    )
 }
 
 fn mistake(field: &str) -> Told {
-    (Code::InvalidArgument, reason::INVALID_FIELD.into(), field.into())
+    (
+        Code::InvalidArgument,
+        reason::INVALID_FIELD.into(),
+        field.into(),
+    )
 }
 
 fn too_large(field: &str) -> Told {
-    (Code::ResourceExhausted, reason::TOO_LARGE.into(), field.into())
+    (
+        Code::ResourceExhausted,
+        reason::TOO_LARGE.into(),
+        field.into(),
+    )
 }
 
 fn not_built(field: &str) -> Told {
@@ -57,25 +79,38 @@ fn long_key() -> Bytes {
 }
 
 async fn get(cache: &mut Cache, change: impl FnOnce(&mut v1::GetRequest)) -> Told {
-    let mut request = v1::GetRequest { key: "k".into(), ..Default::default() };
+    let mut request = v1::GetRequest {
+        key: "k".into(),
+        ..Default::default()
+    };
     change(&mut request);
     told(cache.get(request).await)
 }
 
 async fn set(cache: &mut Cache, change: impl FnOnce(&mut v1::SetRequest)) -> Told {
-    let mut request = v1::SetRequest { key: "k".into(), value: "changed".into(), ..Default::default() };
+    let mut request = v1::SetRequest {
+        key: "k".into(),
+        value: "changed".into(),
+        ..Default::default()
+    };
     change(&mut request);
     let answer = cache.set(request).await;
     if let Err(status) = &answer {
         let info = status.get_details_error_info();
-        let applied = info.as_ref().and_then(|info| info.metadata.get(reason::APPLIED)).map(String::as_str);
+        let applied = info
+            .as_ref()
+            .and_then(|info| info.metadata.get(reason::APPLIED))
+            .map(String::as_str);
         assert_eq!(applied, Some(reason::APPLIED_NO), "{status}");
     }
     told(answer)
 }
 
 async fn batch_get(cache: &mut Cache, change: impl FnOnce(&mut v1::BatchGetRequest)) -> Told {
-    let mut request = v1::BatchGetRequest { keys: vec!["k".into()], ..Default::default() };
+    let mut request = v1::BatchGetRequest {
+        keys: vec!["k".into()],
+        ..Default::default()
+    };
     change(&mut request);
     told(cache.batch_get(request).await)
 }
@@ -92,9 +127,16 @@ fn seconds(seconds: i64) -> Option<prost_types::Duration> {
 
 /// The revision up to which everything is visible everywhere, and what the key holds.
 async fn position(cluster: &Cluster, node: usize) -> anyhow::Result<(u64, Option<Bytes>)> {
-    let request = v1::GetRequest { key: "k".into(), consistency: Consistency::Linearizable.into(), ..Default::default() };
+    let request = v1::GetRequest {
+        key: "k".into(),
+        consistency: Consistency::Linearizable.into(),
+        ..Default::default()
+    };
     let answer = cache(cluster, node).get(request).await?.into_inner();
-    Ok((answer.replica.map_or(0, |replica| replica.revision), answer.answer.and_then(|answer| answer.value)))
+    Ok((
+        answer.replica.map_or(0, |replica| replica.revision),
+        answer.answer.and_then(|answer| answer.value),
+    ))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -109,65 +151,183 @@ async fn a_mistake_is_told_by_its_field_and_changes_nothing() -> anyhow::Result<
 
         info!("--- a key that is none");
         for key in [Bytes::new(), long_key()] {
-            let (deletion, invalidation) = (delete_request::Target::Key(key.clone()), invalidate_request::Target::Key(key.clone()));
-            assert_eq!(get(cache, |get| get.key = key.clone()).await, mistake("key"));
-            assert_eq!(set(cache, |set| set.key = key.clone()).await, mistake("key"));
-            assert_eq!(told(cache.delete(v1::DeleteRequest { target: Some(deletion), request_id: None }).await), mistake("key"));
+            let (deletion, invalidation) = (
+                delete_request::Target::Key(key.clone()),
+                invalidate_request::Target::Key(key.clone()),
+            );
             assert_eq!(
-                told(cache.invalidate(v1::InvalidateRequest { target: Some(invalidation), request_id: None }).await),
+                get(cache, |get| get.key = key.clone()).await,
                 mistake("key")
             );
-            assert_eq!(told(cache.inspect(v1::InspectRequest { key: key.clone(), ..Default::default() }).await), mistake("key"));
-            let batch = v1::BatchGetRequest { keys: vec!["k".into(), key], ..Default::default() };
+            assert_eq!(
+                set(cache, |set| set.key = key.clone()).await,
+                mistake("key")
+            );
+            assert_eq!(
+                told(
+                    cache
+                        .delete(v1::DeleteRequest {
+                            target: Some(deletion),
+                            request_id: None
+                        })
+                        .await
+                ),
+                mistake("key")
+            );
+            assert_eq!(
+                told(
+                    cache
+                        .invalidate(v1::InvalidateRequest {
+                            target: Some(invalidation),
+                            request_id: None
+                        })
+                        .await
+                ),
+                mistake("key")
+            );
+            assert_eq!(
+                told(
+                    cache
+                        .inspect(v1::InspectRequest {
+                            key: key.clone(),
+                            ..Default::default()
+                        })
+                        .await
+                ),
+                mistake("key")
+            );
+            let batch = v1::BatchGetRequest {
+                keys: vec!["k".into(), key],
+                ..Default::default()
+            };
             let results = cache.batch_get(batch).await?.into_inner().results;
-            assert!(matches!(&results[0].result, Some(v1::batch_get_result::Result::Answer(_))), "each key is answered for itself");
-            let Some(v1::batch_get_result::Result::Error(error)) = &results[1].result else { panic!("{:?}", results[1]) };
+            assert!(
+                matches!(
+                    &results[0].result,
+                    Some(v1::batch_get_result::Result::Answer(_))
+                ),
+                "each key is answered for itself"
+            );
+            let Some(v1::batch_get_result::Result::Error(error)) = &results[1].result else {
+                panic!("{:?}", results[1])
+            };
             assert_eq!(error.code, i32::from(Code::InvalidArgument));
         }
-        assert_eq!(told(cache.delete(v1::DeleteRequest::default()).await), mistake("key"));
-        assert_eq!(told(cache.invalidate(v1::InvalidateRequest::default()).await), mistake("key"));
+        assert_eq!(
+            told(cache.delete(v1::DeleteRequest::default()).await),
+            mistake("key")
+        );
+        assert_eq!(
+            told(cache.invalidate(v1::InvalidateRequest::default()).await),
+            mistake("key")
+        );
 
         info!("--- times");
-        assert_eq!(set(cache, |set| set.ttl = seconds(-1)).await, mistake("ttl"));
+        assert_eq!(
+            set(cache, |set| set.ttl = seconds(-1)).await,
+            mistake("ttl")
+        );
         assert_eq!(set(cache, |set| set.ttl = seconds(0)).await, mistake("ttl"));
-        let both = set(cache, |set| (set.ttl, set.expires_at) = (seconds(1), Some(prost_types::Timestamp::default())));
+        let both = set(cache, |set| {
+            (set.ttl, set.expires_at) = (seconds(1), Some(prost_types::Timestamp::default()))
+        });
         assert_eq!(both.await, mistake("expires_at"));
-        assert_eq!(set(cache, |set| set.stale_if_error = seconds(-1)).await, mistake("stale_if_error"));
+        assert_eq!(
+            set(cache, |set| set.stale_if_error = seconds(-1)).await,
+            mistake("stale_if_error")
+        );
 
         info!("--- what excludes each other, and a request id that is none");
-        assert_eq!(set(cache, |set| (set.if_version, set.if_absent) = (Some(1), true)).await, mistake("if_absent"));
-        assert_eq!(set(cache, |set| set.request_id = Some(v1::RequestId::default())).await, mistake("request_id.client"));
-        assert_eq!(set(cache, |set| set.tags = vec![String::new()]).await, mistake("tags"));
+        assert_eq!(
+            set(cache, |set| (set.if_version, set.if_absent) =
+                (Some(1), true))
+            .await,
+            mistake("if_absent")
+        );
+        assert_eq!(
+            set(cache, |set| set.request_id = Some(v1::RequestId::default())).await,
+            mistake("request_id.client")
+        );
+        assert_eq!(
+            set(cache, |set| set.tags = vec![String::new()]).await,
+            mistake("tags")
+        );
 
         info!("--- sizes");
-        assert_eq!(set(cache, |set| set.value = vec![0; VALUE_BYTES_DEFAULT + 1].into()).await, too_large("value"));
-        assert_eq!(set(cache, |set| set.value = vec![0; CLIENT_MESSAGE_BYTES_MAX + 1].into()).await, too_large("value"));
-        assert_eq!(scan(cache, |scan| scan.limit = SCAN_LIMIT_MAX + 1).await, mistake("limit"));
-        assert_eq!(scan(cache, |scan| scan.prefix = long_key()).await, mistake("prefix"));
-        assert_eq!(batch_get(cache, |batch| batch.keys = vec!["k".into(); BATCH_KEYS_MAX + 1]).await, mistake("keys"));
+        assert_eq!(
+            set(cache, |set| set.value =
+                vec![0; VALUE_BYTES_DEFAULT + 1].into())
+            .await,
+            too_large("value")
+        );
+        assert_eq!(
+            set(cache, |set| set.value =
+                vec![0; CLIENT_MESSAGE_BYTES_MAX + 1].into())
+            .await,
+            too_large("value")
+        );
+        assert_eq!(
+            scan(cache, |scan| scan.limit = SCAN_LIMIT_MAX + 1).await,
+            mistake("limit")
+        );
+        assert_eq!(
+            scan(cache, |scan| scan.prefix = long_key()).await,
+            mistake("prefix")
+        );
+        assert_eq!(
+            batch_get(cache, |batch| batch.keys =
+                vec!["k".into(); BATCH_KEYS_MAX + 1])
+            .await,
+            mistake("keys")
+        );
 
         info!("--- a consistency, a token, a cursor that are none");
         for consistency in [99, -1] {
-            assert_eq!(get(cache, |get| get.consistency = consistency).await, mistake("consistency"));
-            assert_eq!(batch_get(cache, |batch| batch.consistency = consistency).await, mistake("consistency"));
-            assert_eq!(scan(cache, |scan| scan.consistency = consistency).await, mistake("consistency"));
+            assert_eq!(
+                get(cache, |get| get.consistency = consistency).await,
+                mistake("consistency")
+            );
+            assert_eq!(
+                batch_get(cache, |batch| batch.consistency = consistency).await,
+                mistake("consistency")
+            );
+            assert_eq!(
+                scan(cache, |scan| scan.consistency = consistency).await,
+                mistake("consistency")
+            );
         }
         for token in [b"nonsense".as_slice(), b"\x01", b"\x01\x01\xff", &[1; 5000]] {
-            assert_eq!(get(cache, |get| get.token = Bytes::copy_from_slice(token)).await, mistake("token"));
-            assert_eq!(scan(cache, |scan| scan.token = Bytes::copy_from_slice(token)).await, mistake("token"));
+            assert_eq!(
+                get(cache, |get| get.token = Bytes::copy_from_slice(token)).await,
+                mistake("token")
+            );
+            assert_eq!(
+                scan(cache, |scan| scan.token = Bytes::copy_from_slice(token)).await,
+                mistake("token")
+            );
         }
         for cursor in [b"nonsense".as_slice(), b"\x01", b"\x00k", &[1; 5000]] {
-            assert_eq!(scan(cache, |scan| scan.cursor = Bytes::copy_from_slice(cursor)).await, mistake("cursor"));
+            assert_eq!(
+                scan(cache, |scan| scan.cursor = Bytes::copy_from_slice(cursor)).await,
+                mistake("cursor")
+            );
         }
-        let elsewhere = scan(cache, |scan| (scan.prefix, scan.cursor) = ("user/".into(), b"\x01k".as_slice().into()));
-        assert_eq!(elsewhere.await, mistake("cursor"), "of a scan with another prefix");
+        let elsewhere = scan(cache, |scan| {
+            (scan.prefix, scan.cursor) = ("user/".into(), b"\x01k".as_slice().into())
+        });
+        assert_eq!(
+            elsewhere.await,
+            mistake("cursor"),
+            "of a scan with another prefix"
+        );
 
         assert_eq!(position(&cluster, node).await?, before, "nothing changed");
     }
     cluster.stop().await
 }
 
-/// A token that could be ours and is not of this cluster's past waits or is refused, and is no fault of the node's.
+/// A token that could be ours and is not of this cluster's past waits or is refused, and is no
+/// fault of the node's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_forged_token_is_not_believed() -> anyhow::Result<()> {
     let cluster = in_process().start().await?;
@@ -175,14 +335,28 @@ async fn a_forged_token_is_not_believed() -> anyhow::Result<()> {
     let forged = |epoch, shard, revision| {
         let mut token = Token::new(epoch);
         token.see(shard, revision);
-        let mut request = Request::new(v1::GetRequest { key: "k".into(), token: token.encode(), ..Default::default() });
+        let mut request = Request::new(v1::GetRequest {
+            key: "k".into(),
+            token: token.encode(),
+            ..Default::default()
+        });
         request.set_timeout(std::time::Duration::from_secs(2));
         request
     };
     let cache = &mut cache(&cluster, node);
-    assert_eq!(told(cache.get(forged(77, 0, 1)).await), (Code::FailedPrecondition, reason::TOKEN_EPOCH.into(), "token".into()));
+    assert_eq!(
+        told(cache.get(forged(77, 0, 1)).await),
+        (
+            Code::FailedPrecondition,
+            reason::TOKEN_EPOCH.into(),
+            "token".into()
+        )
+    );
     let (code, ..) = told(cache.get(forged(1, 0, u64::MAX)).await);
-    assert!([Code::Unavailable, Code::DeadlineExceeded].contains(&code), "{code:?}");
+    assert!(
+        [Code::Unavailable, Code::DeadlineExceeded].contains(&code),
+        "{code:?}"
+    );
     // Of a shard that this cluster does not have: it says nothing of the key's.
     assert_eq!(told(cache.get(forged(1, 4000, 9)).await).0, Code::Ok);
     cluster.stop().await
@@ -192,27 +366,71 @@ async fn a_forged_token_is_not_believed() -> anyhow::Result<()> {
 async fn what_is_not_built_is_refused_by_its_name() -> anyhow::Result<()> {
     let cluster = in_process().nodes(1, 1).start().await?;
     let cache = &mut cache(&cluster, 0);
-    cache.set(v1::SetRequest { key: "k".into(), value: "kept".into(), ..Default::default() }).await?;
+    cache
+        .set(v1::SetRequest {
+            key: "k".into(),
+            value: "kept".into(),
+            ..Default::default()
+        })
+        .await?;
     let before = position(&cluster, 0).await?;
 
-    assert_eq!(get(cache, |get| get.max_staleness = seconds(1)).await, not_built("max_staleness"));
-    assert_eq!(get(cache, |get| get.max_age = seconds(1)).await, not_built("max_age"));
-    assert_eq!(get(cache, |get| get.only_if_cached = true).await, not_built("only_if_cached"));
-    assert_eq!(get(cache, |get| get.no_cache = true).await, not_built("no_cache"));
-    assert_eq!(get(cache, |get| get.if_version_not = Some(0)).await, not_built("if_version_not"));
+    assert_eq!(
+        get(cache, |get| get.max_staleness = seconds(1)).await,
+        not_built("max_staleness")
+    );
+    assert_eq!(
+        get(cache, |get| get.max_age = seconds(1)).await,
+        not_built("max_age")
+    );
+    assert_eq!(
+        get(cache, |get| get.only_if_cached = true).await,
+        not_built("only_if_cached")
+    );
+    assert_eq!(
+        get(cache, |get| get.no_cache = true).await,
+        not_built("no_cache")
+    );
+    assert_eq!(
+        get(cache, |get| get.if_version_not = Some(0)).await,
+        not_built("if_version_not")
+    );
     assert_eq!(get(cache, |get| get.lease = true).await, not_built("lease"));
     for fetch_on_miss in [v1::FetchOnMiss::Sync, v1::FetchOnMiss::Async] {
-        assert_eq!(get(cache, |get| get.fetch_on_miss = fetch_on_miss.into()).await, not_built("fetch_on_miss"));
+        assert_eq!(
+            get(cache, |get| get.fetch_on_miss = fetch_on_miss.into()).await,
+            not_built("fetch_on_miss")
+        );
     }
     let bounded = Consistency::Bounded.into();
-    assert_eq!(get(cache, |get| get.consistency = bounded).await, not_built("consistency"));
-    assert_eq!(batch_get(cache, |batch| batch.consistency = bounded).await, not_built("consistency"));
-    assert_eq!(scan(cache, |scan| scan.consistency = bounded).await, not_built("consistency"));
-    let inspect = v1::InspectRequest { key: "k".into(), consistency: bounded, ..Default::default() };
+    assert_eq!(
+        get(cache, |get| get.consistency = bounded).await,
+        not_built("consistency")
+    );
+    assert_eq!(
+        batch_get(cache, |batch| batch.consistency = bounded).await,
+        not_built("consistency")
+    );
+    assert_eq!(
+        scan(cache, |scan| scan.consistency = bounded).await,
+        not_built("consistency")
+    );
+    let inspect = v1::InspectRequest {
+        key: "k".into(),
+        consistency: bounded,
+        ..Default::default()
+    };
     assert_eq!(told(cache.inspect(inspect).await), not_built("consistency"));
 
     // A method of the design that this version does not have.
-    let (code, ..) = told(call(cluster.channel(0), "/holdfast.v1.CacheService/Watch", Bytes::new()).await);
+    let (code, ..) = told(
+        call(
+            cluster.channel(0),
+            "/holdfast.v1.CacheService/Watch",
+            Bytes::new(),
+        )
+        .await,
+    );
     assert_eq!(code, Code::Unimplemented);
     assert_eq!(position(&cluster, 0).await?, before);
     cluster.stop().await
@@ -241,13 +459,33 @@ async fn a_clients_mistake_is_never_internal() -> anyhow::Result<()> {
 
     info!("--- what is no message at all");
     for method in METHODS {
-        for bytes in [b"\x0a\xff\xff\xff\x7f".as_slice(), b"\x07", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", b"\x0a"] {
-            let (code, word, _) = told(call(cluster.channel(0), method, Bytes::from_static(bytes)).await);
-            assert_eq!((code, word.as_str()), (Code::InvalidArgument, reason::INVALID_FIELD), "{method} {bytes:?}");
+        for bytes in [
+            b"\x0a\xff\xff\xff\x7f".as_slice(),
+            b"\x07",
+            b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+            b"\x0a",
+        ] {
+            let (code, word, _) =
+                told(call(cluster.channel(0), method, Bytes::from_static(bytes)).await);
+            assert_eq!(
+                (code, word.as_str()),
+                (Code::InvalidArgument, reason::INVALID_FIELD),
+                "{method} {bytes:?}"
+            );
         }
     }
     info!("--- a tag that is no text");
-    assert_eq!(told(call(cluster.channel(0), METHODS[2], Bytes::from_static(b"\x0a\x01k\x3a\x02\xc3\x28")).await), mistake("tags"));
+    assert_eq!(
+        told(
+            call(
+                cluster.channel(0),
+                METHODS[2],
+                Bytes::from_static(b"\x0a\x01k\x3a\x02\xc3\x28")
+            )
+            .await
+        ),
+        mistake("tags")
+    );
 
     info!("--- any bytes, where nothing can be changed");
     let seed = seed();
@@ -257,18 +495,49 @@ async fn a_clients_mistake_is_never_internal() -> anyhow::Result<()> {
         random.fill_bytes(&mut bytes);
         for method in [METHODS[0], METHODS[1], METHODS[5], METHODS[6]] {
             let (code, ..) = told(call(cluster.channel(0), method, bytes.clone().into()).await);
-            assert!(![Code::Internal, Code::Unknown].contains(&code), "seed {seed} round {round}: {method} {bytes:?}: {code:?}");
+            assert!(
+                ![Code::Internal, Code::Unknown].contains(&code),
+                "seed {seed} round {round}: {method} {bytes:?}: {code:?}"
+            );
         }
     }
     info!("--- members that are none");
     let members = &mut ClusterServiceClient::new(cluster.channel(0));
-    assert_eq!(told(members.promote(v1::PromoteRequest::default()).await), mistake("name"));
-    assert_eq!(told(members.remove(v1::RemoveRequest::default()).await), mistake("name"));
-    assert_eq!(told(members.add_member(v1::AddMemberRequest { name: "x".into(), ..Default::default() }).await), mistake("peer_address"));
-    let (code, word, _) = told(members.remove(v1::RemoveRequest { name: "nobody".into() }).await);
-    assert_eq!((code, word.as_str()), (Code::FailedPrecondition, reason::NO_MEMBER));
+    assert_eq!(
+        told(members.promote(v1::PromoteRequest::default()).await),
+        mistake("name")
+    );
+    assert_eq!(
+        told(members.remove(v1::RemoveRequest::default()).await),
+        mistake("name")
+    );
+    assert_eq!(
+        told(
+            members
+                .add_member(v1::AddMemberRequest {
+                    name: "x".into(),
+                    ..Default::default()
+                })
+                .await
+        ),
+        mistake("peer_address")
+    );
+    let (code, word, _) = told(
+        members
+            .remove(v1::RemoveRequest {
+                name: "nobody".into(),
+            })
+            .await,
+    );
+    assert_eq!(
+        (code, word.as_str()),
+        (Code::FailedPrecondition, reason::NO_MEMBER)
+    );
     for peer_address in ["nonsense", "127.0.0.1:1", "http://[::", "\n:7401"] {
-        let request = v1::AddMemberRequest { name: "x".into(), peer_address: peer_address.into() };
+        let request = v1::AddMemberRequest {
+            name: "x".into(),
+            peer_address: peer_address.into(),
+        };
         let (code, ..) = told(members.add_member(request).await);
         assert_eq!(code, Code::FailedPrecondition, "{peer_address}");
     }
@@ -294,10 +563,29 @@ async fn garbage_on_any_port_hurts_nobody() -> anyhow::Result<()> {
         [PREFACE, &noise()].concat(),
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
-        // SETTINGS, then a HEADERS frame of 16 MiB, a DATA frame on no stream, a frame of no known type.
-        [PREFACE, b"\0\0\0\x04\0\0\0\0\0", b"\xff\xff\xff\x01\x04\0\0\0\x01", &noise()].concat(),
-        [PREFACE, b"\0\0\0\x04\0\0\0\0\0", b"\0\0\x04\x00\x00\0\0\0\0", b"junk"].concat(),
-        [PREFACE, b"\0\0\0\x04\0\0\0\0\0", b"\0\0\x04\xee\x00\0\0\0\x01", b"junk"].concat(),
+        // SETTINGS, then a HEADERS frame of 16 MiB, a DATA frame on no stream, a frame of no known
+        // type.
+        [
+            PREFACE,
+            b"\0\0\0\x04\0\0\0\0\0",
+            b"\xff\xff\xff\x01\x04\0\0\0\x01",
+            &noise(),
+        ]
+        .concat(),
+        [
+            PREFACE,
+            b"\0\0\0\x04\0\0\0\0\0",
+            b"\0\0\x04\x00\x00\0\0\0\0",
+            b"junk",
+        ]
+        .concat(),
+        [
+            PREFACE,
+            b"\0\0\0\x04\0\0\0\0\0",
+            b"\0\0\x04\xee\x00\0\0\0\x01",
+            b"junk",
+        ]
+        .concat(),
         PREFACE[..10].to_vec(),
         Vec::new(),
     ];
@@ -318,9 +606,16 @@ async fn garbage_on_any_port_hurts_nobody() -> anyhow::Result<()> {
     }
     client.set("k", "last").await?;
     for other in 0..cluster.len() {
-        let answer = cluster.client(other).get("k").consistency(holdfast_client::Consistency::Linearizable).await?;
+        let answer = cluster
+            .client(other)
+            .get("k")
+            .consistency(holdfast_client::Consistency::Linearizable)
+            .await?;
         assert_eq!(answer.answer.value.as_deref(), Some(b"last".as_slice()));
-        assert_eq!(http_get(cluster.addresses(other).admin, "/readyz").await?.0, 200);
+        assert_eq!(
+            http_get(cluster.addresses(other).admin, "/readyz").await?.0,
+            200
+        );
     }
     drop(silent);
     cluster.stop().await
@@ -339,10 +634,22 @@ async fn send(address: SocketAddr, bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 /// A unary call with these bytes for its message.
-async fn call(channel: Channel, method: &'static str, message: Bytes) -> Result<tonic::Response<Bytes>, Status> {
+async fn call(
+    channel: Channel,
+    method: &'static str,
+    message: Bytes,
+) -> Result<tonic::Response<Bytes>, Status> {
     let mut grpc = tonic::client::Grpc::new(channel);
-    grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
-    let answer = grpc.server_streaming(Request::new(message), http::uri::PathAndQuery::from_static(method), AsItIs).await?;
+    grpc.ready()
+        .await
+        .map_err(|error| Status::unavailable(error.to_string()))?;
+    let answer = grpc
+        .server_streaming(
+            Request::new(message),
+            http::uri::PathAndQuery::from_static(method),
+            AsItIs,
+        )
+        .await?;
     let mut stream = answer.into_inner();
     let mut last = Bytes::new();
     while let Some(message) = stream.message().await? {

@@ -1,4 +1,5 @@
-//! The command line as a user types it: the program itself, against real nodes. What it prints and where, and how it ends.
+//! The command line as a user types it: the program itself, against real nodes. What it prints and
+//! where, and how it ends.
 
 mod answers;
 mod endings;
@@ -65,8 +66,12 @@ impl Ran {
 
     /// The one object that a failure is, on one line of stderr; stdout has nothing.
     fn error(&self) -> anyhow::Result<Value> {
-        ensure!(self.stdout.is_empty() && self.stderr.lines().count() == 1, "more than an error: {self:?}");
-        let error: Value = serde_json::from_str(&self.stderr).with_context(|| format!("no JSON: {self:?}"))?;
+        ensure!(
+            self.stdout.is_empty() && self.stderr.lines().count() == 1,
+            "more than an error: {self:?}"
+        );
+        let error: Value =
+            serde_json::from_str(&self.stderr).with_context(|| format!("no JSON: {self:?}"))?;
         for name in ["code", "reason", "message", "field", "applied", "leader"] {
             ensure!(error.get(name).is_some(), "{name} is missing: {error}");
         }
@@ -76,24 +81,43 @@ impl Ran {
 
 /// Runs a program to its end, which must come.
 pub(super) async fn run(command: &mut Command, stdin: &[u8]) -> anyhow::Result<Ran> {
-    let [mut input, mut stdout, mut stderr] = [tempfile::tempfile()?, tempfile::tempfile()?, tempfile::tempfile()?];
+    let [mut input, mut stdout, mut stderr] = [
+        tempfile::tempfile()?,
+        tempfile::tempfile()?,
+        tempfile::tempfile()?,
+    ];
     input.write_all(stdin)?;
     input.rewind()?;
-    command.stdin(input).stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
-    let code = Running(command.spawn().with_context(|| format!("{command:?}"))?).ended().await?;
-    let mut ran = Ran { code, stdout: Vec::new(), stderr: String::new() };
+    command
+        .stdin(input)
+        .stdout(stdout.try_clone()?)
+        .stderr(stderr.try_clone()?);
+    let code = Running(command.spawn().with_context(|| format!("{command:?}"))?)
+        .ended()
+        .await?;
+    let mut ran = Ran {
+        code,
+        stdout: Vec::new(),
+        stderr: String::new(),
+    };
     stdout.rewind()?;
     stdout.read_to_end(&mut ran.stdout)?;
     stderr.rewind()?;
     stderr.read_to_string(&mut ran.stderr)?;
-    ensure!(!ran.stderr.contains("panicked") && !ran.stderr.contains("backtrace"), "{ran:?}");
+    ensure!(
+        !ran.stderr.contains("panicked") && !ran.stderr.contains("backtrace"),
+        "{ran:?}"
+    );
     Ok(ran)
 }
 
 /// The program, without what the machine's environment says, and eager to show where it breaks.
 fn holdfast<W: AsRef<OsStr>>(words: impl IntoIterator<Item = W>) -> Command {
     let mut command = Command::new(PROGRAMS.holdfast);
-    command.env_remove("HOLDFAST_ENDPOINTS").env("RUST_BACKTRACE", "1").args(words);
+    command
+        .env_remove("HOLDFAST_ENDPOINTS")
+        .env("RUST_BACKTRACE", "1")
+        .args(words);
     command
 }
 
@@ -109,7 +133,9 @@ struct User {
 
 impl User {
     fn of(cluster: &Cluster, node: usize) -> Self {
-        Self { endpoint: cluster.addresses(node).client.to_string() }
+        Self {
+            endpoint: cluster.addresses(node).client.to_string(),
+        }
     }
 
     /// Words without quotes.
@@ -117,14 +143,20 @@ impl User {
         self.says(line.split_whitespace()).await
     }
 
-    async fn says<W: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = W>) -> anyhow::Result<Ran> {
+    async fn says<W: AsRef<OsStr>>(
+        &self,
+        words: impl IntoIterator<Item = W>,
+    ) -> anyhow::Result<Ran> {
         run(holdfast(["-e", &self.endpoint]).args(words), b"").await
     }
 
     /// Succeeds, and says nothing but data.
     async fn done(&self, line: &str) -> anyhow::Result<Ran> {
         let ran = self.types(line).await?;
-        ensure!(ran.code == Some(0) && ran.stderr.is_empty(), "{line}: {ran:?}");
+        ensure!(
+            ran.code == Some(0) && ran.stderr.is_empty(),
+            "{line}: {ran:?}"
+        );
         Ok(ran)
     }
 

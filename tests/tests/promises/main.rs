@@ -31,8 +31,10 @@ use holdfast_tests::cluster::{Place, Programs, Setup};
 use rand::{SeedableRng, rngs::StdRng};
 
 /// What is built with the tests, never a stale one.
-const PROGRAMS: Programs =
-    Programs { holdfastd: env!("CARGO_BIN_EXE_holdfastd-under-test"), holdfast: env!("CARGO_BIN_EXE_holdfast-under-test") };
+const PROGRAMS: Programs = Programs {
+    holdfastd: env!("CARGO_BIN_EXE_holdfastd-under-test"),
+    holdfast: env!("CARGO_BIN_EXE_holdfast-under-test"),
+};
 
 /// Three nodes in this process.
 fn in_process() -> Setup {
@@ -46,7 +48,10 @@ fn processes() -> Setup {
 
 /// A number that the environment may set.
 fn from_environment<N: std::str::FromStr>(name: &str) -> Option<N> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    std::env::var(name).ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number"))
+    })
 }
 
 /// What is random in a test is the same again with the seed that it prints.

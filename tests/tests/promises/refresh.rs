@@ -1,4 +1,5 @@
-//! One fetch for the whole cluster: however many ask at once, ahead of readers who never wait, and over a leader's death.
+//! One fetch for the whole cluster: however many ask at once, ahead of readers who never wait, and
+//! over a leader's death.
 
 use std::{
     sync::{
@@ -34,7 +35,9 @@ fn users(origin: &Origin, policy: &str) -> String {
 async fn waited(cluster: &Cluster) -> anyhow::Result<f64> {
     let mut waited = 0.0;
     for node in (0..cluster.len()).filter(|&node| cluster.is_running(node)) {
-        waited += cluster.metric(node, "holdfast_reads_waited_total", &[]).await?;
+        waited += cluster
+            .metric(node, "holdfast_reads_waited_total", &[])
+            .await?;
     }
     Ok(waited)
 }
@@ -49,17 +52,37 @@ async fn read(wire: &Wire, key: &str) -> anyhow::Result<(State, String)> {
 async fn a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
     let gate = Gate::closed();
-    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
-    let cluster = in_process().extra(users(&origin, "ttl: 60s")).start().await?;
+    origin.respond(
+        Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate),
+    );
+    let cluster = in_process()
+        .extra(users(&origin, "ttl: 60s"))
+        .start()
+        .await?;
     let (before, terms) = (waited(&cluster).await?, cluster.terms().await?);
     let mut readers = JoinSet::new();
-    for wire in cluster.wires()?.into_iter().map(|wire| wire.within(Duration::from_secs(60))).cycle().take(1_000) {
+    for wire in cluster
+        .wires()?
+        .into_iter()
+        .map(|wire| wire.within(Duration::from_secs(60)))
+        .cycle()
+        .take(1_000)
+    {
         readers.spawn(async move { read(&wire, "user/7").await });
     }
-    cluster.until("a thousand readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited - before >= 1_000.0)).await?;
+    cluster
+        .until("a thousand readers wait", async || {
+            waited(&cluster)
+                .await
+                .is_ok_and(|waited| waited - before >= 1_000.0)
+        })
+        .await?;
     gate.open();
     let calls = origin.calls();
-    ensure!((1..=1 + cluster.terms().await? - terms).contains(&calls), "{calls} calls for a thousand readers");
+    ensure!(
+        (1..=1 + cluster.terms().await? - terms).contains(&calls),
+        "{calls} calls for a thousand readers"
+    );
     while let Some(reader) = readers.join_next().await {
         assert_eq!(reader??, (State::Fresh, format!("call {calls}")));
     }
@@ -90,12 +113,16 @@ async fn watch(wire: Wire, stop: Arc<AtomicBool>) -> anyhow::Result<Watched> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_waits() -> anyhow::Result<()> {
+async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_waits()
+-> anyhow::Result<()> {
     // Of 2 s; the first one after a miss comes sooner, at a moment of its own.
     const INTERVAL: Duration = Duration::from_millis(1_600);
     let origin = Origin::start().await?;
     let clock = Clock::system();
-    let cluster = in_process().extra(users(&origin, "ttl: 2s, ttl_jitter: 0")).start().await?;
+    let cluster = in_process()
+        .extra(users(&origin, "ttl: 2s, ttl_jitter: 0"))
+        .start()
+        .await?;
     for wire in cluster.wires()? {
         assert_eq!(read(&wire, "user/7").await?.0, State::Fresh);
     }
@@ -108,24 +135,38 @@ async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_w
     for wire in cluster.wires()? {
         readers.spawn(watch(wire, stop.clone()));
     }
-    tokio::time::timeout(Duration::from_secs(10), origin.reached(2)).await.context("the first refresh after the miss")?;
+    tokio::time::timeout(Duration::from_secs(10), origin.reached(2))
+        .await
+        .context("the first refresh after the miss")?;
     let from = clock.monotonic();
     // Ten intervals, and until the next call.
-    tokio::time::timeout(Duration::from_secs(60), origin.reached(2 + 9)).await.context("nine more refreshes")?;
+    tokio::time::timeout(Duration::from_secs(60), origin.reached(2 + 9))
+        .await
+        .context("nine more refreshes")?;
     let elapsed = clock.monotonic() - from;
     stop.store(true, Ordering::Relaxed);
 
     let expected = elapsed.as_secs_f64() / INTERVAL.as_secs_f64();
     println!("9 calls in {elapsed:?}: {expected:.2} intervals");
-    ensure!((9.0 / 1.2..9.0 / 0.8).contains(&expected), "9 calls in {elapsed:?}, {expected:.2} intervals of {INTERVAL:?}");
+    ensure!(
+        (9.0 / 1.2..9.0 / 0.8).contains(&expected),
+        "9 calls in {elapsed:?}, {expected:.2} intervals of {INTERVAL:?}"
+    );
     let mut reads = 0;
     while let Some(watched) = readers.join_next().await {
         let watched = watched??;
-        ensure!(watched.not_fresh.is_empty(), "reads that were not FRESH: {watched:?}");
+        ensure!(
+            watched.not_fresh.is_empty(),
+            "reads that were not FRESH: {watched:?}"
+        );
         reads += watched.reads;
     }
     ensure!(reads > 100, "only {reads} reads");
-    assert_eq!(waited(&cluster).await? - before, 0.0, "of {reads} reads some waited");
+    assert_eq!(
+        waited(&cluster).await? - before,
+        0.0,
+        "of {reads} reads some waited"
+    );
     cluster.stop().await
 }
 
@@ -133,24 +174,39 @@ async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_w
 async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
     let gate = Gate::closed();
-    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
-    let mut cluster = processes().extra(users(&origin, "ttl: 60s")).start().await?;
+    origin.respond(
+        Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate),
+    );
+    let mut cluster = processes()
+        .extra(users(&origin, "ttl: 60s"))
+        .start()
+        .await?;
     let leader = cluster.leader_of(&[0, 1, 2]).await?;
     let followers: Vec<usize> = (0..3).filter(|&node| node != leader).collect();
 
     info!("--- readers on the followers wait for the leader's fetch");
     let mut readers = JoinSet::new();
     for n in 0..20 {
-        let wire = cluster.wire(followers[n % 2])?.within(Duration::from_secs(60));
+        let wire = cluster
+            .wire(followers[n % 2])?
+            .within(Duration::from_secs(60));
         readers.spawn(async move { read(&wire, "user/7").await });
     }
-    tokio::time::timeout(Duration::from_secs(20), origin.reached(1)).await.context("the leader fetches")?;
-    cluster.until("all readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited >= 20.0)).await?;
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(1))
+        .await
+        .context("the leader fetches")?;
+    cluster
+        .until("all readers wait", async || {
+            waited(&cluster).await.is_ok_and(|waited| waited >= 20.0)
+        })
+        .await?;
     assert_eq!(origin.calls(), 1);
 
     info!("--- the leader is killed");
     cluster.kill(leader)?;
-    tokio::time::timeout(Duration::from_secs(20), origin.reached(2)).await.context("the next leader fetches")?;
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(2))
+        .await
+        .context("the next leader fetches")?;
     gate.open();
     while let Some(reader) = readers.join_next().await {
         assert_eq!(reader??, (State::Fresh, "call 2".to_owned()));
@@ -161,23 +217,39 @@ async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> any
 
 /// It still holds the connections of those who asked it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_when_it_wakes() -> anyhow::Result<()> {
+async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_when_it_wakes()
+-> anyhow::Result<()> {
     let origin = Origin::start().await?;
     let gate = Gate::closed();
-    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate));
-    let cluster = processes().extra(users(&origin, "ttl: 60s")).start().await?;
+    origin.respond(
+        Behaviour::compute(|_, number| Answer::text(format!("call {number}"))).after(&gate),
+    );
+    let cluster = processes()
+        .extra(users(&origin, "ttl: 60s"))
+        .start()
+        .await?;
     let leader = cluster.leader_of(&[0, 1, 2]).await?;
     let mut readers = JoinSet::new();
     for node in (0..3).filter(|&node| node != leader) {
         let wire = cluster.wire(node)?.within(Duration::from_secs(60));
         readers.spawn(async move { read(&wire, "user/7").await });
     }
-    tokio::time::timeout(Duration::from_secs(20), origin.reached(1)).await.context("the leader fetches")?;
-    cluster.until("all readers wait", async || waited(&cluster).await.is_ok_and(|waited| waited >= 2.0)).await?;
+    tokio::time::timeout(Duration::from_secs(20), origin.reached(1))
+        .await
+        .context("the leader fetches")?;
+    cluster
+        .until("all readers wait", async || {
+            waited(&cluster).await.is_ok_and(|waited| waited >= 2.0)
+        })
+        .await?;
 
-    info!("--- the leader is frozen; the connection to it breaks in 4 s, and nobody waits for that");
+    info!(
+        "--- the leader is frozen; the connection to it breaks in 4 s, and nobody waits for that"
+    );
     cluster.pause(leader)?;
-    tokio::time::timeout(Duration::from_secs(3), origin.reached(2)).await.context("the next leader fetches")?;
+    tokio::time::timeout(Duration::from_secs(3), origin.reached(2))
+        .await
+        .context("the next leader fetches")?;
     gate.open();
     while let Some(reader) = readers.join_next().await {
         assert_eq!(reader??, (State::Fresh, "call 2".to_owned()));
@@ -185,7 +257,14 @@ async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_w
     info!("--- it wakes");
     cluster.resume(leader)?;
     for wire in cluster.wires()? {
-        assert_eq!(text(&wire.get("user/7", Consistency::Linearizable, &Bytes::new()).await?), "call 2");
+        assert_eq!(
+            text(
+                &wire
+                    .get("user/7", Consistency::Linearizable, &Bytes::new())
+                    .await?
+            ),
+            "call 2"
+        );
     }
     assert_eq!(origin.calls(), 2);
     cluster.stop().await
@@ -194,16 +273,30 @@ async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_w
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_invalidated_key_is_refreshed_though_nobody_reads_it() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
-    origin.respond(Behaviour::compute(|_, number| Answer::text(format!("call {number}"))));
-    let cluster = in_process().extra(users(&origin, "ttl: 1h")).start().await?;
+    origin.respond(Behaviour::compute(|_, number| {
+        Answer::text(format!("call {number}"))
+    }));
+    let cluster = in_process()
+        .extra(users(&origin, "ttl: 1h"))
+        .start()
+        .await?;
     for (node, wire) in cluster.wires()?.into_iter().enumerate() {
         let (key, path) = (format!("user/{node}"), format!("/users/{node}"));
         ensure!(read(&wire, &key).await?.0 == State::Fresh, "{key}");
 
         info!("--- {key} is invalidated, at any node; its only reader went away before");
         wire.invalidate(&key, None).await?;
-        cluster.until("the upstream is asked again", async || origin.calls_of(&path) == 2).await?;
-        let fresh = async || wire.inspect(&key).await.is_ok_and(|seen| seen.answer.is_some_and(|answer| answer.state() == State::Fresh));
+        cluster
+            .until("the upstream is asked again", async || {
+                origin.calls_of(&path) == 2
+            })
+            .await?;
+        let fresh = async || {
+            wire.inspect(&key).await.is_ok_and(|seen| {
+                seen.answer
+                    .is_some_and(|answer| answer.state() == State::Fresh)
+            })
+        };
         cluster.until("it is fresh again", fresh).await?;
     }
     ensure!(origin.calls() == 6, "{} calls", origin.calls());

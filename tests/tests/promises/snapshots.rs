@@ -20,41 +20,98 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// 5,000 entries behind a log that keeps 1,000.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_behind_the_log_catches_up_by_one_snapshot() -> anyhow::Result<()> {
-    let mut cluster = processes().extra("storage: {log_keep_entries: 1000}").start().await?;
+    let mut cluster = processes()
+        .extra("storage: {log_keep_entries: 1000}")
+        .start()
+        .await?;
     Readers::prepare(&cluster.client(0)).await?;
     let (leader, behind) = (cluster.leader().await?, cluster.follower().await?);
-    cluster.until("the follower has the steady key", async || revision(&cluster, behind).await.is_ok_and(|at| at > 0)).await?;
+    cluster
+        .until("the follower has the steady key", async || {
+            revision(&cluster, behind).await.is_ok_and(|at| at > 0)
+        })
+        .await?;
 
     info!("--- fall behind");
-    let at_kill = cluster.metric(leader, "holdfast_applied_index", &[]).await?;
+    let at_kill = cluster
+        .metric(leader, "holdfast_applied_index", &[])
+        .await?;
     cluster.kill(behind)?;
-    let writes = Arc::new(Writes::start(vec![cluster.client_of_all(); 8], "k", 100, &cluster.clock));
-    while cluster.metric(leader, "holdfast_applied_index", &[]).await? < at_kill + BEHIND {
+    let writes = Arc::new(Writes::start(
+        vec![cluster.client_of_all(); 8],
+        "k",
+        100,
+        &cluster.clock,
+    ));
+    while cluster
+        .metric(leader, "holdfast_applied_index", &[])
+        .await?
+        < at_kill + BEHIND
+    {
         writes.more(200).await?;
     }
     let others: Vec<usize> = (0..cluster.len()).filter(|&node| node != behind).collect();
     let readers_of_others = Readers::start(&cluster, &others, &writes);
 
     info!("--- catch up");
-    let newest = writes.newest().context("writes were acknowledged")?.1.revision(0);
+    let newest = writes
+        .newest()
+        .context("writes were acknowledged")?
+        .1
+        .revision(0);
     cluster.start_node(behind).await?;
-    cluster.until("it answers", async || cluster.client(behind).get("steady").consistency(Consistency::Local).await.is_ok()).await?;
+    cluster
+        .until("it answers", async || {
+            cluster
+                .client(behind)
+                .get("steady")
+                .consistency(Consistency::Local)
+                .await
+                .is_ok()
+        })
+        .await?;
     let readers = Readers::start(&cluster, &[behind], &writes);
-    cluster.until("it has what it missed", async || revision(&cluster, behind).await.is_ok_and(|at| at >= newest)).await?;
+    cluster
+        .until("it has what it missed", async || {
+            revision(&cluster, behind)
+                .await
+                .is_ok_and(|at| at >= newest)
+        })
+        .await?;
     cluster.ready(behind).await?;
     readers.stop().await?;
     readers_of_others.stop().await?;
-    let installed = cluster.metric(behind, "holdfast_snapshots_installed_total", &[]).await?;
+    let installed = cluster
+        .metric(behind, "holdfast_snapshots_installed_total", &[])
+        .await?;
     ensure!(installed == 1.0, "caught up by {installed} snapshots");
-    let sent = async || cluster.metric(leader, "holdfast_snapshots_sent_total", &[]).await.unwrap_or_default();
-    cluster.until("the leader knows that its snapshot arrived", async || sent().await > 0.0).await?;
+    let sent = async || {
+        cluster
+            .metric(leader, "holdfast_snapshots_sent_total", &[])
+            .await
+            .unwrap_or_default()
+    };
+    cluster
+        .until("the leader knows that its snapshot arrived", async || {
+            sent().await > 0.0
+        })
+        .await?;
     let sent = sent().await;
     ensure!(sent == 1.0, "the leader sent {sent} snapshots");
 
     info!("--- everything is there");
-    let written = Arc::into_inner(writes).context("the readers are gone")?.stop().await;
+    let written = Arc::into_inner(writes)
+        .context("the readers are gone")?
+        .stop()
+        .await;
     written.check(&cluster.client(behind)).await?;
-    ensure!(cluster.metric(behind, "holdfast_snapshots_installed_total", &[]).await? == 1.0, "not by one snapshot");
+    ensure!(
+        cluster
+            .metric(behind, "holdfast_snapshots_installed_total", &[])
+            .await?
+            == 1.0,
+        "not by one snapshot"
+    );
     Ok(())
 }
 
@@ -64,12 +121,20 @@ async fn followers_keep_up_with_full_load() -> anyhow::Result<()> {
     let seconds = crate::from_environment("HOLDFAST_LOAD_SECONDS").unwrap_or(LOAD_SECONDS);
     let cluster = processes().start().await?;
     let leader = cluster.leader().await?;
-    let writes = Writes::start(vec![cluster.client_of_all(); CALLERS], "k", 100, &cluster.clock);
+    let writes = Writes::start(
+        vec![cluster.client_of_all(); CALLERS],
+        "k",
+        100,
+        &cluster.clock,
+    );
     writes.more(CALLERS as u64).await?;
 
     info!("--- load");
     let until = writes.now() + Duration::from_secs(seconds);
-    let followers: Vec<Client> = (0..cluster.len()).filter(|&node| node != leader).map(|node| cluster.client(node)).collect();
+    let followers: Vec<Client> = (0..cluster.len())
+        .filter(|&node| node != leader)
+        .map(|node| cluster.client(node))
+        .collect();
     let mut longest = Duration::ZERO;
     while writes.now() < until {
         for follower in &followers {
@@ -77,7 +142,10 @@ async fn followers_keep_up_with_full_load() -> anyhow::Result<()> {
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-    println!("{} writes in {seconds} s, the longest lag {longest:?}", writes.count());
+    println!(
+        "{} writes in {seconds} s, the longest lag {longest:?}",
+        writes.count()
+    );
     ensure!(longest < LAG_MAX, "a follower was {longest:?} behind");
 
     info!("--- rest");
@@ -85,21 +153,35 @@ async fn followers_keep_up_with_full_load() -> anyhow::Result<()> {
     let level = cluster.until("no lag", async || {
         let mut level = true;
         for node in 0..cluster.len() {
-            level &= revision(&cluster, node).await.is_ok_and(|at| at >= written.token.revision(0));
+            level &= revision(&cluster, node)
+                .await
+                .is_ok_and(|at| at >= written.token.revision(0));
         }
         let status = cluster.client(leader).cluster().status().await;
         level && status.is_ok_and(|status| status.nodes.iter().all(|node| node.lag == 0))
     });
-    tokio::time::timeout(LEVEL_WITHIN, level).await.with_context(|| format!("a lag is left {} s later", LEVEL_WITHIN.as_secs()))?
+    tokio::time::timeout(LEVEL_WITHIN, level)
+        .await
+        .with_context(|| format!("a lag is left {} s later", LEVEL_WITHIN.as_secs()))?
 }
 
 /// How long a follower takes to show the newest write, or what it says itself if that is more.
 async fn lag(follower: &Client, writes: &Writes) -> anyhow::Result<Duration> {
-    let newest = writes.newest().context("a write was acknowledged")?.1.revision(0);
+    let newest = writes
+        .newest()
+        .context("a write was acknowledged")?
+        .1
+        .revision(0);
     let began = writes.now();
     loop {
-        let replica = follower.get("k0").consistency(Consistency::Local).await?.replica;
-        let told = replica.lag.context("a follower that hears its leader knows its lag")?;
+        let replica = follower
+            .get("k0")
+            .consistency(Consistency::Local)
+            .await?
+            .replica;
+        let told = replica
+            .lag
+            .context("a follower that hears its leader knows its lag")?;
         let took = writes.now().saturating_sub(began);
         if replica.revision >= newest || took > LAG_MAX {
             return Ok(took.max(told));
@@ -108,5 +190,11 @@ async fn lag(follower: &Client, writes: &Writes) -> anyhow::Result<Duration> {
 }
 
 async fn revision(cluster: &Cluster, node: usize) -> anyhow::Result<u64> {
-    Ok(cluster.client(node).get("steady").consistency(Consistency::Local).await?.replica.revision)
+    Ok(cluster
+        .client(node)
+        .get("steady")
+        .consistency(Consistency::Local)
+        .await?
+        .replica
+        .revision)
 }

@@ -1,4 +1,5 @@
-//! A caller's trace goes through the cluster: over the node that is asked, the leader and the upstream, to whatever collects it.
+//! A caller's trace goes through the cluster: over the node that is asked, the leader and the
+//! upstream, to whatever collects it.
 
 use std::{
     collections::BTreeSet,
@@ -52,7 +53,10 @@ struct Keeping(Arc<Mutex<Vec<ResourceSpans>>>);
 
 #[tonic::async_trait]
 impl TraceService for Keeping {
-    async fn export(&self, request: Request<ExportTraceServiceRequest>) -> Result<Response<ExportTraceServiceResponse>, Status> {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         self.0.lock().extend(request.into_inner().resource_spans);
         Ok(Response::new(ExportTraceServiceResponse::default()))
     }
@@ -66,34 +70,66 @@ impl Collector {
         let server = Server::builder().add_service(TraceServiceServer::new(Keeping(kept.clone())));
         let accepted = tokio_stream::wrappers::TcpListenerStream::new(listener).boxed();
         let serving = tokio::spawn(server.serve_with_incoming(accepted));
-        Ok(Self { address, kept, serving })
+        Ok(Self {
+            address,
+            kept,
+            serving,
+        })
     }
 
     /// The spans of one trace that one node sent.
     fn spans(&self, trace: &str, node: &str) -> Vec<Span> {
         let kept = self.kept.lock();
-        let of_node =
-            kept.iter().filter(|spans| spans.resource.as_ref().is_some_and(|of| attribute(&of.attributes, "service.instance.id") == node));
-        let spans = of_node.flat_map(|spans| &spans.scope_spans).flat_map(|scope| &scope.spans);
-        spans.filter(|span| hex(&span.trace_id) == trace).cloned().collect()
+        let of_node = kept.iter().filter(|spans| {
+            spans
+                .resource
+                .as_ref()
+                .is_some_and(|of| attribute(&of.attributes, "service.instance.id") == node)
+        });
+        let spans = of_node
+            .flat_map(|spans| &spans.scope_spans)
+            .flat_map(|scope| &scope.spans);
+        spans
+            .filter(|span| hex(&span.trace_id) == trace)
+            .cloned()
+            .collect()
     }
 
     /// A span of one trace that one node sent, by name and method, once it is there.
-    async fn span(&self, trace: &str, node: &str, name: &str, method: &str) -> anyhow::Result<Span> {
+    async fn span(
+        &self,
+        trace: &str,
+        node: &str,
+        name: &str,
+        method: &str,
+    ) -> anyhow::Result<Span> {
         let mut found = None;
         let is_there = async || {
             let mut spans = self.spans(trace, node).into_iter();
-            found = spans.find(|span| span.name == name && attribute(&span.attributes, "method") == method);
+            found = spans
+                .find(|span| span.name == name && attribute(&span.attributes, "method") == method);
             found.is_some()
         };
         let waited = until(&format!("{node} sends a span `{name}` {method}"), is_there).await;
-        waited.with_context(|| format!("it sent {:?}", self.spans(trace, node).into_iter().map(|span| span.name).collect::<Vec<_>>()))?;
+        waited.with_context(|| {
+            format!(
+                "it sent {:?}",
+                self.spans(trace, node)
+                    .into_iter()
+                    .map(|span| span.name)
+                    .collect::<Vec<_>>()
+            )
+        })?;
         found.context("a span")
     }
 
     /// Everything, byte for byte.
     fn bytes(&self) -> Vec<u8> {
-        self.kept.lock().iter().flat_map(|spans| spans.encode_to_vec()).collect()
+        self.kept
+            .lock()
+            .iter()
+            .flat_map(|spans| spans.encode_to_vec())
+            .collect()
     }
 }
 
@@ -105,7 +141,10 @@ impl Drop for Collector {
 
 /// Empty if there is none.
 fn attribute<'a>(attributes: &'a [KeyValue], key: &str) -> &'a str {
-    let found = attributes.iter().find(|attribute| attribute.key == key).and_then(|attribute| attribute.value.as_ref()?.value.as_ref());
+    let found = attributes
+        .iter()
+        .find(|attribute| attribute.key == key)
+        .and_then(|attribute| attribute.value.as_ref()?.value.as_ref());
     match found {
         Some(any_value::Value::StringValue(text)) => text,
         _ => "",
@@ -119,21 +158,35 @@ fn hex(id: &[u8]) -> String {
 /// A request inside a trace.
 fn traced<T>(message: T, trace: &str, flags: &str) -> anyhow::Result<Request<T>> {
     let mut request = Request::new(message);
-    request.metadata_mut().insert("traceparent", format!("00-{trace}-{CALLER}-{flags}").parse()?);
+    request.metadata_mut().insert(
+        "traceparent",
+        format!("00-{trace}-{CALLER}-{flags}").parse()?,
+    );
     request.set_timeout(Duration::from_secs(10));
     Ok(request)
 }
 
 fn get(key: &str) -> v1::GetRequest {
-    v1::GetRequest { key: format!("user/{key}").into(), ..Default::default() }
+    v1::GetRequest {
+        key: format!("user/{key}").into(),
+        ..Default::default()
+    }
 }
 
 /// Starts every node as one that sends its spans to a collector, under its own name.
 async fn start(cluster: &mut Cluster, collector: SocketAddr) -> anyhow::Result<()> {
     for node in 0..cluster.len() {
         let endpoint = format!("OTEL_EXPORTER_OTLP_ENDPOINT=http://{collector}");
-        let name = format!("OTEL_RESOURCE_ATTRIBUTES=service.instance.id={}", cluster.name(node));
-        cluster.start_with(node, &["env", &endpoint, &name, "OTEL_BSP_SCHEDULE_DELAY=50"]).await?;
+        let name = format!(
+            "OTEL_RESOURCE_ATTRIBUTES=service.instance.id={}",
+            cluster.name(node)
+        );
+        cluster
+            .start_with(
+                node,
+                &["env", &endpoint, &name, "OTEL_BSP_SCHEDULE_DELAY=50"],
+            )
+            .await?;
     }
     for node in 0..cluster.len() {
         cluster.ready(node).await?;
@@ -162,48 +215,108 @@ async fn a_callers_trace_goes_on_over_follower_leader_and_upstream() -> anyhow::
     let (leader, follower) = (cluster.name(leader), cluster.name(follower));
 
     info!("--- a trace that its caller does not record goes on, and is not recorded here");
-    let answer = cache.get(traced(get("unsampled"), UNSAMPLED, "00")?).await?.into_inner().answer.context("an answer")?;
-    ensure!(answer.value.as_deref() == Some(FETCHED.as_bytes()), "{answer:?}");
+    let answer = cache
+        .get(traced(get("unsampled"), UNSAMPLED, "00")?)
+        .await?
+        .into_inner()
+        .answer
+        .context("an answer")?;
     ensure!(
-        passed_on(&origin)?.starts_with(&format!("00-{UNSAMPLED}-")) && passed_on(&origin)?.ends_with("-00"),
+        answer.value.as_deref() == Some(FETCHED.as_bytes()),
+        "{answer:?}"
+    );
+    ensure!(
+        passed_on(&origin)?.starts_with(&format!("00-{UNSAMPLED}-"))
+            && passed_on(&origin)?.ends_with("-00"),
         "{}",
         passed_on(&origin)?
     );
 
     info!("--- a miss at a follower, which the leader fetches");
-    let answer = cache.get(traced(get(KEY), GET, "01")?).await?.into_inner().answer.context("an answer")?;
-    ensure!(answer.value.as_deref() == Some(FETCHED.as_bytes()), "{answer:?}");
+    let answer = cache
+        .get(traced(get(KEY), GET, "01")?)
+        .await?
+        .into_inner()
+        .answer
+        .context("an answer")?;
+    ensure!(
+        answer.value.as_deref() == Some(FETCHED.as_bytes()),
+        "{answer:?}"
+    );
     let asked = collector.span(GET, follower, "rpc", "Get").await?;
-    ensure!(hex(&asked.parent_span_id) == CALLER, "the caller's span is not the parent of {asked:?}");
+    ensure!(
+        hex(&asked.parent_span_id) == CALLER,
+        "the caller's span is not the parent of {asked:?}"
+    );
     let taken = collector.span(GET, leader, "rpc", "Fetch").await?;
-    ensure!(ids(&collector.spans(GET, follower)).contains(&taken.parent_span_id), "no span of the follower is the parent of {taken:?}");
+    ensure!(
+        ids(&collector.spans(GET, follower)).contains(&taken.parent_span_id),
+        "no span of the follower is the parent of {taken:?}"
+    );
     let flight = collector.span(GET, leader, "refresh.fetch", "").await?;
-    ensure!(flight.parent_span_id == taken.span_id, "the flight is not the request's: {flight:?}");
-    ensure!(attribute(&flight.attributes, "upstream") == "users", "{flight:?}");
+    ensure!(
+        flight.parent_span_id == taken.span_id,
+        "the flight is not the request's: {flight:?}"
+    );
+    ensure!(
+        attribute(&flight.attributes, "upstream") == "users",
+        "{flight:?}"
+    );
     let call = collector.span(GET, leader, "upstream.fetch", "").await?;
-    ensure!(call.parent_span_id == flight.span_id, "the call is not the flight's: {call:?}");
+    ensure!(
+        call.parent_span_id == flight.span_id,
+        "the call is not the flight's: {call:?}"
+    );
     let received = passed_on(&origin)?;
-    let parent = received.strip_prefix(&format!("00-{GET}-")).and_then(|rest| rest.strip_suffix("-01"));
+    let parent = received
+        .strip_prefix(&format!("00-{GET}-"))
+        .and_then(|rest| rest.strip_suffix("-01"));
     let parent = parent.with_context(|| format!("the upstream received `{received}`"))?;
-    ensure!(ids(&collector.spans(GET, leader)).iter().any(|id| hex(id) == parent), "no span of the leader is the parent of `{received}`");
+    ensure!(
+        ids(&collector.spans(GET, leader))
+            .iter()
+            .any(|id| hex(id) == parent),
+        "no span of the leader is the parent of `{received}`"
+    );
     ensure!(origin.calls() == 2, "{} calls", origin.calls());
 
     info!("--- a write at a follower, which the leader proposes");
-    let set = v1::SetRequest { key: KEY.into(), value: VALUE.into(), ..Default::default() };
+    let set = v1::SetRequest {
+        key: KEY.into(),
+        value: VALUE.into(),
+        ..Default::default()
+    };
     cache.set(traced(set, SET, "01")?).await?;
     let asked = collector.span(SET, follower, "rpc", "Set").await?;
-    ensure!(hex(&asked.parent_span_id) == CALLER, "the caller's span is not the parent of {asked:?}");
+    ensure!(
+        hex(&asked.parent_span_id) == CALLER,
+        "the caller's span is not the parent of {asked:?}"
+    );
     let taken = collector.span(SET, leader, "rpc", "Propose").await?;
-    ensure!(ids(&collector.spans(SET, follower)).contains(&taken.parent_span_id), "no span of the follower is the parent of {taken:?}");
+    ensure!(
+        ids(&collector.spans(SET, follower)).contains(&taken.parent_span_id),
+        "no span of the follower is the parent of {taken:?}"
+    );
 
     info!("--- what the collector has seen of what was asked");
     for node in 0..3 {
         ensure!(cluster.stop_node(node).await? == Some(0));
-        ensure!(collector.spans(UNSAMPLED, &format!("node-{}", node + 1)).is_empty(), "spans of a trace that nobody records");
+        ensure!(
+            collector
+                .spans(UNSAMPLED, &format!("node-{}", node + 1))
+                .is_empty(),
+            "spans of a trace that nobody records"
+        );
     }
     let seen = collector.bytes();
-    let shows = |text: &str| seen.windows(text.len()).any(|bytes| bytes == text.as_bytes());
-    ensure!(shows("holdfastd") && shows("upstream.fetch"), "the search finds nothing");
+    let shows = |text: &str| {
+        seen.windows(text.len())
+            .any(|bytes| bytes == text.as_bytes())
+    };
+    ensure!(
+        shows("holdfastd") && shows("upstream.fetch"),
+        "the search finds nothing"
+    );
     for hidden in [KEY, VALUE, FETCHED, SECRET] {
         ensure!(!shows(hidden), "`{hidden}` is in a span");
     }
@@ -213,7 +326,12 @@ async fn a_callers_trace_goes_on_over_follower_leader_and_upstream() -> anyhow::
 /// What the upstream was told last of the trace that it is called in.
 fn passed_on(origin: &Origin) -> anyhow::Result<String> {
     let request = origin.last_request().context("a call")?;
-    Ok(request.headers.get("traceparent").context("the upstream received no `traceparent`")?.to_str()?.to_owned())
+    Ok(request
+        .headers
+        .get("traceparent")
+        .context("the upstream received no `traceparent`")?
+        .to_str()?
+        .to_owned())
 }
 
 fn ids(spans: &[Span]) -> BTreeSet<Vec<u8>> {
@@ -232,15 +350,35 @@ async fn a_collector_that_is_away_or_hangs_harms_nobody() -> anyhow::Result<()> 
         cluster.leader().await?;
         let mut cache = CacheServiceClient::new(cluster.channel(0));
         for _ in 0..100 {
-            let set = v1::SetRequest { key: KEY.into(), value: VALUE.into(), ..Default::default() };
+            let set = v1::SetRequest {
+                key: KEY.into(),
+                value: VALUE.into(),
+                ..Default::default()
+            };
             cache.set(traced(set, SET, "01")?).await?;
-            let get = v1::GetRequest { key: KEY.into(), ..Default::default() };
-            let answer = cache.get(traced(get, GET, "01")?).await?.into_inner().answer.context("an answer")?;
-            ensure!(answer.value.as_deref() == Some(VALUE.as_bytes()), "{answer:?}");
+            let get = v1::GetRequest {
+                key: KEY.into(),
+                ..Default::default()
+            };
+            let answer = cache
+                .get(traced(get, GET, "01")?)
+                .await?
+                .into_inner()
+                .answer
+                .context("an answer")?;
+            ensure!(
+                answer.value.as_deref() == Some(VALUE.as_bytes()),
+                "{answer:?}"
+            );
         }
-        let code =
-            tokio::time::timeout(Duration::from_secs(10), cluster.stop_node(0)).await.context("it has not stopped within 10 s")??;
-        ensure!(code == Some(0), "it exited with {code:?}: {}", cluster.log_of(0));
+        let code = tokio::time::timeout(Duration::from_secs(10), cluster.stop_node(0))
+            .await
+            .context("it has not stopped within 10 s")??;
+        ensure!(
+            code == Some(0),
+            "it exited with {code:?}: {}",
+            cluster.log_of(0)
+        );
     }
     Ok(())
 }

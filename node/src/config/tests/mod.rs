@@ -20,7 +20,11 @@ impl Fixture {
     fn new(yaml: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("holdfastd.yaml"), yaml).unwrap();
-        Self { directory, environment: Vec::new(), overrides: Overrides::default() }
+        Self {
+            directory,
+            environment: Vec::new(),
+            overrides: Overrides::default(),
+        }
     }
 
     fn variable(mut self, name: &str, value: &str) -> Self {
@@ -38,7 +42,11 @@ impl Fixture {
     }
 
     fn load(&self) -> Result<Config, ConfigError> {
-        Config::load(Some(&self.file()), self.environment.clone(), &self.overrides)
+        Config::load(
+            Some(&self.file()),
+            self.environment.clone(),
+            &self.overrides,
+        )
     }
 
     fn loaded(&self) -> Config {
@@ -48,7 +56,10 @@ impl Fixture {
     /// What `load` complains about, without the directory's name.
     fn complaints(&self) -> String {
         let directory = format!("{}/", self.directory.path().display());
-        self.load().expect_err("it has a mistake").to_string().replace(&directory, "")
+        self.load()
+            .expect_err("it has a mistake")
+            .to_string()
+            .replace(&directory, "")
     }
 }
 
@@ -58,7 +69,20 @@ fn load(yaml: &str) -> Config {
 
 /// The same without what depends on where it was loaded from.
 fn without_places(config: &Config) -> String {
-    let Config { node, listen, advertise, cluster, secrets, upstreams, policies, storage, memory, reads, security, places: _ } = config;
+    let Config {
+        node,
+        listen,
+        advertise,
+        cluster,
+        secrets,
+        upstreams,
+        policies,
+        storage,
+        memory,
+        reads,
+        security,
+        places: _,
+    } = config;
     format!(
         "{node:?} {listen:?} {advertise:?} {cluster:?} {secrets:?} {upstreams:?} {policies:?} {storage:?} {memory:?} {reads:?} {security:?}"
     )
@@ -74,13 +98,34 @@ fn policy_with(line: &str) -> String {
 fn nothing_said_is_the_defaults() {
     let config = Config::load(None, [], &Overrides::default()).unwrap();
     assert_eq!(config.node.name, hostname::get().unwrap().to_string_lossy());
-    assert_eq!((config.node.region.as_str(), config.node.role), ("", Role::Voter));
+    assert_eq!(
+        (config.node.region.as_str(), config.node.role),
+        ("", Role::Voter)
+    );
     assert_eq!(config.node.data_dir, PathBuf::from("./holdfast-data"));
     assert_eq!(config.listen.client, "127.0.0.1:7400".parse().unwrap());
     assert_eq!(config.advertise.peer, "127.0.0.1:7401".parse().unwrap());
-    assert_eq!(config.cluster, Cluster { expect: 1, discover: vec![], shards: 1 });
-    assert_eq!(config.storage, Storage { engine: Engine::Rocksdb, max_bytes: None, log_keep_entries: 100_000, log_keep_bytes: 512 << 20 });
-    assert_eq!((config.memory.max_bytes, config.reads.session_wait), (None, Duration::from_millis(100)));
+    assert_eq!(
+        config.cluster,
+        Cluster {
+            expect: 1,
+            discover: vec![],
+            shards: 1
+        }
+    );
+    assert_eq!(
+        config.storage,
+        Storage {
+            engine: Engine::Rocksdb,
+            max_bytes: None,
+            log_keep_entries: 100_000,
+            log_keep_bytes: 512 << 20
+        }
+    );
+    assert_eq!(
+        (config.memory.max_bytes, config.reads.session_wait),
+        (None, Duration::from_millis(100))
+    );
     assert!(!config.security.insecure && config.upstreams.is_empty());
 }
 
@@ -89,7 +134,11 @@ fn the_documented_configuration_is_the_defaults() {
     let none = Config::load(None, [], &Overrides::default()).unwrap();
     assert_eq!(without_places(&load(DEFAULT_YAML)), without_places(&none));
     for empty in ["", "# nothing\n", "node:\nlisten: {}\npolicies:\n"] {
-        assert_eq!(without_places(&load(empty)), without_places(&none), "{empty:?}");
+        assert_eq!(
+            without_places(&load(empty)),
+            without_places(&none),
+            "{empty:?}"
+        );
     }
 }
 
@@ -108,17 +157,36 @@ fn uncommented() -> Fixture {
     let fixture = Fixture::new("");
     let secret = fixture.directory.path().join("token");
     std::fs::write(&secret, "hunter2\n").unwrap();
-    std::fs::write(fixture.file(), yaml.replace("/run/secrets/profiles", secret.to_str().unwrap())).unwrap();
+    std::fs::write(
+        fixture.file(),
+        yaml.replace("/run/secrets/profiles", secret.to_str().unwrap()),
+    )
+    .unwrap();
     fixture.variable("ORDERS_TOKEN", "hunter3")
 }
 
 #[test]
 fn the_documented_examples_load_and_show_the_defaults() {
     let config = uncommented().loaded();
-    assert_eq!((config.node.name.as_str(), config.advertise.peer.to_string().as_str()), ("holdfast-0", "holdfast-0.holdfast:7401"));
-    assert_eq!(config.secrets.get("profiles_token").unwrap().expose(), "hunter2");
-    assert_eq!(config.secrets.get("orders_token").unwrap().expose(), "hunter3");
-    assert_eq!((config.storage.max_bytes, config.memory.max_bytes), (Some(100 << 30), Some(4 << 30)));
+    assert_eq!(
+        (
+            config.node.name.as_str(),
+            config.advertise.peer.to_string().as_str()
+        ),
+        ("holdfast-0", "holdfast-0.holdfast:7401")
+    );
+    assert_eq!(
+        config.secrets.get("profiles_token").unwrap().expose(),
+        "hunter2"
+    );
+    assert_eq!(
+        config.secrets.get("orders_token").unwrap().expose(),
+        "hunter3"
+    );
+    assert_eq!(
+        (config.storage.max_bytes, config.memory.max_bytes),
+        (Some(100 << 30), Some(4 << 30))
+    );
     assert_eq!(config.upstreams[0].http.select, ["name", "plan"]);
     let shown = config.policies.find(b"user/7/profile").unwrap();
     assert_eq!(shown.captures.get(1), Some(b"7".as_slice()));
@@ -127,9 +195,18 @@ fn the_documented_examples_load_and_show_the_defaults() {
     let bare = load(
         "upstreams: {profiles: {http: {url: 'http://h/'}}}\npolicies:\n- {match: user/*/profile, upstream: profiles, tags: ['user:{1}']}\n",
     );
-    assert_eq!(format!("{:?}", bare.policies), format!("{:?}", config.policies));
-    assert_eq!(bare.upstreams[0].http.fetch_timeout, config.upstreams[0].http.fetch_timeout);
-    assert_eq!(bare.upstreams[0].http.max_body_bytes, config.upstreams[0].http.max_body_bytes);
+    assert_eq!(
+        format!("{:?}", bare.policies),
+        format!("{:?}", config.policies)
+    );
+    assert_eq!(
+        bare.upstreams[0].http.fetch_timeout,
+        config.upstreams[0].http.fetch_timeout
+    );
+    assert_eq!(
+        bare.upstreams[0].http.max_body_bytes,
+        config.upstreams[0].http.max_body_bytes
+    );
 }
 
 #[test]
@@ -137,16 +214,26 @@ fn every_key_is_documented() {
     use super::policies::POLICY;
     use super::sections::*;
     use super::upstreams::{HTTP, SECRET, UPSTREAM};
-    let sections = [TOP, NODE, LISTEN, ADVERTISE, CLUSTER, STORAGE, MEMORY, READS, SECURITY, SECRET, UPSTREAM, HTTP, POLICY];
+    let sections = [
+        TOP, NODE, LISTEN, ADVERTISE, CLUSTER, STORAGE, MEMORY, READS, SECURITY, SECRET, UPSTREAM,
+        HTTP, POLICY,
+    ];
     for key in sections.iter().flat_map(|keys| keys.built) {
         let documented = DEFAULT_YAML.lines().any(|line| {
             let setting = line.trim_start_matches(['#', ' ', '-']);
-            setting.strip_prefix(key).is_some_and(|rest| rest.starts_with(':'))
+            setting
+                .strip_prefix(key)
+                .is_some_and(|rest| rest.starts_with(':'))
         });
         assert!(documented, "`{key}` is not in deploy/holdfastd.yaml");
     }
     for key in sections.iter().flat_map(|keys| keys.not_built) {
-        assert!(!sections.iter().any(|keys| keys.built.contains(key) && keys.not_built.contains(key)), "`{key}` is built and not built");
+        assert!(
+            !sections
+                .iter()
+                .any(|keys| keys.built.contains(key) && keys.not_built.contains(key)),
+            "`{key}` is built and not built"
+        );
     }
 }
 
@@ -173,10 +260,16 @@ security: {{insecure: true}}
     );
     std::fs::write(fixture.file(), yaml).unwrap();
     let config = fixture.loaded();
-    assert_eq!((config.cluster.expect, config.cluster.discover.len()), (3, 3));
+    assert_eq!(
+        (config.cluster.expect, config.cluster.discover.len()),
+        (3, 3)
+    );
     let matched = config.policies.find(b"user/7/profile").unwrap();
     assert_eq!(matched.policy.stale_if_error, Window::Forever);
-    let header = config.upstreams[0].http.headers[0].1.fill(b"", &[], &config.secrets).unwrap();
+    let header = config.upstreams[0].http.headers[0]
+        .1
+        .fill(b"", &[], &config.secrets)
+        .unwrap();
     assert_eq!(header, "Bearer s3cret");
     assert!(!format!("{config:?}").contains("s3cret"));
 }
@@ -193,8 +286,21 @@ fn each_layer_goes_over_the_one_before() {
         .variable("HOLDFAST_ENDPOINTS", "x")
         .overrides(Overrides::default().text("--name", "node.name", "007"));
     let config = fixture.loaded();
-    assert_eq!((config.node.name.as_str(), config.node.region.as_str(), config.node.role), ("007", "from-variable", Role::Learner));
-    assert_eq!((config.cluster.expect, config.cluster.discover[0].to_string().as_str()), (3, "c:1"));
+    assert_eq!(
+        (
+            config.node.name.as_str(),
+            config.node.region.as_str(),
+            config.node.role
+        ),
+        ("007", "from-variable", Role::Learner)
+    );
+    assert_eq!(
+        (
+            config.cluster.expect,
+            config.cluster.discover[0].to_string().as_str()
+        ),
+        (3, "c:1")
+    );
     assert_eq!(config.storage.max_bytes, Some(1 << 30));
     assert_eq!(config.places.name, Place::Flag("--name".into()));
 }
@@ -202,20 +308,37 @@ fn each_layer_goes_over_the_one_before() {
 #[test]
 fn variables_reach_names_in_any_case_and_flags_prepend_policies() {
     let fixture = Fixture::new(
-        &format!("{UPSTREAM}policies: [{{match: '*', upstream: u}}]\n").replace("u:\n", "Slow:\n").replace("upstream: u", "upstream: Slow"),
+        &format!("{UPSTREAM}policies: [{{match: '*', upstream: u}}]\n")
+            .replace("u:\n", "Slow:\n")
+            .replace("upstream: u", "upstream: Slow"),
     )
     .variable("HOLDFAST__UPSTREAMS__SLOW__FETCH_TIMEOUT", "9s")
     .overrides(
-        Overrides::default().yaml("--upstream", "upstreams.demo", r#"{"http": {"url": "http://127.0.0.1:8000/users/{1}"}}"#).prepend(
-            "--upstream",
-            "policies",
-            r#"[{"match": "user/*", "upstream": "demo", "ttl": "2s"}]"#,
-        ),
+        Overrides::default()
+            .yaml(
+                "--upstream",
+                "upstreams.demo",
+                r#"{"http": {"url": "http://127.0.0.1:8000/users/{1}"}}"#,
+            )
+            .prepend(
+                "--upstream",
+                "policies",
+                r#"[{"match": "user/*", "upstream": "demo", "ttl": "2s"}]"#,
+            ),
     );
     let config = fixture.loaded();
-    assert_eq!(config.upstreams[0].http.fetch_timeout, Duration::from_secs(9));
-    assert_eq!(&*config.policies.find(b"user/1").unwrap().policy.upstream, "demo");
-    assert_eq!(&*config.policies.find(b"other").unwrap().policy.upstream, "Slow");
+    assert_eq!(
+        config.upstreams[0].http.fetch_timeout,
+        Duration::from_secs(9)
+    );
+    assert_eq!(
+        &*config.policies.find(b"user/1").unwrap().policy.upstream,
+        "demo"
+    );
+    assert_eq!(
+        &*config.policies.find(b"other").unwrap().policy.upstream,
+        "Slow"
+    );
 }
 
 #[test]
@@ -241,7 +364,17 @@ fn the_unit_starts_what_is_documented() {
     ] {
         assert!(unit.lines().any(|own| own == line), "{line}");
     }
-    let variable = unit.lines().find_map(|line| line.strip_prefix("Environment=")).unwrap();
+    let variable = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("Environment="))
+        .unwrap();
     let (name, value) = variable.split_once('=').unwrap();
-    assert_eq!(Fixture::new("").variable(name, value).loaded().node.data_dir, PathBuf::from("/var/lib/holdfast"));
+    assert_eq!(
+        Fixture::new("")
+            .variable(name, value)
+            .loaded()
+            .node
+            .data_dir,
+        PathBuf::from("/var/lib/holdfast")
+    );
 }

@@ -65,14 +65,22 @@ pub(super) struct Node {
 
 impl Cluster<'_> {
     pub(super) fn of(count: usize) -> Self {
-        Self { count, shards: 1, origin: None, policy: policy() }
+        Self {
+            count,
+            shards: 1,
+            origin: None,
+            policy: policy(),
+        }
     }
 
     pub(super) async fn start(self) -> Running {
         let clock = Clock::system();
         let listeners = join_all((0..self.count).map(|_| TcpListener::bind("127.0.0.1:0"))).await;
         let listeners: Vec<_> = listeners.into_iter().map(Result::unwrap).collect();
-        let addresses: Vec<String> = listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect();
+        let addresses: Vec<String> = listeners
+            .iter()
+            .map(|listener| listener.local_addr().unwrap().to_string())
+            .collect();
         let started = listeners.into_iter().enumerate().map(|(n, listener)| {
             let options = Options {
                 name: format!("node-{n}"),
@@ -86,18 +94,36 @@ impl Cluster<'_> {
                 shards: self.shards,
                 memory_bytes_max: 64 << 20,
                 disk_bytes_max: 1 << 40,
-                log_kept: LogKept { entries: 10_000, bytes: 64 << 20 },
+                log_kept: LogKept {
+                    entries: 10_000,
+                    bytes: 64 << 20,
+                },
             };
-            Node::start(options, listener, self.origin, self.policy.clone(), clock.clone())
+            Node::start(
+                options,
+                listener,
+                self.origin,
+                self.policy.clone(),
+                clock.clone(),
+            )
         });
-        let running = Running { nodes: join_all(started).await, clock };
+        let running = Running {
+            nodes: join_all(started).await,
+            clock,
+        };
         for node in &running.nodes {
             let mut membership = node.replicas.membership();
             let member = membership.wait_for(|membership| *membership == Membership::Member);
-            tokio::time::timeout(PATIENCE, member).await.expect("the cluster forms in time").unwrap();
+            tokio::time::timeout(PATIENCE, member)
+                .await
+                .expect("the cluster forms in time")
+                .unwrap();
             for replica in node.replicas.replicas() {
                 let mut leader = replica.watch_leader();
-                tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_some)).await.expect("a leader in time").unwrap();
+                tokio::time::timeout(PATIENCE, leader.wait_for(Option::is_some))
+                    .await
+                    .expect("a leader in time")
+                    .unwrap();
             }
         }
         running.leader().await;
@@ -114,7 +140,10 @@ impl Running {
                 leads.wait_for(Option::is_some).await.map(|_| ()).unwrap();
             })
         });
-        tokio::time::timeout(PATIENCE, select_all(leads)).await.expect("a node leads in time").1
+        tokio::time::timeout(PATIENCE, select_all(leads))
+            .await
+            .expect("a node leads in time")
+            .1
     }
 
     pub(super) async fn stop(self) {
@@ -123,29 +152,74 @@ impl Running {
 }
 
 impl Node {
-    async fn start(options: Options, listener: TcpListener, origin: Option<&Origin>, policy: Policy, clock: Clock) -> Self {
+    async fn start(
+        options: Options,
+        listener: TcpListener,
+        origin: Option<&Origin>,
+        policy: Policy,
+        clock: Clock,
+    ) -> Self {
         let metrics = Arc::new(Metrics::default());
         let address = options.client_address.clone();
-        let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone()).await.unwrap();
+        let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone())
+            .await
+            .unwrap();
         let policies = Arc::new(Policies::from_iter(origin.map(|_| policy)));
-        let upstreams = Arc::new(origin.map(Origin::upstream).into_iter().collect::<Upstreams>());
-        let refresher = Refresher::new(replicas.clone(), policies.clone(), upstreams, metrics.clone(), clock.clone());
+        let upstreams = Arc::new(
+            origin
+                .map(Origin::upstream)
+                .into_iter()
+                .collect::<Upstreams>(),
+        );
+        let refresher = Refresher::new(
+            replicas.clone(),
+            policies.clone(),
+            upstreams,
+            metrics.clone(),
+            clock.clone(),
+        );
         // No patience at all: whatever a follower lacks, it asks the leader for.
-        let settings = Settings { session_wait: Duration::ZERO };
-        let cache = Cache::new(replicas.clone(), policies, refresher.clone(), settings, metrics.clone(), clock.clone());
+        let settings = Settings {
+            session_wait: Duration::ZERO,
+        };
+        let cache = Cache::new(
+            replicas.clone(),
+            policies,
+            refresher.clone(),
+            settings,
+            metrics.clone(),
+            clock.clone(),
+        );
         let reader: Arc<dyn Reader> = cache.clone();
         refresher.set_reader(Arc::downgrade(&reader));
         let server = Server::builder()
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
             .add_service(refresher.service())
-            .add_service(cluster_service(replicas.clone(), metrics.clone(), clock.clone()))
+            .add_service(cluster_service(
+                replicas.clone(),
+                metrics.clone(),
+                clock.clone(),
+            ))
             .add_service(cache_service(cache, metrics, clock));
-        let listener = tokio::spawn(async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+        let listener = tokio::spawn(async move {
+            server
+                .serve_with_incoming(TcpListenerStream::new(listener))
+                .await
+                .unwrap()
+        });
         replicas.start();
         refresher.start();
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
-        Self { replicas, address, refresher, channel, listener }
+        let channel = Endpoint::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect_lazy();
+        Self {
+            replicas,
+            address,
+            refresher,
+            channel,
+            listener,
+        }
     }
 
     pub(super) fn client(&self) -> CacheServiceClient<Channel> {
@@ -156,7 +230,12 @@ impl Node {
         self.channel.clone()
     }
 
-    pub(super) async fn get(&self, key: &str, consistency: Consistency, token: &[u8]) -> Result<v1::GetResponse, Status> {
+    pub(super) async fn get(
+        &self,
+        key: &str,
+        consistency: Consistency,
+        token: &[u8],
+    ) -> Result<v1::GetResponse, Status> {
         let request = v1::GetRequest {
             key: key.to_owned().into(),
             consistency: consistency.into(),
@@ -174,7 +253,9 @@ impl Node {
                 applied.changed().await.unwrap();
             }
         };
-        tokio::time::timeout(PATIENCE, reached).await.expect("so in time");
+        tokio::time::timeout(PATIENCE, reached)
+            .await
+            .expect("so in time");
     }
 
     /// Gone from the network, and its flights with it.
@@ -221,9 +302,18 @@ impl Origin {
     pub(super) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let origin = Self { address, status: Arc::new(AtomicU16::new(200)), calls: Arc::default(), by_path: Arc::default() };
-        let router = Router::new().fallback(Self::answer).with_state(origin.clone());
-        drop(tokio::spawn(async move { axum::serve(listener, router).await }));
+        let origin = Self {
+            address,
+            status: Arc::new(AtomicU16::new(200)),
+            calls: Arc::default(),
+            by_path: Arc::default(),
+        };
+        let router = Router::new()
+            .fallback(Self::answer)
+            .with_state(origin.clone());
+        drop(tokio::spawn(
+            async move { axum::serve(listener, router).await },
+        ));
         origin
     }
 

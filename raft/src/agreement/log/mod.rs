@@ -1,13 +1,15 @@
-//! The log of all shards of a node: openraft's log storage on one [`LogStore`], one queue and one sync thread.
+//! The log of all shards of a node: openraft's log storage on one [`LogStore`], one queue and one
+//! sync thread.
 //!
 //! ```text
 //! append ─► tail (readable at once) ─► queue ─► sync thread: take all ─► one write ─► ONE sync ─► callbacks ─► again
 //! vote   ────────────────────────────► queue ─┘ (the same queue: a vote is durable only after all that came before it)
 //! ```
 //!
-//! Promises: a callback comes only after its entries are synced; `append` never waits for the disk; a failed sync is the end
-//! of this node's log, for ever. The committed index rides along with the next sync, or reaches the file within 100 ms, so
-//! that a node that restarts alone shows what was committed. The thread groups whatever came while it was syncing: no timers.
+//! Promises: a callback comes only after its entries are synced; `append` never waits for the disk;
+//! a failed sync is the end of this node's log, for ever. The committed index rides along with the
+//! next sync, or reaches the file within 100 ms, so that a node that restarts alone shows what was
+//! committed. The thread groups whatever came while it was syncing: no timers.
 
 mod tail;
 #[cfg(test)]
@@ -47,7 +49,8 @@ use crate::{
     store::{LogMark, LogStore},
 };
 
-/// Operations that wait for the sync thread; beyond it openraft's core waits, and with it the proposers.
+/// Operations that wait for the sync thread; beyond it openraft's core waits, and with it the
+/// proposers.
 const QUEUE: usize = 8192;
 /// A purge costs a flush: it is worth it for an eighth of what is kept.
 const PURGE_SHARE: u64 = 8;
@@ -71,7 +74,10 @@ struct Inner {
 
 impl Inner {
     fn store(&self) -> io::Result<Arc<dyn LogStore>> {
-        self.store.read().clone().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the log is closed"))
+        self.store
+            .read()
+            .clone()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, "the log is closed"))
     }
 }
 
@@ -88,7 +94,9 @@ impl SharedLog {
         });
         let syncer = Syncer::new(inner.clone(), events);
         let runtime = tokio::runtime::Handle::current();
-        let thread = std::thread::Builder::new().name("log-sync".into()).spawn(move || syncer.run(writes, &runtime));
+        let thread = std::thread::Builder::new()
+            .name("log-sync".into())
+            .spawn(move || syncer.run(writes, &runtime));
         *inner.thread.lock() = Some(thread.expect("the system can start one thread"));
         Self { inner }
     }
@@ -96,13 +104,24 @@ impl SharedLog {
     pub(crate) fn shard(&self, shard: ShardId) -> io::Result<ShardLog> {
         let store = self.inner.store()?;
         let purged = mark::<peer::LogId>(store.as_ref(), shard, LogMark::Purged)?.map(log_id_from);
-        let last = store.last(shard)?.map(|(_, bytes)| stored_entry(&bytes)).transpose()?.map(|entry| entry.log_id());
+        let last = store
+            .last(shard)?
+            .map(|(_, bytes)| stored_entry(&bytes))
+            .transpose()?
+            .map(|entry| entry.log_id());
         let vote = mark::<peer::Vote>(store.as_ref(), shard, LogMark::Vote)?
             .map(|vote| vote_from(Some(vote)).map_err(io::Error::other))
             .transpose()?;
         let state = TailState::new(last, purged, vote, stored_weight(store.as_ref(), shard)?);
-        let tail = Arc::new(Tail { state: RwLock::new(state) });
-        Ok(ShardLog { shard, log: self.clone(), tail, purging: Arc::default() })
+        let tail = Arc::new(Tail {
+            state: RwLock::new(state),
+        });
+        Ok(ShardLog {
+            shard,
+            log: self.clone(),
+            tail,
+            purging: Arc::default(),
+        })
     }
 
     /// How long the write that is under way has taken so far.
@@ -142,7 +161,11 @@ impl SharedLog {
     }
 
     async fn enqueue(&self, write: Write) -> io::Result<()> {
-        self.inner.queue.send(write).await.map_err(|_| io::Error::other("the log is closed"))
+        self.inner
+            .queue
+            .send(write)
+            .await
+            .map_err(|_| io::Error::other("the log is closed"))
     }
 }
 
@@ -164,7 +187,8 @@ impl ShardLog {
     pub(crate) fn keep_from(&self, kept: LogKept) -> u64 {
         let state = self.tail.state.read();
         let next = state.last.as_ref().map_or(0, |last| last.index() + 1);
-        next.saturating_sub(kept.entries).max(state.weight.keep_from(kept.bytes))
+        next.saturating_sub(kept.entries)
+            .max(state.weight.keep_from(kept.bytes))
     }
 
     /// First index that is not purged.
@@ -176,7 +200,10 @@ impl ShardLog {
     pub(crate) fn is_worth_purging(&self, keep_from: u64, kept: LogKept) -> bool {
         let state = self.tail.state.read();
         let first = state.first_index();
-        let (entries, bytes) = (keep_from.saturating_sub(first), state.weight.between(first, keep_from));
+        let (entries, bytes) = (
+            keep_from.saturating_sub(first),
+            state.weight.between(first, keep_from),
+        );
         entries > 0 && (entries >= kept.entries / PURGE_SHARE || bytes >= kept.bytes / PURGE_SHARE)
     }
 
@@ -185,43 +212,75 @@ impl ShardLog {
         self.purging.lock().await
     }
 
-    /// Brings a log in order that a crash left behind its state. The state is made of committed entries, so an entry of another
-    /// term in the place of the last applied one is not committed, nor is any after it: openraft would refuse to start on them.
+    /// Brings a log in order that a crash left behind its state. The state is made of committed
+    /// entries, so an entry of another term in the place of the last applied one is not committed,
+    /// nor is any after it: openraft would refuse to start on them.
     pub(crate) async fn heal(&self, applied: Option<peer::LogId>) -> io::Result<()> {
-        let Some(applied) = applied.map(log_id_from) else { return Ok(()) };
+        let Some(applied) = applied.map(log_id_from) else {
+            return Ok(());
+        };
         let index = applied.index();
         let in_its_place = self.entries(index, index + 1, 1).await?;
         // Or all of it is before, and of a later term: left over from before a snapshot.
-        let left_over = self.tail.state.read().last.is_some_and(|last| last.index() < index && last > applied);
-        if !left_over && in_its_place.first().is_none_or(|entry| entry.log_id() == applied) {
+        let left_over = self
+            .tail
+            .state
+            .read()
+            .last
+            .is_some_and(|last| last.index() < index && last > applied);
+        if !left_over
+            && in_its_place
+                .first()
+                .is_none_or(|entry| entry.log_id() == applied)
+        {
             return Ok(());
         }
-        tracing::warn!(shard = self.shard, index, "the log holds uncommitted entries in the place of applied ones: they are removed");
+        tracing::warn!(
+            shard = self.shard,
+            index,
+            "the log holds uncommitted entries in the place of applied ones: they are removed"
+        );
         {
             let mut state = self.tail.state.write();
             state.truncate_from(index);
             state.purge_to(applied);
             state.last = Some(applied);
         }
-        self.log.enqueue(Write::Truncate { shard: self.shard, from: index }).await?;
-        self.log.enqueue(Write::Purge { shard: self.shard, to: applied }).await?;
+        self.log
+            .enqueue(Write::Truncate {
+                shard: self.shard,
+                from: index,
+            })
+            .await?;
+        self.log
+            .enqueue(Write::Purge {
+                shard: self.shard,
+                to: applied,
+            })
+            .await?;
         let (done, durable) = oneshot::channel();
         self.log.enqueue(Write::Barrier { done }).await?;
-        durable.await.map_err(|_| io::Error::other("the log cannot be written"))
+        durable
+            .await
+            .map_err(|_| io::Error::other("the log cannot be written"))
     }
 
     pub(crate) fn has_vote(&self) -> bool {
         self.tail.state.read().vote.is_some()
     }
 
-    /// Entries of the range, until `max_bytes` are passed by the last of them; at least one if there is any.
+    /// Entries of the range, until `max_bytes` are passed by the last of them; at least one if
+    /// there is any.
     async fn entries(&self, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
         let (from_store_to, newer) = {
             let state = self.tail.state.read();
             let from_store_to = end.min(state.first);
             let skip = usize::try_from(start.saturating_sub(state.first)).unwrap_or(usize::MAX);
-            let take = usize::try_from(end.saturating_sub(start.max(state.first))).unwrap_or(usize::MAX);
-            let newer = up_to(max_bytes, state.entries.iter().skip(skip).take(take)).cloned().collect::<Vec<_>>();
+            let take =
+                usize::try_from(end.saturating_sub(start.max(state.first))).unwrap_or(usize::MAX);
+            let newer = up_to(max_bytes, state.entries.iter().skip(skip).take(take))
+                .cloned()
+                .collect::<Vec<_>>();
             (from_store_to, newer)
         };
         if start >= from_store_to {
@@ -234,7 +293,9 @@ impl ShardLog {
             rows.iter().map(|(_, bytes)| stored_entry(bytes)).collect()
         });
         let mut entries = read.await.map_err(io::Error::other)??;
-        let complete = entries.last().is_none_or(|last| last.log_id().index() + 1 == from_store_to);
+        let complete = entries
+            .last()
+            .is_none_or(|last| last.log_id().index() + 1 == from_store_to);
         if complete {
             let room = max_bytes.saturating_sub(entries.iter().map(entry_bytes).sum());
             let more = up_to(room, newer.iter()).count();
@@ -245,7 +306,10 @@ impl ShardLog {
 }
 
 /// Entries until so many bytes are passed: the last of them passes the bound.
-fn up_to<'e>(bytes: usize, entries: impl Iterator<Item = &'e Entry>) -> impl Iterator<Item = &'e Entry> {
+fn up_to<'e>(
+    bytes: usize,
+    entries: impl Iterator<Item = &'e Entry>,
+) -> impl Iterator<Item = &'e Entry> {
     let mut room = bytes;
     entries.take_while(move |entry| {
         let fits = room > 0;
@@ -255,7 +319,10 @@ fn up_to<'e>(bytes: usize, entries: impl Iterator<Item = &'e Entry>) -> impl Ite
 }
 
 impl RaftLogReader<Types> for ShardLog {
-    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(&mut self, range: RB) -> io::Result<Vec<Entry>> {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
+        &mut self,
+        range: RB,
+    ) -> io::Result<Vec<Entry>> {
         let (start, end) = bounds(&range);
         self.entries(start, end, usize::MAX).await
     }
@@ -274,7 +341,10 @@ impl RaftLogStorage<Types> for ShardLog {
 
     async fn get_log_state(&mut self) -> io::Result<LogState<Types>> {
         let state = self.tail.state.read();
-        Ok(LogState { last_purged_log_id: state.purged, last_log_id: state.last.or(state.purged) })
+        Ok(LogState {
+            last_purged_log_id: state.purged,
+            last_log_id: state.last.or(state.purged),
+        })
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -283,22 +353,49 @@ impl RaftLogStorage<Types> for ShardLog {
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
         let (done, durable) = oneshot::channel();
-        self.log.enqueue(Write::Vote { shard: self.shard, vote: *vote, done }).await?;
-        durable.await.map_err(|_| io::Error::other("the log is closed"))??;
+        self.log
+            .enqueue(Write::Vote {
+                shard: self.shard,
+                vote: *vote,
+                done,
+            })
+            .await?;
+        durable
+            .await
+            .map_err(|_| io::Error::other("the log is closed"))??;
         self.tail.state.write().vote = Some(*vote);
         Ok(())
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
-        self.log.enqueue(Write::Committed { shard: self.shard, committed }).await
+        self.log
+            .enqueue(Write::Committed {
+                shard: self.shard,
+                committed,
+            })
+            .await
     }
 
-    /// Never past what the log holds: the mark may have reached the file before the entries it speaks of were synced.
+    /// Never past what the log holds: the mark may have reached the file before the entries it
+    /// speaks of were synced.
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
-        let committed = mark::<peer::LogId>(self.log.inner.store()?.as_ref(), self.shard, LogMark::Committed)?;
-        let Some(committed) = committed.filter(|id| *id != peer::LogId::default()).map(log_id_from) else { return Ok(None) };
+        let committed = mark::<peer::LogId>(
+            self.log.inner.store()?.as_ref(),
+            self.shard,
+            LogMark::Committed,
+        )?;
+        let Some(committed) = committed
+            .filter(|id| *id != peer::LogId::default())
+            .map(log_id_from)
+        else {
+            return Ok(None);
+        };
         let last = self.tail.state.read().last;
-        Ok(if last.is_some_and(|last| last < committed) { last } else { Some(committed) })
+        Ok(if last.is_some_and(|last| last < committed) {
+            last
+        } else {
+            Some(committed)
+        })
     }
 
     async fn append<I>(&mut self, entries: I, flushed: IOFlushed<Types>) -> io::Result<()>
@@ -313,7 +410,14 @@ impl RaftLogStorage<Types> for ShardLog {
                 state.push(entry.clone());
             }
         }
-        self.log.enqueue(Write::Append { shard: self.shard, entries, tail: self.tail.clone(), flushed }).await
+        self.log
+            .enqueue(Write::Append {
+                shard: self.shard,
+                entries,
+                tail: self.tail.clone(),
+                flushed,
+            })
+            .await
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> io::Result<()> {
@@ -326,18 +430,30 @@ impl RaftLogStorage<Types> for ShardLog {
             state.truncate_from(from);
             state.last = last.or(state.purged);
         }
-        self.log.enqueue(Write::Truncate { shard: self.shard, from }).await
+        self.log
+            .enqueue(Write::Truncate {
+                shard: self.shard,
+                from,
+            })
+            .await
     }
 
     async fn purge(&mut self, to: LogId) -> io::Result<()> {
         self.tail.state.write().purge_to(to);
-        self.log.enqueue(Write::Purge { shard: self.shard, to }).await
+        self.log
+            .enqueue(Write::Purge {
+                shard: self.shard,
+                to,
+            })
+            .await
     }
 }
 
 /// What a shard's log weighs that is there already: its share of the file's bytes.
 fn stored_weight(store: &dyn LogStore, shard: ShardId) -> io::Result<Weight> {
-    let Some((first, last)) = store.bounds(shard)? else { return Ok(Weight::default()) };
+    let Some((first, last)) = store.bounds(shard)? else {
+        return Ok(Weight::default());
+    };
     let mut all = 0u64;
     // Shards are numbered from 0, and a shard whose log is empty has no share.
     for other in 0.. {
@@ -348,12 +464,24 @@ fn stored_weight(store: &dyn LogStore, shard: ShardId) -> io::Result<Weight> {
         }
     }
     let entries = last - first + 1;
-    let share = u128::from(store.disk_bytes()?) * u128::from(entries) / u128::from(all.max(entries));
-    Ok(Weight::of_store(first, last + 1, u64::try_from(share).unwrap_or(u64::MAX)))
+    let share =
+        u128::from(store.disk_bytes()?) * u128::from(entries) / u128::from(all.max(entries));
+    Ok(Weight::of_store(
+        first,
+        last + 1,
+        u64::try_from(share).unwrap_or(u64::MAX),
+    ))
 }
 
-fn mark<M: prost::Message + Default>(store: &dyn LogStore, shard: ShardId, which: LogMark) -> io::Result<Option<M>> {
-    Ok(store.mark(shard, which)?.map(|bytes| record::decode("log mark", &bytes)).transpose()?)
+fn mark<M: prost::Message + Default>(
+    store: &dyn LogStore,
+    shard: ShardId,
+    which: LogMark,
+) -> io::Result<Option<M>> {
+    Ok(store
+        .mark(shard, which)?
+        .map(|bytes| record::decode("log mark", &bytes))
+        .transpose()?)
 }
 
 fn stored_entry(bytes: &bytes::Bytes) -> io::Result<Entry> {

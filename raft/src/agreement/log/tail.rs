@@ -1,5 +1,5 @@
-//! The newest entries of a shard, in memory: everything not yet synced, and as much of the rest as fits. And what the log weighs,
-//! by index, so that it can be kept to so many bytes.
+//! The newest entries of a shard, in memory: everything not yet synced, and as much of the rest as
+//! fits. And what the log weighs, by index, so that it can be kept to so many bytes.
 
 use std::collections::VecDeque;
 
@@ -39,9 +39,26 @@ impl Tail {
 
 impl TailState {
     /// Nothing in memory, everything in the store.
-    pub(super) fn new(last: Option<LogId>, purged: Option<LogId>, vote: Option<Vote>, weight: Weight) -> Self {
-        let first = last.as_ref().or(purged.as_ref()).map_or(0, |id| id.index() + 1);
-        Self { first, entries: VecDeque::new(), bytes: 0, synced_to: first, last, purged, vote, weight }
+    pub(super) fn new(
+        last: Option<LogId>,
+        purged: Option<LogId>,
+        vote: Option<Vote>,
+        weight: Weight,
+    ) -> Self {
+        let first = last
+            .as_ref()
+            .or(purged.as_ref())
+            .map_or(0, |id| id.index() + 1);
+        Self {
+            first,
+            entries: VecDeque::new(),
+            bytes: 0,
+            synced_to: first,
+            last,
+            purged,
+            vote,
+            weight,
+        }
     }
 
     pub(super) fn first_index(&self) -> u64 {
@@ -52,7 +69,8 @@ impl TailState {
         if self.entries.is_empty() {
             self.first = entry.log_id().index();
         }
-        self.weight.push(entry.log_id().index(), entry_bytes(&entry) as u64);
+        self.weight
+            .push(entry.log_id().index(), entry_bytes(&entry) as u64);
         self.bytes += entry_bytes(&entry);
         self.last = Some(entry.log_id());
         self.entries.push_back(entry);
@@ -73,7 +91,11 @@ impl TailState {
     }
 
     pub(super) fn truncate_from(&mut self, from: u64) {
-        while self.entries.back().is_some_and(|entry| entry.log_id().index() >= from) {
+        while self
+            .entries
+            .back()
+            .is_some_and(|entry| entry.log_id().index() >= from)
+        {
             if let Some(entry) = self.entries.pop_back() {
                 self.bytes -= entry_bytes(&entry);
                 self.weight.pop(entry_bytes(&entry) as u64);
@@ -85,13 +107,21 @@ impl TailState {
     }
 
     pub(super) fn purge_to(&mut self, to: LogId) {
-        while self.entries.front().is_some_and(|entry| entry.log_id().index() <= to.index()) {
+        while self
+            .entries
+            .front()
+            .is_some_and(|entry| entry.log_id().index() <= to.index())
+        {
             self.pop_front();
         }
         if self.entries.is_empty() {
             self.first = self.first.max(to.index() + 1);
         }
-        if self.last.as_ref().is_none_or(|last| last.index() <= to.index()) {
+        if self
+            .last
+            .as_ref()
+            .is_none_or(|last| last.index() <= to.index())
+        {
             self.last = Some(to);
         }
         self.weight.purge_to(to.index());
@@ -104,7 +134,8 @@ impl TailState {
 pub(super) struct Weight {
     /// Of all entries pushed so far, purged ones too.
     total: u64,
-    /// Index, and bytes of what is before it. The first is not after the log's first index, as far as that was ever known.
+    /// Index, and bytes of what is before it. The first is not after the log's first index, as far
+    /// as that was ever known.
     marks: VecDeque<(u64, u64)>,
 }
 
@@ -115,16 +146,27 @@ const MARK_BYTES: u64 = 4 << 20;
 const MARKS_AT_START: u64 = 64;
 
 impl Weight {
-    /// Of a log that was there at the start, entries `first..end` with so many bytes in all: taken as evenly spread.
+    /// Of a log that was there at the start, entries `first..end` with so many bytes in all: taken
+    /// as evenly spread.
     pub(super) fn of_store(first: u64, end: u64, bytes: u64) -> Self {
         let entries = end - first;
         let steps = MARKS_AT_START.min(entries);
-        let part = |whole: u64, step: u64| u64::try_from(u128::from(whole) * u128::from(step) / u128::from(steps)).unwrap_or(u64::MAX);
-        Self { total: bytes, marks: (0..steps).map(|step| (first + part(entries, step), part(bytes, step))).collect() }
+        let part = |whole: u64, step: u64| {
+            u64::try_from(u128::from(whole) * u128::from(step) / u128::from(steps))
+                .unwrap_or(u64::MAX)
+        };
+        Self {
+            total: bytes,
+            marks: (0..steps)
+                .map(|step| (first + part(entries, step), part(bytes, step)))
+                .collect(),
+        }
     }
 
     fn push(&mut self, index: u64, bytes: u64) {
-        let due = |&(marked, before): &(u64, u64)| index - marked >= MARK_ENTRIES || self.total - before >= MARK_BYTES;
+        let due = |&(marked, before): &(u64, u64)| {
+            index - marked >= MARK_ENTRIES || self.total - before >= MARK_BYTES
+        };
         if self.marks.back().is_none_or(due) {
             self.marks.push_back((index, self.total));
         }
@@ -156,7 +198,11 @@ impl Weight {
     /// The first index to keep so that these bytes remain, and a mark's distance more at most.
     pub(super) fn keep_from(&self, bytes: u64) -> u64 {
         let surplus = self.total.saturating_sub(bytes);
-        self.marks.iter().take_while(|(_, before)| *before <= surplus).last().map_or(0, |&(index, _)| index)
+        self.marks
+            .iter()
+            .take_while(|(_, before)| *before <= surplus)
+            .last()
+            .map_or(0, |&(index, _)| index)
     }
 
     /// Bytes of the entries `from..to`, to a mark's distance.
@@ -165,7 +211,13 @@ impl Weight {
     }
 
     fn before(&self, index: u64) -> u64 {
-        let at_most = self.marks.iter().take_while(|(marked, _)| *marked <= index).last();
-        at_most.or(self.marks.front()).map_or(0, |&(_, before)| before)
+        let at_most = self
+            .marks
+            .iter()
+            .take_while(|(marked, _)| *marked <= index)
+            .last();
+        at_most
+            .or(self.marks.front())
+            .map_or(0, |&(_, before)| before)
     }
 }

@@ -13,9 +13,13 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const KEPT: LogKept = LogKept { entries: 1_000_000, bytes: 64 << 20 };
+const KEPT: LogKept = LogKept {
+    entries: 1_000_000,
+    bytes: 64 << 20,
+};
 
-/// A store in memory that counts what is written to it without a sync, and whose next read may hang.
+/// A store in memory that counts what is written to it without a sync, and whose next read may
+/// hang.
 struct Counting {
     store: Arc<dyn LogStore>,
     unsynced: Mutex<u64>,
@@ -28,7 +32,12 @@ impl LogStore for Counting {
         self.store.write(batch, sync)
     }
 
-    fn read(&self, shard: ShardId, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<(u64, Bytes)>> {
+    fn read(
+        &self,
+        shard: ShardId,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(u64, Bytes)>> {
         let hangs_until = self.hangs_until.lock().take();
         if let Some(answers) = hangs_until {
             answers.recv_timeout(PATIENCE).map_err(io::Error::other)?;
@@ -59,7 +68,11 @@ impl LogStore for Counting {
 
 fn counting() -> Arc<Counting> {
     let store: Arc<dyn LogStore> = Stores::memory().open_log().expect("a log");
-    Arc::new(Counting { store, unsynced: Mutex::default(), hangs_until: Mutex::default() })
+    Arc::new(Counting {
+        store,
+        unsynced: Mutex::default(),
+        hangs_until: Mutex::default(),
+    })
 }
 
 fn open(store: &Arc<Counting>) -> SharedLog {
@@ -71,7 +84,10 @@ fn log_id(term: u64, index: u64) -> LogId {
 }
 
 fn entry(term: u64, index: u64, bytes: usize) -> Entry {
-    Entry::new(log_id(term, index), Payload::Normal(Commands(Bytes::from(vec![7; bytes]))))
+    Entry::new(
+        log_id(term, index),
+        Payload::Normal(Commands(Bytes::from(vec![7; bytes]))),
+    )
 }
 
 async fn until(reached: impl Fn() -> bool) {
@@ -80,11 +96,15 @@ async fn until(reached: impl Fn() -> bool) {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(PATIENCE, reaching).await.expect("in time");
+    tokio::time::timeout(PATIENCE, reaching)
+        .await
+        .expect("in time");
 }
 
 async fn fill(log: &mut ShardLog, range: Range<u64>, bytes: usize) {
-    log.blocking_append(range.map(|index| entry(1, index, bytes))).await.expect("appended");
+    log.blocking_append(range.map(|index| entry(1, index, bytes)))
+        .await
+        .expect("appended");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -94,13 +114,21 @@ async fn a_commit_costs_no_write_of_its_own_and_reaches_the_file_soon_and_at_the
     let mut log = shared.shard(0).expect("a shard's log");
     let clock = Clock::system();
     for index in 1..200 {
-        log.blocking_append([entry(1, index, 10)]).await.expect("appended");
-        log.save_committed(Some(log_id(1, index))).await.expect("saved");
+        log.blocking_append([entry(1, index, 10)])
+            .await
+            .expect("appended");
+        log.save_committed(Some(log_id(1, index)))
+            .await
+            .expect("saved");
         // Not in one group with the next entry.
         until(|| shared.inner.queue.capacity() == QUEUE).await;
     }
     let paused = u64::try_from(clock.monotonic().as_millis()).expect("not so long") / 100;
-    assert!(*store.unsynced.lock() <= paused, "{} writes for committed indexes alone", *store.unsynced.lock());
+    assert!(
+        *store.unsynced.lock() <= paused,
+        "{} writes for committed indexes alone",
+        *store.unsynced.lock()
+    );
 
     // Nothing follows: it gets there by itself.
     let there = async {
@@ -108,13 +136,20 @@ async fn a_commit_costs_no_write_of_its_own_and_reaches_the_file_soon_and_at_the
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, there).await.expect("within a moment");
+    tokio::time::timeout(PATIENCE, there)
+        .await
+        .expect("within a moment");
 
-    log.save_committed(Some(log_id(1, 150))).await.expect("saved");
+    log.save_committed(Some(log_id(1, 150)))
+        .await
+        .expect("saved");
     shared.close().await;
     let reopened = open(&store);
     let mut log = reopened.shard(0).expect("a shard's log");
-    assert_eq!(log.read_committed().await.expect("readable"), Some(log_id(1, 150)));
+    assert_eq!(
+        log.read_committed().await.expect("readable"),
+        Some(log_id(1, 150))
+    );
     reopened.close().await;
 }
 
@@ -153,9 +188,16 @@ async fn a_batch_from_store_and_memory_together_passes_its_bound_by_one_entry_at
             let entries = log.entries(start, 101, max).await.expect("read");
             assert!(!entries.is_empty());
             let indexes: Vec<u64> = entries.iter().map(|entry| entry.log_id().index()).collect();
-            assert_eq!(indexes, (start..start + entries.len() as u64).collect::<Vec<_>>(), "without a hole");
+            assert_eq!(
+                indexes,
+                (start..start + entries.len() as u64).collect::<Vec<_>>(),
+                "without a hole"
+            );
             let but_last: usize = entries[..entries.len() - 1].iter().map(entry_bytes).sum();
-            assert!(but_last < max, "{but_last} bytes before the last entry, of {max}");
+            assert!(
+                but_last < max,
+                "{but_last} bytes before the last entry, of {max}"
+            );
             if max == usize::MAX {
                 assert_eq!(indexes.last(), Some(&100));
             }
@@ -171,10 +213,16 @@ async fn a_log_of_large_entries_is_purged_by_its_bytes_after_a_restart_too() {
     let shared = open(&store);
     let mut log = shared.shard(0).expect("a shard's log");
     fill(&mut log, 1..61, ENTRY).await;
-    assert!(!log.is_worth_purging(log.keep_from(KEPT), KEPT), "it holds less than is kept");
+    assert!(
+        !log.is_worth_purging(log.keep_from(KEPT), KEPT),
+        "it holds less than is kept"
+    );
     fill(&mut log, 61..121, ENTRY).await;
     let keep_from = log.keep_from(KEPT);
-    assert!((50..=57).contains(&keep_from), "{keep_from}: 64 of 120 entries stay, and a mark's distance");
+    assert!(
+        (50..=57).contains(&keep_from),
+        "{keep_from}: 64 of 120 entries stay, and a mark's distance"
+    );
     assert!(log.is_worth_purging(keep_from, KEPT));
 
     // What was there at the start counts.
@@ -186,24 +234,35 @@ async fn a_log_of_large_entries_is_purged_by_its_bytes_after_a_restart_too() {
     assert!(log.is_worth_purging(keep_from, KEPT));
     log.purge(log_id(1, keep_from - 1)).await.expect("purged");
     assert_eq!(log.first_index(), keep_from);
-    assert!(!log.is_worth_purging(log.keep_from(KEPT), KEPT), "what went is gone");
+    assert!(
+        !log.is_worth_purging(log.keep_from(KEPT), KEPT),
+        "what went is gone"
+    );
     fill(&mut log, 121..141, ENTRY).await;
     assert!(log.is_worth_purging(log.keep_from(KEPT), KEPT));
 
     // What is taken back weighs nothing.
-    log.truncate_after(Some(log_id(1, 121))).await.expect("truncated");
+    log.truncate_after(Some(log_id(1, 121)))
+        .await
+        .expect("truncated");
     assert!(!log.is_worth_purging(log.keep_from(KEPT), KEPT));
     shared.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_small_log_is_purged_by_its_entries() {
-    let kept = LogKept { entries: 800, bytes: u64::MAX };
+    let kept = LogKept {
+        entries: 800,
+        bytes: u64::MAX,
+    };
     let store = counting();
     let shared = open(&store);
     let mut log = shared.shard(0).expect("a shard's log");
     fill(&mut log, 0..899, 10).await;
-    assert!(!log.is_worth_purging(log.keep_from(kept), kept), "a purge costs a flush");
+    assert!(
+        !log.is_worth_purging(log.keep_from(kept), kept),
+        "a purge costs a flush"
+    );
     fill(&mut log, 899..900, 10).await;
     assert_eq!(log.keep_from(kept), 100);
     assert!(log.is_worth_purging(100, kept));
@@ -217,12 +276,25 @@ async fn uncommitted_entries_in_the_place_of_applied_ones_are_removed_at_a_start
     let mut log = shared.shard(0).expect("a shard's log");
     fill(&mut log, 1..11, 10).await;
 
-    for applied in [None, Some(log_id(1, 5)), Some(log_id(1, 10)), Some(log_id(2, 11))] {
-        log.heal(applied.as_ref().map(log_id_to)).await.expect("healed");
-        assert_eq!(log.get_log_state().await.expect("known").last_log_id, Some(log_id(1, 10)), "a sound log is left alone");
+    for applied in [
+        None,
+        Some(log_id(1, 5)),
+        Some(log_id(1, 10)),
+        Some(log_id(2, 11)),
+    ] {
+        log.heal(applied.as_ref().map(log_id_to))
+            .await
+            .expect("healed");
+        assert_eq!(
+            log.get_log_state().await.expect("known").last_log_id,
+            Some(log_id(1, 10)),
+            "a sound log is left alone"
+        );
     }
     // The state has what the next leader committed as the eighth; this node's own tail lost.
-    log.heal(Some(log_id_to(&log_id(2, 8)))).await.expect("healed");
+    log.heal(Some(log_id_to(&log_id(2, 8))))
+        .await
+        .expect("healed");
     for reopen in [false, true] {
         if reopen {
             shared.close().await;
@@ -230,9 +302,17 @@ async fn uncommitted_entries_in_the_place_of_applied_ones_are_removed_at_a_start
             log = shared.shard(0).expect("a shard's log");
         }
         let state = log.get_log_state().await.expect("known");
-        assert_eq!((state.last_purged_log_id, state.last_log_id), (Some(log_id(2, 8)), Some(log_id(2, 8))));
+        assert_eq!(
+            (state.last_purged_log_id, state.last_log_id),
+            (Some(log_id(2, 8)), Some(log_id(2, 8)))
+        );
         assert_eq!(store.bounds(0).expect("readable"), None);
     }
-    log.blocking_append([entry(2, 9, 10)]).await.expect("appended");
-    assert_eq!(log.entries(0, 100, usize::MAX).await.expect("read").len(), 1);
+    log.blocking_append([entry(2, 9, 10)])
+        .await
+        .expect("appended");
+    assert_eq!(
+        log.entries(0, 100, usize::MAX).await.expect("read").len(),
+        1
+    );
 }

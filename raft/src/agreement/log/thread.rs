@@ -1,6 +1,7 @@
 //! The sync thread: takes all that is queued, writes it as one batch, syncs once, tells who waited.
 //!
-//! A committed index that comes alone waits for the next batch, or [`COMMITTED_WITHIN`], or the end: it costs no write of its own.
+//! A committed index that comes alone waits for the next batch, or [`COMMITTED_WITHIN`], or the
+//! end: it costs no write of its own.
 
 use std::{
     collections::BTreeMap,
@@ -80,31 +81,47 @@ impl Committed {
 
     /// How long they may still wait; `None` if there is nothing to write.
     fn may_wait(&self, now: Duration) -> Option<Duration> {
-        (!self.of.is_empty()).then(|| COMMITTED_WITHIN.saturating_sub(now.saturating_sub(self.since)))
+        (!self.of.is_empty())
+            .then(|| COMMITTED_WITHIN.saturating_sub(now.saturating_sub(self.since)))
     }
 
     fn move_into(&mut self, batch: &mut LogBatch) {
         for (shard, committed) in std::mem::take(&mut self.of) {
-            batch.set_mark(shard, LogMark::Committed, record::encode(&committed.as_ref().map(log_id_to).unwrap_or_default()));
+            batch.set_mark(
+                shard,
+                LogMark::Committed,
+                record::encode(&committed.as_ref().map(log_id_to).unwrap_or_default()),
+            );
         }
     }
 }
 
 impl Syncer {
     pub(super) fn new(log: Arc<Inner>, events: Arc<dyn Events>) -> Self {
-        Self { log, events, committed: Committed::default() }
+        Self {
+            log,
+            events,
+            committed: Committed::default(),
+        }
     }
 
-    pub(super) fn run(mut self, mut writes: mpsc::Receiver<Write>, runtime: &tokio::runtime::Handle) {
+    pub(super) fn run(
+        mut self,
+        mut writes: mpsc::Receiver<Write>,
+        runtime: &tokio::runtime::Handle,
+    ) {
         loop {
             let first = match self.committed.may_wait(self.log.clock.monotonic()) {
                 None => writes.blocking_recv().map(Some),
-                Some(wait) => {
-                    runtime.block_on(async { tokio::time::timeout(wait, writes.recv()).await }).map_or(Some(None), |got| got.map(Some))
-                }
+                Some(wait) => runtime
+                    .block_on(async { tokio::time::timeout(wait, writes.recv()).await })
+                    .map_or(Some(None), |got| got.map(Some)),
             };
             let Some(first) = first else { return };
-            let group: Vec<Write> = first.into_iter().chain(std::iter::from_fn(|| writes.try_recv().ok()).take(QUEUE)).collect();
+            let group: Vec<Write> = first
+                .into_iter()
+                .chain(std::iter::from_fn(|| writes.try_recv().ok()).take(QUEUE))
+                .collect();
             let close = group.iter().any(|write| matches!(write, Write::Close));
             self.write(group);
             if close {
@@ -126,9 +143,15 @@ impl Syncer {
             self.committed.move_into(&mut batch);
         }
 
-        self.log.writing_since_ms.store(self.log.clock.monotonic_ms().max(1), Ordering::Relaxed);
+        self.log
+            .writing_since_ms
+            .store(self.log.clock.monotonic_ms().max(1), Ordering::Relaxed);
         let began = self.log.clock.monotonic();
-        let result = if batch.is_empty() && !sync { Ok(()) } else { self.log.store().and_then(|store| store.write(batch, sync)) };
+        let result = if batch.is_empty() && !sync {
+            Ok(())
+        } else {
+            self.log.store().and_then(|store| store.write(batch, sync))
+        };
         let took = self.log.clock.monotonic().saturating_sub(began);
         self.log.writing_since_ms.store(0, Ordering::Relaxed);
 
@@ -149,11 +172,25 @@ impl Syncer {
 
     fn stage(&mut self, write: Write, batch: &mut LogBatch, waiting: &mut Waiting) {
         match write {
-            Write::Append { shard, entries, tail, flushed } => {
+            Write::Append {
+                shard,
+                entries,
+                tail,
+                flushed,
+            } => {
                 for entry in &entries {
-                    batch.put(shard, entry.log_id().index(), record::encode(&entry_to(entry)));
+                    batch.put(
+                        shard,
+                        entry.log_id().index(),
+                        record::encode(&entry_to(entry)),
+                    );
                 }
-                waiting.appends.push(Appended { shard, end: entries.last().map(|entry| entry.log_id().index() + 1), tail, flushed });
+                waiting.appends.push(Appended {
+                    shard,
+                    end: entries.last().map(|entry| entry.log_id().index() + 1),
+                    tail,
+                    flushed,
+                });
             }
             Write::Vote { shard, vote, done } => {
                 batch.set_mark(shard, LogMark::Vote, record::encode(&vote_to(&vote)));
@@ -196,10 +233,14 @@ struct Waiting {
 
 impl Waiting {
     fn needs_sync(&self) -> bool {
-        self.durable || !self.appends.is_empty() || !self.votes.is_empty() || !self.barriers.is_empty()
+        self.durable
+            || !self.appends.is_empty()
+            || !self.votes.is_empty()
+            || !self.barriers.is_empty()
     }
 
-    /// openraft takes a completion as a watermark: of many only each shard's newest is told, which saves it as many wake-ups.
+    /// openraft takes a completion as a watermark: of many only each shard's newest is told, which
+    /// saves it as many wake-ups.
     fn succeed(self) {
         let mut told: Vec<ShardId> = Vec::new();
         for appended in self.appends.into_iter().rev() {

@@ -1,18 +1,20 @@
-//! What a fill is checked against: one counter for each stripe of keys, raised by every change of what memory says of them.
-//! Why: the module's documentation.
+//! What a fill is checked against: one counter for each stripe of keys, raised by every change of
+//! what memory says of them. Why: the module's documentation.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Many more than segments, since a change voids the tickets of every key of its stripe. A multiple of any number of
-/// segments, so that all keys of a stripe are of one segment.
+/// Many more than segments, since a change voids the tickets of every key of its stripe. A multiple
+/// of any number of segments, so that all keys of a stripe are of one segment.
 const STRIPES: usize = 4096;
 
-/// Stands for the moment it was taken at: what is read from the store afterwards may be put while nothing changed since.
+/// Stands for the moment it was taken at: what is read from the store afterwards may be put while
+/// nothing changed since.
 #[derive(Debug, Clone, Copy)]
 pub struct FillTicket(u64);
 
-/// The tickets of all keys at one moment, for a page of the store's entries whose keys are not known before.
+/// The tickets of all keys at one moment, for a page of the store's entries whose keys are not
+/// known before.
 pub struct FillTickets {
     counters: Box<[u64]>,
     hasher: RandomState,
@@ -21,9 +23,9 @@ pub struct FillTickets {
 /// Raised under the lock of the key's segment, read without.
 pub(super) struct Changes {
     counters: Box<[AtomicU64]>,
-    /// Keys are chosen by clients, so the hash is a keyed one made against flooding (SipHash with random keys, per
-    /// instance): a fast hash, even a seeded one, promises nothing to somebody who looks for collisions, and the map
-    /// probes. A read pays some 10 ns for it.
+    /// Keys are chosen by clients, so the hash is a keyed one made against flooding (SipHash with
+    /// random keys, per instance): a fast hash, even a seeded one, promises nothing to somebody who
+    /// looks for collisions, and the map probes. A read pays some 10 ns for it.
     hasher: RandomState,
 }
 
@@ -35,7 +37,10 @@ impl FillTickets {
 
 impl Changes {
     pub(super) fn new(hasher: RandomState) -> Self {
-        Self { counters: (0..STRIPES).map(|_| AtomicU64::new(0)).collect(), hasher }
+        Self {
+            counters: (0..STRIPES).map(|_| AtomicU64::new(0)).collect(),
+            hasher,
+        }
     }
 
     pub(super) fn hash(&self, key: &[u8]) -> u64 {
@@ -47,8 +52,15 @@ impl Changes {
     }
 
     pub(super) fn tickets(&self) -> FillTickets {
-        let counters = self.counters.iter().map(|counter| counter.load(Ordering::SeqCst)).collect();
-        FillTickets { counters, hasher: self.hasher.clone() }
+        let counters = self
+            .counters
+            .iter()
+            .map(|counter| counter.load(Ordering::SeqCst))
+            .collect();
+        FillTickets {
+            counters,
+            hasher: self.hasher.clone(),
+        }
     }
 
     pub(super) fn none_since(&self, hash: u64, ticket: FillTicket) -> bool {

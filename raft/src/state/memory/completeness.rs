@@ -1,4 +1,5 @@
-//! Whether memory has everything that the store has: what makes a look-up that finds nothing certain.
+//! Whether memory has everything that the store has: what makes a look-up that finds nothing
+//! certain.
 //!
 //! ```text
 //!            every entry loaded                     something evicted or refused
@@ -26,9 +27,10 @@ impl Completeness {
         Observed(self.0.load(Ordering::SeqCst))
     }
 
-    /// Complete before and now, in one generation: so it was at the moment between in which a look-up found nothing.
-    /// Asking only afterwards is not enough, since the key may have been loaded and memory declared complete in between;
-    /// asking only before neither, since the key may have been evicted in between.
+    /// Complete before and now, in one generation: so it was at the moment between in which a
+    /// look-up found nothing. Asking only afterwards is not enough, since the key may have been
+    /// loaded and memory declared complete in between; asking only before neither, since the key
+    /// may have been evicted in between.
     pub(super) fn held_since(&self, before: Observed) -> bool {
         before.is_complete() && before == self.observe()
     }
@@ -40,12 +42,17 @@ impl Completeness {
     /// Every entry was loaded in this generation. Returns whether memory is complete.
     pub(super) fn complete(&self, generation: u64) -> bool {
         let loading = generation * GENERATION;
-        let result = self.0.compare_exchange(loading, loading | COMPLETE, Ordering::SeqCst, Ordering::SeqCst);
+        let result = self.0.compare_exchange(
+            loading,
+            loading | COMPLETE,
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        );
         result.is_ok() || result == Err(loading | COMPLETE)
     }
 
-    /// The store has, or will have in a moment, what memory has not. Call it before the map shows so, and under a
-    /// segment's lock, so that it cannot hit the generation after.
+    /// The store has, or will have in a moment, what memory has not. Call it before the map shows
+    /// so, and under a segment's lock, so that it cannot hit the generation after.
     pub(super) fn lose(&self) {
         // Eviction does this each time: a word that readers share is written only if it changes.
         if self.observe().0 & LOST == 0 {
@@ -55,7 +62,8 @@ impl Completeness {
 
     /// A new generation, loading. Call it under all locks.
     pub(super) fn restart(&self) {
-        self.0.store((self.generation() + 1) * GENERATION, Ordering::SeqCst);
+        self.0
+            .store((self.generation() + 1) * GENERATION, Ordering::SeqCst);
     }
 }
 
@@ -83,9 +91,15 @@ mod tests {
         assert!(!completeness.complete(first), "lost stays lost");
 
         completeness.restart();
-        assert!(!completeness.complete(first), "an older pass says nothing of the new state");
+        assert!(
+            !completeness.complete(first),
+            "an older pass says nothing of the new state"
+        );
         assert!(!completeness.held_since(complete));
         assert!(completeness.complete(completeness.generation()));
-        assert!(!completeness.held_since(complete), "complete again is not complete all along");
+        assert!(
+            !completeness.held_since(complete),
+            "complete again is not complete all along"
+        );
     }
 }

@@ -3,13 +3,17 @@
 use bytes::Bytes;
 use holdfast_proto::peer::EntryRecord;
 
-/// What one entry costs beside the bytes of its key, value, content type and tags: the map's slot and its share of the
-/// table, the entry itself, its place in the queues and in the ghost, and what the allocator adds. `examples/memory` measures
-/// 485 on Linux with glibc; the rest is for tables that have just doubled and for the ghost.
+/// What one entry costs beside the bytes of its key, value, content type and tags: the map's slot
+/// and its share of the table, the entry itself, its place in the queues and in the ghost, and what
+/// the allocator adds. `examples/memory` measures 485 on Linux with glibc; the rest is for tables
+/// that have just doubled and for the ghost.
 pub const ENTRY_OVERHEAD_BYTES: u64 = 640;
 
 /// Shared, never changed in place.
-#[allow(clippy::manual_non_exhaustive, reason = "the attribute says nothing inside the crate, where entries are made")]
+#[allow(
+    clippy::manual_non_exhaustive,
+    reason = "the attribute says nothing inside the crate, where entries are made"
+)]
 pub struct Entry {
     pub record: EntryRecord,
     pub value: Bytes,
@@ -20,17 +24,31 @@ pub struct Entry {
 impl Entry {
     /// Copies a slice; takes a `Vec<u8>` over without copying if it has no spare capacity.
     pub fn new(record: EntryRecord, value: impl Into<Box<[u8]>>) -> Self {
-        Self { record, value: Bytes::from(value.into()), _owns_its_value: () }
+        Self {
+            record,
+            value: Bytes::from(value.into()),
+            _owns_its_value: (),
+        }
     }
 
     /// The same value with new times: a Revalidate, an Invalidate, a failure.
     pub fn with_record(&self, record: EntryRecord) -> Self {
-        Self { record, value: self.value.clone(), _owns_its_value: () }
+        Self {
+            record,
+            value: self.value.clone(),
+            _owns_its_value: (),
+        }
     }
 
     /// What it counts for in memory under this key.
     pub(super) fn cost(&self, key: &[u8]) -> u64 {
-        let tags: usize = self.record.tags.iter().map(|tag| tag.len() + size_of::<String>()).sum();
-        (key.len() + self.value.len() + self.record.content_type.len() + tags) as u64 + ENTRY_OVERHEAD_BYTES
+        let tags: usize = self
+            .record
+            .tags
+            .iter()
+            .map(|tag| tag.len() + size_of::<String>())
+            .sum();
+        (key.len() + self.value.len() + self.record.content_type.len() + tags) as u64
+            + ENTRY_OVERHEAD_BYTES
     }
 }

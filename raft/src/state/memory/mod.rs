@@ -1,9 +1,9 @@
-//! The memory tier of one replica: what reads use. Every entry of the shard while they fit, then the ones worth it, with
-//! the store behind.
+//! The memory tier of one replica: what reads use. Every entry of the shard while they fit, then
+//! the ones worth it, with the store behind.
 //!
-//! Promises: a read never takes a lock and never waits for a writer (P2). What it finds is the last applied entry of the
-//! key. `Absent` is said only when the store cannot have the key. Memory stays below `bytes_max`, exceeded for a moment by
-//! at most the one entry that is being applied (P10).
+//! Promises: a read never takes a lock and never waits for a writer (P2). What it finds is the last
+//! applied entry of the key. `Absent` is said only when the store cannot have the key. Memory stays
+//! below `bytes_max`, exceeded for a moment by at most the one entry that is being applied (P10).
 //! Must never know: clocks, phases, the store, openraft.
 //!
 //! # The order of an apply run
@@ -11,10 +11,11 @@
 //! ```text
 //! raise `visible` ─► write the run's batch to the store ─► Memory::apply ─► publish `applied`
 //! ```
-//! Waits compare with `applied`, so who waited for a revision finds it in memory or, if it is not there, in the store.
-//! Answers carry `visible`, read after the look-up: a read that goes to the store may see the run before memory has it, and
-//! its token must then cover that run. (Without a token the same reader may, until `Memory::apply` is through, be answered
-//! from memory with the entry before.)
+//! Waits compare with `applied`, so who waited for a revision finds it in memory or, if it is not
+//! there, in the store. Answers carry `visible`, read after the look-up: a read that goes to the
+//! store may see the run before memory has it, and its token must then cover that run. (Without a
+//! token the same reader may, until `Memory::apply` is through, be answered from memory with the
+//! entry before.)
 //!
 //! # Why a fill needs a change counter
 //!
@@ -22,16 +23,17 @@
 //! reader: finds nothing ─ reads v4 from the store ──────────────────────────────────────────► puts v4: wrong for ever
 //! apply:                                            v5 to the store ─ v5 to memory ─ evicted
 //! ```
-//! Being absent does not tell that nothing happened: v5 may have come and gone, or the key was deleted. So the reader takes
-//! a [`FillTicket`] *before* it reads the store (before it even picks the store's handle, which a snapshot swaps), and the
-//! fill is refused if the counter of the key's stripe moved since. Apply, eviction and `clear` raise it, inside the
-//! segment's lock and before they change the map. Eviction too: a second fill may have brought v5 before apply did.
+//! Being absent does not tell that nothing happened: v5 may have come and gone, or the key was
+//! deleted. So the reader takes a [`FillTicket`] *before* it reads the store (before it even picks
+//! the store's handle, which a snapshot swaps), and the fill is refused if the counter of the key's
+//! stripe moved since. Apply, eviction and `clear` raise it, inside the segment's lock and before
+//! they change the map. Eviction too: a second fill may have brought v5 before apply did.
 //!
 //! # Who does what
 //!
-//! Readers: one look-up in a lock-free map, one atomic load. Writers lock one segment, chosen by the key's hash, never two
-//! (`clear` alone takes all, in order). The budget is one for all segments; room is made in the fuller of two neighbours, so
-//! that they stay of a size.
+//! Readers: one look-up in a lock-free map, one atomic load. Writers lock one segment, chosen by
+//! the key's hash, never two (`clear` alone takes all, in order). The budget is one for all
+//! segments; room is made in the fuller of two neighbours, so that they stay of a size.
 
 mod changes;
 mod completeness;
@@ -79,7 +81,8 @@ pub struct Loading {
 pub enum Loaded {
     /// In memory, now or already: what was there is at least as new.
     Kept,
-    /// Something changed since the ticket: take a new one, read this key again and load what is there, if anything.
+    /// Something changed since the ticket: take a new one, read this key again and load what is
+    /// there, if anything.
     Changed,
     /// Full. Loading can stop: memory will not be complete.
     Full,
@@ -111,8 +114,8 @@ struct Slot {
     node: NodeId,
     /// Reads since it came or was last looked at for eviction, up to `FREQUENCY_MAX`.
     frequency: AtomicU8,
-    /// Emptied when the slot leaves the map: the map frees what it removed later, in batches, and a batch of values would
-    /// be far over the budget.
+    /// Emptied when the slot leaves the map: the map frees what it removed later, in batches, and a
+    /// batch of values would be far over the budget.
     entry: ArcSwapOption<Entry>,
 }
 
@@ -120,11 +123,18 @@ impl Memory {
     /// Empty and not loaded yet.
     pub fn new(bytes_max: u64) -> Self {
         let hasher = RandomState::new();
-        let segments = (bytes_max / SEGMENT_BYTES).clamp(1, SEGMENTS_MAX).next_power_of_two();
+        let segments = (bytes_max / SEGMENT_BYTES)
+            .clamp(1, SEGMENTS_MAX)
+            .next_power_of_two();
         Self {
             bytes_max,
             map: papaya::HashMap::with_hasher(hasher.clone()),
-            segments: (0..segments).map(|_| Segment { queues: Mutex::default(), bytes: AtomicU64::new(0) }).collect(),
+            segments: (0..segments)
+                .map(|_| Segment {
+                    queues: Mutex::default(),
+                    bytes: AtomicU64::new(0),
+                })
+                .collect(),
             changes: Changes::new(hasher),
             completeness: Completeness::default(),
             bytes: AtomicU64::new(0),
@@ -138,7 +148,8 @@ impl Memory {
     pub fn get(&self, key: &[u8]) -> Lookup {
         self.look_up(key, |slot| {
             let frequency = slot.frequency.load(Ordering::Relaxed);
-            // Written only when it changes, so that a hot key's cache line stays shared; a lost increment does no harm.
+            // Written only when it changes, so that a hot key's cache line stays shared; a lost
+            // increment does no harm.
             if frequency < FREQUENCY_MAX {
                 slot.frequency.store(frequency + 1, Ordering::Relaxed);
             }
@@ -150,8 +161,9 @@ impl Memory {
         self.look_up(key, |_| ())
     }
 
-    /// Takes over the changes of one run; `None` is a removal. One run at a time, each key once with its last change,
-    /// after the run's batch is in the store and before `applied` is published.
+    /// Takes over the changes of one run; `None` is a removal. One run at a time, each key once
+    /// with its last change, after the run's batch is in the store and before `applied` is
+    /// published.
     pub fn apply(&self, changes: impl IntoIterator<Item = (Key, Option<Arc<Entry>>)>) {
         for (key, entry) in changes {
             match entry {
@@ -161,8 +173,8 @@ impl Memory {
         }
     }
 
-    /// Puts what a reader found in the store, making room for it, unless the key is there or its stripe changed since the
-    /// ticket. Returns whether it was put.
+    /// Puts what a reader found in the store, making room for it, unless the key is there or its
+    /// stripe changed since the ticket. Returns whether it was put.
     pub fn fill(&self, key: &[u8], ticket: FillTicket, entry: Arc<Entry>) -> bool {
         let hash = self.changes.hash(key);
         let cost = entry.cost(key);
@@ -192,11 +204,19 @@ impl Memory {
 
     /// Begins a pass over the store. Take it before the store's handle.
     pub fn loading(&self) -> Loading {
-        Loading { generation: self.completeness.generation() }
+        Loading {
+            generation: self.completeness.generation(),
+        }
     }
 
     /// As `fill`, but never evicts, and says why not.
-    pub fn load(&self, loading: Loading, key: &[u8], ticket: FillTicket, entry: Arc<Entry>) -> Loaded {
+    pub fn load(
+        &self,
+        loading: Loading,
+        key: &[u8],
+        ticket: FillTicket,
+        entry: Arc<Entry>,
+    ) -> Loaded {
         let hash = self.changes.hash(key);
         let cost = entry.cost(key);
         let segment = self.segment(hash);
@@ -218,16 +238,21 @@ impl Memory {
         Loaded::Kept
     }
 
-    /// Ends a pass that put every entry of the store: from now on what is not in memory is `Absent`, unless something did
-    /// not fit, was evicted, or memory was cleared since the pass began. Returns whether it is so.
+    /// Ends a pass that put every entry of the store: from now on what is not in memory is
+    /// `Absent`, unless something did not fit, was evicted, or memory was cleared since the pass
+    /// began. Returns whether it is so.
     pub fn loaded(&self, loading: Loading) -> bool {
         self.completeness.complete(loading.generation)
     }
 
-    /// Empties memory for another state: back to not loaded, every ticket and pass void. Swap the store's handle first:
-    /// who takes a ticket after this then reads the new state.
+    /// Empties memory for another state: back to not loaded, every ticket and pass void. Swap the
+    /// store's handle first: who takes a ticket after this then reads the new state.
     pub fn clear(&self) {
-        let mut locked: Vec<MutexGuard<'_, Queues>> = self.segments.iter().map(|segment| segment.queues.lock()).collect();
+        let mut locked: Vec<MutexGuard<'_, Queues>> = self
+            .segments
+            .iter()
+            .map(|segment| segment.queues.lock())
+            .collect();
         self.completeness.restart();
         self.changes.raise_all();
         for (segment, queues) in self.segments.iter().zip(&mut locked) {
@@ -300,7 +325,8 @@ impl Memory {
             self.insert(segment, &mut queues, key, hash, entry, cost);
         }
         drop(queues);
-        // Afterwards, since an overwrite may need none; there is one apply, so one entry at most is over the budget.
+        // Afterwards, since an overwrite may need none; there is one apply, so one entry at most is
+        // over the budget.
         while self.bytes() > self.bytes_max && self.evict_one() {}
     }
 
@@ -313,17 +339,36 @@ impl Memory {
     }
 
     /// The room is taken already.
-    fn insert(&self, segment: &Segment, queues: &mut Queues, key: &[u8], hash: u64, entry: Arc<Entry>, cost: u64) {
-        // Copied: the caller's key may be a slice of the message it came in, and would keep all of it.
-        let key = Key::new(Bytes::copy_from_slice(key)).expect("what is in the state was checked at the door");
+    fn insert(
+        &self,
+        segment: &Segment,
+        queues: &mut Queues,
+        key: &[u8],
+        hash: u64,
+        entry: Arc<Entry>,
+        cost: u64,
+    ) {
+        // Copied: the caller's key may be a slice of the message it came in, and would keep all of
+        // it.
+        let key = Key::new(Bytes::copy_from_slice(key))
+            .expect("what is in the state was checked at the door");
         let node = queues.insert(key.clone(), hash, cost);
-        self.map.pin().insert(key, Slot { node, frequency: AtomicU8::new(0), entry: ArcSwapOption::new(Some(entry)) });
+        self.map.pin().insert(
+            key,
+            Slot {
+                node,
+                frequency: AtomicU8::new(0),
+                entry: ArcSwapOption::new(Some(entry)),
+            },
+        );
         self.entries.fetch_add(1, Ordering::Relaxed);
         segment.bytes.store(queues.bytes(), Ordering::Relaxed);
     }
 
     fn unlink(&self, segment: &Segment, queues: &mut Queues, key: &[u8]) {
-        let Some(node) = self.take_out(key) else { return };
+        let Some(node) = self.take_out(key) else {
+            return;
+        };
         self.give_back(queues.remove(node));
         segment.bytes.store(queues.bytes(), Ordering::Relaxed);
     }
@@ -351,7 +396,9 @@ impl Memory {
 
     fn take_room(&self, cost: u64) -> bool {
         let within = |bytes: u64| bytes.checked_add(cost).filter(|sum| *sum <= self.bytes_max);
-        self.bytes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, within).is_ok()
+        self.bytes
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, within)
+            .is_ok()
     }
 
     fn give_back(&self, cost: u64) {
@@ -363,8 +410,16 @@ impl Memory {
         let count = self.segments.len();
         (0..count).any(|_| {
             let hand = self.hand.fetch_add(1, Ordering::Relaxed);
-            let (one, other) = (&self.segments[hand % count], &self.segments[hand.wrapping_add(1) % count]);
-            let fuller = if one.bytes.load(Ordering::Relaxed) >= other.bytes.load(Ordering::Relaxed) { one } else { other };
+            let (one, other) = (
+                &self.segments[hand % count],
+                &self.segments[hand.wrapping_add(1) % count],
+            );
+            let fuller = if one.bytes.load(Ordering::Relaxed) >= other.bytes.load(Ordering::Relaxed)
+            {
+                one
+            } else {
+                other
+            };
             self.evict_from(fuller)
         })
     }

@@ -6,20 +6,22 @@
 //!           └─ yes ─► main                           └─ else: out, hash to ghost       └─ else: out
 //! ```
 //!
-//! Chosen because a read only has to raise a small counter, and because keys that are read once pass through `small`
-//! without pushing out what is read again and again.
+//! Chosen because a read only has to raise a small counter, and because keys that are read once
+//! pass through `small` without pushing out what is read again and again.
 //!
-//! Promises: a node lives exactly as long as its entry (unlinked at once when the entry goes), so nothing lingers, however
-//! often a key is overwritten or deleted; the ghost holds hashes only, never more than the segment has entries.
-//! Must never know: values, readers, locks.
+//! Promises: a node lives exactly as long as its entry (unlinked at once when the entry goes), so
+//! nothing lingers, however often a key is overwritten or deleted; the ghost holds hashes only,
+//! never more than the segment has entries. Must never know: values, readers, locks.
 
 use std::collections::{HashMap, VecDeque};
 
 use holdfast_proto::Key;
 
-/// Reads are counted up to here: a key that was hot and is not any more leaves main after so many rounds.
+/// Reads are counted up to here: a key that was hot and is not any more leaves main after so many
+/// rounds.
 pub(super) const FREQUENCY_MAX: u8 = 3;
-/// A key that left small with at most this many reads has not shown that it is read again (the paper's threshold).
+/// A key that left small with at most this many reads has not shown that it is read again (the
+/// paper's threshold).
 const FREQUENCY_COLD: u8 = 1;
 /// Small is to be one in so many bytes of the segment.
 const SMALL_SHARE: u64 = 10;
@@ -71,11 +73,13 @@ struct Queue {
     bytes: u64,
 }
 
-/// Keys that left small lately, by hash. A hash shared by two keys only lets one into main too early.
+/// Keys that left small lately, by hash. A hash shared by two keys only lets one into main too
+/// early.
 #[derive(Default)]
 struct Ghost {
     order: VecDeque<(u64, u64)>,
-    /// Hash → its latest turn, so that an older place in `order` does not forget a key that came again.
+    /// Hash → its latest turn, so that an older place in `order` does not forget a key that came
+    /// again.
     turns: HashMap<u64, u64>,
     turn: u64,
 }
@@ -90,13 +94,27 @@ impl Queues {
     }
 
     pub(super) fn insert(&mut self, key: Key, hash: u64, bytes: u64) -> NodeId {
-        let place = if self.ghost.forget(hash) { Place::Main } else { Place::Small };
-        let node = Node { key, hash, bytes, place, before: None, after: None };
+        let place = if self.ghost.forget(hash) {
+            Place::Main
+        } else {
+            Place::Small
+        };
+        let node = Node {
+            key,
+            hash,
+            bytes,
+            place,
+            before: None,
+            after: None,
+        };
         let id = match self.vacant.pop() {
             Some(id) => id,
             None => {
                 self.nodes.push(None);
-                NodeId(u32::try_from(self.nodes.len() - 1).expect("4 billion entries do not fit into memory"))
+                NodeId(
+                    u32::try_from(self.nodes.len() - 1)
+                        .expect("4 billion entries do not fit into memory"),
+                )
             }
         };
         self.nodes[id.0 as usize] = Some(node);
@@ -120,14 +138,23 @@ impl Queues {
         self.vacate(id).bytes
     }
 
-    /// Takes one entry out. `step` replaces the frequency of a key by what the function makes of it and returns what it was.
+    /// Takes one entry out. `step` replaces the frequency of a key by what the function makes of it
+    /// and returns what it was.
     ///
-    /// Ends: each turn moves an entry from small to main or takes one from a frequency, and readers cannot raise
-    /// frequencies for ever while they are beaten by it; `turns_max` makes that certain.
-    pub(super) fn evict(&mut self, mut step: impl FnMut(&Key, fn(u8) -> u8) -> u8) -> Option<Victim> {
+    /// Ends: each turn moves an entry from small to main or takes one from a frequency, and readers
+    /// cannot raise frequencies for ever while they are beaten by it; `turns_max` makes that
+    /// certain.
+    pub(super) fn evict(
+        &mut self,
+        mut step: impl FnMut(&Key, fn(u8) -> u8) -> u8,
+    ) -> Option<Victim> {
         let turns_max = self.len() * (FREQUENCY_MAX as usize + 2);
         for turn in 0.. {
-            let from = if self.small_is_over() { Place::Small } else { Place::Main };
+            let from = if self.small_is_over() {
+                Place::Small
+            } else {
+                Place::Main
+            };
             let id = self.queue_mut(from).front?;
             let key = &self.node(id).key;
             let stays = match from {
@@ -139,7 +166,9 @@ impl Queues {
                 self.push_back(id, Place::Main);
                 continue;
             }
-            let Node { key, hash, bytes, .. } = self.vacate(id);
+            let Node {
+                key, hash, bytes, ..
+            } = self.vacate(id);
             if from == Place::Small {
                 self.ghost.remember(hash, self.len().max(GHOST_MIN));
             }
@@ -150,11 +179,16 @@ impl Queues {
 
     /// Empties everything, the ghost too, and returns the keys.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = Key> + use<> {
-        std::mem::take(self).nodes.into_iter().flatten().map(|node| node.key)
+        std::mem::take(self)
+            .nodes
+            .into_iter()
+            .flatten()
+            .map(|node| node.key)
     }
 
     fn small_is_over(&self) -> bool {
-        self.main.front.is_none() || (self.small.front.is_some() && self.small.bytes >= self.bytes() / SMALL_SHARE)
+        self.main.front.is_none()
+            || (self.small.front.is_some() && self.small.bytes >= self.bytes() / SMALL_SHARE)
     }
 
     fn push_back(&mut self, id: NodeId, place: Place) {
@@ -170,7 +204,13 @@ impl Queues {
     }
 
     fn unlink(&mut self, id: NodeId) {
-        let &Node { place, before, after, bytes, .. } = self.node(id);
+        let &Node {
+            place,
+            before,
+            after,
+            bytes,
+            ..
+        } = self.node(id);
         match before {
             Some(before) => self.node_mut(before).after = after,
             None => self.queue_mut(place).front = after,
@@ -184,15 +224,21 @@ impl Queues {
 
     fn vacate(&mut self, id: NodeId) -> Node {
         self.vacant.push(id);
-        self.nodes[id.0 as usize].take().expect("an id lives as long as its node")
+        self.nodes[id.0 as usize]
+            .take()
+            .expect("an id lives as long as its node")
     }
 
     fn node(&self, id: NodeId) -> &Node {
-        self.nodes[id.0 as usize].as_ref().expect("an id lives as long as its node")
+        self.nodes[id.0 as usize]
+            .as_ref()
+            .expect("an id lives as long as its node")
     }
 
     fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        self.nodes[id.0 as usize].as_mut().expect("an id lives as long as its node")
+        self.nodes[id.0 as usize]
+            .as_mut()
+            .expect("an id lives as long as its node")
     }
 
     fn queue_mut(&mut self, place: Place) -> &mut Queue {
@@ -209,7 +255,9 @@ impl Ghost {
         self.order.push_back((hash, self.turn));
         self.turns.insert(hash, self.turn);
         while self.order.len() > len_max {
-            let Some((hash, turn)) = self.order.pop_front() else { break };
+            let Some((hash, turn)) = self.order.pop_front() else {
+                break;
+            };
             if self.turns.get(&hash) == Some(&turn) {
                 self.turns.remove(&hash);
             }
@@ -293,7 +341,10 @@ mod tests {
         assert_eq!(segment.evict().as_deref(), Some("a"));
         segment.insert("a");
         segment.insert("new");
-        assert_eq!((segment.place("a"), segment.place("new")), (Place::Main, Place::Small));
+        assert_eq!(
+            (segment.place("a"), segment.place("new")),
+            (Place::Main, Place::Small)
+        );
     }
 
     #[test]
@@ -306,7 +357,11 @@ mod tests {
         segment.insert("c");
         assert_eq!(segment.evict().as_deref(), Some("c"));
         segment.read("a", 1);
-        assert_eq!(segment.evict().as_deref(), Some("b"), "a was read since it came to main");
+        assert_eq!(
+            segment.evict().as_deref(),
+            Some("b"),
+            "a was read since it came to main"
+        );
         assert_eq!(segment.evict().as_deref(), Some("a"));
     }
 
@@ -327,8 +382,14 @@ mod tests {
             segment.evict();
         }
         let ghost = &segment.queues.ghost;
-        assert_eq!((ghost.order.len(), ghost.turns.len()), (GHOST_MIN, GHOST_MIN));
-        assert!(ghost.turns.contains_key(&hash(&key("key159"))) && !ghost.turns.contains_key(&hash(&key("key143"))));
+        assert_eq!(
+            (ghost.order.len(), ghost.turns.len()),
+            (GHOST_MIN, GHOST_MIN)
+        );
+        assert!(
+            ghost.turns.contains_key(&hash(&key("key159")))
+                && !ghost.turns.contains_key(&hash(&key("key143")))
+        );
     }
 
     #[test]
@@ -342,7 +403,14 @@ mod tests {
             assert_eq!(segment.queues.bytes(), 5);
             segment.queues.remove(segment.ids[&key("b")]);
         }
-        assert_eq!((segment.queues.nodes.len(), segment.queues.len(), segment.queues.bytes()), (2, 0, 0));
+        assert_eq!(
+            (
+                segment.queues.nodes.len(),
+                segment.queues.len(),
+                segment.queues.bytes()
+            ),
+            (2, 0, 0)
+        );
         assert!(segment.queues.nodes.iter().all(Option::is_none));
     }
 }

@@ -16,7 +16,13 @@ fn key(number: usize) -> Key {
 }
 
 fn entry(version: u64, size: usize) -> Arc<Entry> {
-    Arc::new(Entry::new(EntryRecord { version, ..EntryRecord::default() }, vec![7; size]))
+    Arc::new(Entry::new(
+        EntryRecord {
+            version,
+            ..EntryRecord::default()
+        },
+        vec![7; size],
+    ))
 }
 
 /// Room for so many entries with values of so many bytes under `key`.
@@ -36,7 +42,10 @@ fn is_absent(memory: &Memory, key: &Key) -> bool {
 }
 
 fn of_another_stripe(memory: &Memory, keys: &[Key]) -> Key {
-    let apart = |candidate: &Key| keys.iter().all(|key| stripe(memory.changes.hash(key)) != stripe(memory.changes.hash(candidate)));
+    let apart = |candidate: &Key| {
+        keys.iter()
+            .all(|key| stripe(memory.changes.hash(key)) != stripe(memory.changes.hash(candidate)))
+    };
     (1_000..).map(key).find(apart).unwrap()
 }
 
@@ -52,7 +61,10 @@ fn absent_is_certain_only_after_loading() {
     let memory = Memory::new(UNBOUNDED);
     let loading = memory.loading();
     assert!(!is_absent(&memory, &key(1)));
-    assert_eq!(memory.load(loading, &key(2), memory.ticket(&key(2)), entry(5, 10)), Loaded::Kept);
+    assert_eq!(
+        memory.load(loading, &key(2), memory.ticket(&key(2)), entry(5, 10)),
+        Loaded::Kept
+    );
     assert!(!is_absent(&memory, &key(1)));
     assert!(memory.loaded(loading));
     assert!(is_absent(&memory, &key(1)));
@@ -65,11 +77,23 @@ fn loading_never_goes_back_behind_apply() {
     let other = of_another_stripe(&memory, &[key(1), key(2)]);
     let (loading, page) = (memory.loading(), memory.tickets());
     memory.apply([(key(1), Some(entry(2, 10))), (key(2), None)]);
-    assert_eq!(memory.load(loading, &key(1), page.of(&key(1)), entry(1, 10)), Loaded::Kept);
-    assert_eq!(memory.load(loading, &key(2), page.of(&key(2)), entry(1, 10)), Loaded::Changed);
-    assert_eq!(memory.load(loading, &other, page.of(&other), entry(1, 10)), Loaded::Kept);
+    assert_eq!(
+        memory.load(loading, &key(1), page.of(&key(1)), entry(1, 10)),
+        Loaded::Kept
+    );
+    assert_eq!(
+        memory.load(loading, &key(2), page.of(&key(2)), entry(1, 10)),
+        Loaded::Changed
+    );
+    assert_eq!(
+        memory.load(loading, &other, page.of(&other), entry(1, 10)),
+        Loaded::Kept
+    );
     assert!(memory.loaded(loading));
-    assert_eq!((found(&memory, &key(1)), found(&memory, &other)), (Some(2), Some(1)));
+    assert_eq!(
+        (found(&memory, &key(1)), found(&memory, &other)),
+        (Some(2), Some(1))
+    );
     assert!(is_absent(&memory, &key(2)));
 }
 
@@ -77,7 +101,8 @@ fn loading_never_goes_back_behind_apply() {
 fn loading_fills_without_evicting_and_is_then_not_complete() {
     let memory = Memory::new(room(2, 10));
     let loading = memory.loading();
-    let outcomes = [100, 101, 102].map(|n| memory.load(loading, &key(n), memory.ticket(&key(n)), entry(1, 10)));
+    let outcomes = [100, 101, 102]
+        .map(|n| memory.load(loading, &key(n), memory.ticket(&key(n)), entry(1, 10)));
     assert_eq!(outcomes, [Loaded::Kept, Loaded::Kept, Loaded::Full]);
     assert!(!memory.loaded(loading));
     assert!(!is_absent(&memory, &key(102)));
@@ -90,10 +115,16 @@ fn a_cleared_memory_forgets_everything_tickets_and_passes_too() {
     memory.apply((0..100).map(|n| (key(n), Some(entry(1, 10)))));
     let (loading, tickets) = (memory.loading(), memory.tickets());
     memory.clear();
-    assert_eq!((memory.bytes(), memory.entries(), memory.is_complete()), (0, 0, false));
+    assert_eq!(
+        (memory.bytes(), memory.entries(), memory.is_complete()),
+        (0, 0, false)
+    );
     assert!((0..100).all(|n| found(&memory, &key(n)).is_none() && !is_absent(&memory, &key(n))));
     assert!((0..200).all(|n| !memory.fill(&key(n), tickets.of(&key(n)), entry(1, 10))));
-    assert_eq!(memory.load(loading, &key(1), memory.ticket(&key(1)), entry(1, 10)), Loaded::Void);
+    assert_eq!(
+        memory.load(loading, &key(1), memory.ticket(&key(1)), entry(1, 10)),
+        Loaded::Void
+    );
     assert!(!memory.loaded(loading));
     assert!(memory.loaded(memory.loading()));
     assert!(is_absent(&memory, &key(1)));
@@ -104,11 +135,21 @@ fn a_fill_loses_to_any_change_since_its_ticket() {
     let memory = Memory::new(UNBOUNDED);
     let ticket = memory.ticket(&key(1));
     memory.apply([(key(1), Some(entry(2, 10))), (key(1), None)]);
-    assert!(!memory.fill(&key(1), ticket, entry(1, 10)), "set and deleted since");
+    assert!(
+        !memory.fill(&key(1), ticket, entry(1, 10)),
+        "set and deleted since"
+    );
     assert!(memory.fill(&key(1), memory.ticket(&key(1)), entry(3, 10)));
-    assert!(!memory.fill(&key(1), memory.ticket(&key(1)), entry(1, 10)), "it is there");
+    assert!(
+        !memory.fill(&key(1), memory.ticket(&key(1)), entry(1, 10)),
+        "it is there"
+    );
     assert_eq!(found(&memory, &key(1)), Some(3));
-    assert_eq!(memory.bytes(), entry(3, 10).cost(&key(1)), "refused fills give their room back");
+    assert_eq!(
+        memory.bytes(),
+        entry(3, 10).cost(&key(1)),
+        "refused fills give their room back"
+    );
 }
 
 #[test]
@@ -118,13 +159,19 @@ fn a_fill_loses_to_an_eviction_since_its_ticket() {
     assert!(memory.fill(&key(100), memory.ticket(&key(100)), entry(5, 10)));
     memory.apply([(key(101), Some(entry(1, 10)))]);
     assert_eq!(memory.evicted_total(), 1);
-    assert!(!memory.fill(&key(100), ticket, entry(4, 10)), "a reader may have seen version 5");
+    assert!(
+        !memory.fill(&key(100), ticket, entry(4, 10)),
+        "a reader may have seen version 5"
+    );
 }
 
 #[test]
 fn eviction_takes_away_the_certainty_of_absence() {
     let memory = complete(room(2, 10));
-    memory.apply([(key(100), Some(entry(1, 10))), (key(101), Some(entry(2, 10)))]);
+    memory.apply([
+        (key(100), Some(entry(1, 10))),
+        (key(101), Some(entry(2, 10))),
+    ]);
     assert!(is_absent(&memory, &key(102)));
     memory.apply([(key(102), Some(entry(3, 10)))]);
     assert_eq!((memory.entries(), memory.evicted_total()), (2, 1));
@@ -135,11 +182,21 @@ fn eviction_takes_away_the_certainty_of_absence() {
 #[test]
 fn an_entry_over_the_whole_budget_is_not_kept_and_not_denied() {
     let memory = complete(room(2, 10));
-    memory.apply([(key(100), Some(entry(1, 10))), (key(101), Some(entry(2, 10)))]);
+    memory.apply([
+        (key(100), Some(entry(1, 10))),
+        (key(101), Some(entry(2, 10))),
+    ]);
     memory.apply([(key(100), Some(entry(3, 10_000)))]);
     assert!(matches!(memory.get(&key(100)), Lookup::Unknown(_)));
     assert!(!memory.fill(&key(100), memory.ticket(&key(100)), entry(3, 10_000)));
-    assert_eq!((memory.entries(), found(&memory, &key(101)), memory.evicted_total()), (1, Some(2), 0));
+    assert_eq!(
+        (
+            memory.entries(),
+            found(&memory, &key(101)),
+            memory.evicted_total()
+        ),
+        (1, Some(2), 0)
+    );
 }
 
 #[test]
@@ -184,8 +241,18 @@ fn a_key_rewritten_for_ever_leaves_nothing_behind() {
         }
     }
     memory.apply([(key(1), Some(entry(1, 10)))]);
-    assert_eq!((memory.entries(), memory.bytes()), (1, entry(1, 10).cost(&key(1))));
-    assert_eq!(memory.segments.iter().map(|segment| segment.queues.lock().len()).sum::<usize>(), 1);
+    assert_eq!(
+        (memory.entries(), memory.bytes()),
+        (1, entry(1, 10).cost(&key(1)))
+    );
+    assert_eq!(
+        memory
+            .segments
+            .iter()
+            .map(|segment| segment.queues.lock().len())
+            .sum::<usize>(),
+        1
+    );
 }
 
 #[test]
@@ -193,7 +260,10 @@ fn overwriting_a_key_keeps_its_standing() {
     let memory = Memory::new(room(3, 10));
     memory.apply((100..103).map(|n| (key(n), Some(entry(1, 10)))));
     (0..2).for_each(|_| drop(memory.get(&key(100))));
-    memory.apply([(key(100), Some(entry(2, 10))), (key(103), Some(entry(1, 10)))]);
+    memory.apply([
+        (key(100), Some(entry(2, 10))),
+        (key(103), Some(entry(1, 10))),
+    ]);
     assert_eq!(found(&memory, &key(100)), Some(2), "it was read twice");
     assert_eq!(found(&memory, &key(101)), None);
 }
@@ -209,7 +279,12 @@ fn a_scan_of_keys_read_once_does_not_evict_what_is_read_repeatedly() {
         memory.fill(&key(n), memory.ticket(&key(n)), entry(1, 10));
     }
     assert!(memory.evicted_total() > 9_000);
-    assert_eq!((100..150).filter(|n| found(&memory, &key(*n)).is_some()).count(), 50);
+    assert_eq!(
+        (100..150)
+            .filter(|n| found(&memory, &key(*n)).is_some())
+            .count(),
+        50
+    );
 }
 
 #[test]
@@ -218,17 +293,29 @@ fn peek_does_not_keep_a_key() {
     memory.apply((100..102).map(|n| (key(n), Some(entry(1, 10)))));
     (0..5).for_each(|_| drop(memory.peek(&key(100))));
     memory.apply([(key(102), Some(entry(1, 10)))]);
-    assert_eq!((found(&memory, &key(100)), found(&memory, &key(101))), (None, Some(1)));
+    assert_eq!(
+        (found(&memory, &key(100)), found(&memory, &key(101))),
+        (None, Some(1))
+    );
 }
 
 #[test]
 fn segments_stay_of_a_size_under_eviction() {
     let memory = Memory::new(4 * SEGMENT_BYTES);
     memory.apply((0..60_000).map(|n| (key(n), Some(entry(1, 1_000)))));
-    let sizes: Vec<u64> = memory.segments.iter().map(|segment| segment.queues.lock().bytes()).collect();
+    let sizes: Vec<u64> = memory
+        .segments
+        .iter()
+        .map(|segment| segment.queues.lock().bytes())
+        .collect();
     assert_eq!(sizes.iter().sum::<u64>(), memory.bytes());
     assert!(memory.evicted_total() > 40_000);
-    assert!(sizes.iter().all(|size| size.abs_diff(SEGMENT_BYTES) < SEGMENT_BYTES / 10), "{sizes:?}");
+    assert!(
+        sizes
+            .iter()
+            .all(|size| size.abs_diff(SEGMENT_BYTES) < SEGMENT_BYTES / 10),
+        "{sizes:?}"
+    );
 }
 
 #[derive(Debug, Clone)]
@@ -285,7 +372,8 @@ fn play(memory: &Memory, steps: Vec<Step>) {
             }
             Step::Read { key: n } => drop(memory.get(&key(n))),
             Step::Fetch { key: n } => {
-                if let (Lookup::Unknown(ticket), Some(entry)) = (memory.get(&key(n)), store.get(&n)) {
+                if let (Lookup::Unknown(ticket), Some(entry)) = (memory.get(&key(n)), store.get(&n))
+                {
                     fetched.push((n, ticket, entry.clone()));
                 }
             }
@@ -314,7 +402,13 @@ fn compare(memory: &Memory, store: &HashMap<usize, Arc<Entry>>) {
     for n in 0..12 {
         match memory.peek(&key(n)) {
             Lookup::Found(entry) => {
-                assert!(store.get(&n).is_some_and(|latest| Arc::ptr_eq(latest, &entry)), "{} is not the latest", key(n));
+                assert!(
+                    store
+                        .get(&n)
+                        .is_some_and(|latest| Arc::ptr_eq(latest, &entry)),
+                    "{} is not the latest",
+                    key(n)
+                );
                 bytes += entry.cost(&key(n));
             }
             Lookup::Absent => assert!(!store.contains_key(&n), "{} is in the store", key(n)),
@@ -376,34 +470,51 @@ fn stress_apply(memory: &Memory, versions: &Versions) {
             if run.iter().all(|(other, _)| *other != n) {
                 let version = versions.store[n].load(Ordering::SeqCst);
                 // From alive to the next one alive or deleted, from deleted to alive.
-                run.push((n, version + if is_alive(version) && random >> 62 > 0 { 2 } else { 1 }));
+                run.push((
+                    n,
+                    version
+                        + if is_alive(version) && random >> 62 > 0 {
+                            2
+                        } else {
+                            1
+                        },
+                ));
             }
         }
         for (n, version) in &run {
             versions.store[*n].store(*version, Ordering::SeqCst);
         }
         std::thread::yield_now();
-        memory.apply(run.iter().map(|(n, version)| (key(*n), is_alive(*version).then(|| entry(*version, 10)))));
+        memory.apply(
+            run.iter()
+                .map(|(n, version)| (key(*n), is_alive(*version).then(|| entry(*version, 10)))),
+        );
         for (n, version) in &run {
             versions.applied[*n].store(*version, Ordering::SeqCst);
         }
     }
 }
 
-/// Reads the store for every key that is missing, and only then puts what it read: long after the tickets.
+/// Reads the store for every key that is missing, and only then puts what it read: long after the
+/// tickets.
 fn stress_fill(memory: &Memory, versions: &Versions) {
     let mut filled = 0;
     while !versions.done.load(Ordering::SeqCst) {
         let mut fetched = Vec::new();
         for n in 0..STRESS_KEYS {
-            let Lookup::Unknown(ticket) = memory.peek(&key(n)) else { continue };
+            let Lookup::Unknown(ticket) = memory.peek(&key(n)) else {
+                continue;
+            };
             let version = versions.store[n].load(Ordering::SeqCst);
             if is_alive(version) {
                 fetched.push((key(n), ticket, entry(version, 10)));
             }
         }
         std::thread::yield_now();
-        filled += fetched.into_iter().filter(|(key, ticket, entry)| memory.fill(key, *ticket, entry.clone())).count();
+        filled += fetched
+            .into_iter()
+            .filter(|(key, ticket, entry)| memory.fill(key, *ticket, entry.clone()))
+            .count();
     }
     assert!(filled > 0);
 }
@@ -416,8 +527,16 @@ fn stress_read(memory: &Memory, versions: &Versions) {
             match memory.get(&key(n)) {
                 Lookup::Found(entry) => {
                     let version = entry.record.version;
-                    assert!(version >= *seen, "{} went back from {seen} to {version}", key(n));
-                    assert!(version >= applied, "{} is {version} after {applied} was applied", key(n));
+                    assert!(
+                        version >= *seen,
+                        "{} went back from {seen} to {version}",
+                        key(n)
+                    );
+                    assert!(
+                        version >= applied,
+                        "{} is {version} after {applied} was applied",
+                        key(n)
+                    );
                     *seen = version;
                 }
                 Lookup::Unknown(_) => {}
@@ -432,7 +551,11 @@ fn stress_read(memory: &Memory, versions: &Versions) {
 fn readers_never_see_a_key_go_back_while_it_is_applied_filled_and_evicted() {
     let memory = Memory::new(room(STRESS_KEYS as u64 / 4, 10));
     let zeros = || (0..STRESS_KEYS).map(|_| AtomicU64::new(0)).collect();
-    let versions = Versions { store: zeros(), applied: zeros(), done: AtomicBool::new(false) };
+    let versions = Versions {
+        store: zeros(),
+        applied: zeros(),
+        done: AtomicBool::new(false),
+    };
     std::thread::scope(|scope| {
         scope.spawn(|| stress_apply(&memory, &versions));
         for _ in 0..2 {
@@ -466,7 +589,9 @@ fn readers_never_take_a_stored_key_for_absent_while_memory_is_cleared_loaded_and
         for _ in 0..2 {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
-                    (100..130).for_each(|n| assert!(!is_absent(&memory, &key(n)), "{} is in the store", key(n)));
+                    (100..130).for_each(|n| {
+                        assert!(!is_absent(&memory, &key(n)), "{} is in the store", key(n))
+                    });
                 }
             });
         }

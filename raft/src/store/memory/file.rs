@@ -1,4 +1,5 @@
-//! The memory engine's checkpoint: one file with every record and a checksum, so that snapshots of both engines take the same path.
+//! The memory engine's checkpoint: one file with every record and a checksum, so that snapshots of
+//! both engines take the same path.
 //!
 //! ```text
 //! "holdfast memory state 1\n" · (family u8 · key bytes u32 · value bytes u32 · key · value)* · 255 · xxh3 of all before, u64
@@ -22,7 +23,10 @@ const FIELD_BYTES_MAX: u32 = 64 << 20;
 /// Writes `dir`, which must not exist, with the one file in it, durable on return.
 pub(super) fn write(dir: &Path, tables: &Tables) -> io::Result<()> {
     std::fs::create_dir(dir).map_err(|error| durable::named(error, "create", dir))?;
-    let mut writer = Hashed { inner: BufWriter::new(File::create(dir.join(NAME))?), hash: Xxh3::new() };
+    let mut writer = Hashed {
+        inner: BufWriter::new(File::create(dir.join(NAME))?),
+        hash: Xxh3::new(),
+    };
     writer.put(OPENING)?;
     for family in Family::ALL {
         for (key, value) in tables.families[family as usize].iter() {
@@ -36,7 +40,11 @@ pub(super) fn write(dir: &Path, tables: &Tables) -> io::Result<()> {
     writer.put(&[END])?;
     let checksum = writer.hash.digest();
     writer.inner.write_all(&checksum.to_be_bytes())?;
-    writer.inner.into_inner().map_err(|failed| failed.into_error())?.sync_all()?;
+    writer
+        .inner
+        .into_inner()
+        .map_err(|failed| failed.into_error())?
+        .sync_all()?;
     durable::sync_files(dir)
 }
 
@@ -44,7 +52,10 @@ pub(super) fn write(dir: &Path, tables: &Tables) -> io::Result<()> {
 pub(super) fn read(dir: &Path) -> io::Result<Tables> {
     let path = dir.join(NAME);
     let file = File::open(&path).map_err(|error| durable::named(error, "open", &path))?;
-    let mut reader = Hashed { inner: BufReader::new(file), hash: Xxh3::new() };
+    let mut reader = Hashed {
+        inner: BufReader::new(file),
+        hash: Xxh3::new(),
+    };
     if reader.take(OPENING.len())? != OPENING {
         return Err(damaged("it is of another format"));
     }
@@ -54,7 +65,9 @@ pub(super) fn read(dir: &Path) -> io::Result<Tables> {
         if tag == END {
             break;
         }
-        let family = *Family::ALL.get(usize::from(tag)).ok_or_else(|| damaged("it names an unknown family"))?;
+        let family = *Family::ALL
+            .get(usize::from(tag))
+            .ok_or_else(|| damaged("it names an unknown family"))?;
         let key_bytes = reader.take_length()?;
         let value_bytes = reader.take_length()?;
         let key = reader.take(key_bytes)?;
@@ -93,7 +106,9 @@ impl<S: Read> Hashed<S> {
 
     fn take_length(&mut self) -> io::Result<usize> {
         let bytes = self.take(4)?;
-        let length = bytes.iter().fold(0, |length, byte| length << 8 | u32::from(*byte));
+        let length = bytes
+            .iter()
+            .fold(0, |length, byte| length << 8 | u32::from(*byte));
         if length > FIELD_BYTES_MAX {
             return Err(damaged("a record in it is too long"));
         }
@@ -104,12 +119,18 @@ impl<S: Read> Hashed<S> {
 fn length_of(field: &[u8]) -> io::Result<[u8; 4]> {
     match u32::try_from(field.len()) {
         Ok(length) if length <= FIELD_BYTES_MAX => Ok(length.to_be_bytes()),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "a record of the state is over 64 MiB")),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a record of the state is over 64 MiB",
+        )),
     }
 }
 
 fn damaged(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the file {NAME} cannot be read: {why}"))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the file {NAME} cannot be read: {why}"),
+    )
 }
 
 #[cfg(test)]
@@ -130,7 +151,12 @@ mod tests {
     fn what_was_written_is_read() {
         let (_home, dir) = written();
         let tables = read(&dir).unwrap();
-        assert_eq!(tables.families[Family::Entry as usize].get(&b"a"[..]).unwrap(), &b"1"[..]);
+        assert_eq!(
+            tables.families[Family::Entry as usize]
+                .get(&b"a"[..])
+                .unwrap(),
+            &b"1"[..]
+        );
         assert_eq!(tables.families[Family::System as usize].len(), 1);
         assert_eq!(tables.size_bytes, 2);
     }
@@ -144,7 +170,10 @@ mod tests {
             let mut bent = whole.clone();
             bent[at] ^= 0x40;
             std::fs::write(&path, &bent).unwrap();
-            assert!(read(&dir).is_err(), "a flipped bit in byte {at} went unseen");
+            assert!(
+                read(&dir).is_err(),
+                "a flipped bit in byte {at} went unseen"
+            );
             std::fs::write(&path, &whole[..at]).unwrap();
             assert!(read(&dir).is_err(), "a file cut at {at} went unseen");
         }

@@ -1,13 +1,14 @@
-//! Which of a shard's state databases counts, so that a snapshot takes its place at once or not at all, at every crash, while
-//! readers still hold the old one: nothing that is open is ever renamed.
+//! Which of a shard's state databases counts, so that a snapshot takes its place at once or not at
+//! all, at every crash, while readers still hold the old one: nothing that is open is ever renamed.
 //!
 //! ```text
 //! state/<shard>/GENERATION   "7\n", replaced whole: temporary file, fsync, rename, fsync of the directory
 //! state/<shard>/7/           what counts
 //! state/<shard>/8/           received, moved here, opened to see that it is whole; counts once GENERATION says 8
 //! ```
-//! A crash before GENERATION changed leaves 8, after it leaves 7: on open, whatever is not pointed to is removed. While the process
-//! lives, 7 goes when the last handle to it does. Numbers only grow. Must never know what is in a database.
+//! A crash before GENERATION changed leaves 8, after it leaves 7: on open, whatever is not pointed
+//! to is removed. While the process lives, 7 goes when the last handle to it does. Numbers only
+//! grow. Must never know what is in a database.
 
 use std::fs;
 use std::io;
@@ -33,11 +34,18 @@ impl Generations {
             Some(current) => current,
             None => generations.begin()?,
         };
-        for leftover in generations.present()?.into_iter().filter(|number| *number != current) {
+        for leftover in generations
+            .present()?
+            .into_iter()
+            .filter(|number| *number != current)
+        {
             generations.discard(leftover)?;
         }
         if current != Self::FIRST && !generations.path(current).is_dir() {
-            return Err(damaged(format!("{} is missing, and {POINTER} points to it", generations.path(current).display())));
+            return Err(damaged(format!(
+                "{} is missing, and {POINTER} points to it",
+                generations.path(current).display()
+            )));
         }
         Ok((generations, current))
     }
@@ -60,20 +68,28 @@ impl Generations {
     pub(super) fn current(&self) -> io::Result<Option<u64>> {
         let path = self.root.join(POINTER);
         match fs::read_to_string(&path) {
-            Ok(text) => match text.strip_suffix('\n').and_then(|number| number.parse().ok()) {
+            Ok(text) => match text
+                .strip_suffix('\n')
+                .and_then(|number| number.parse().ok())
+            {
                 Some(number) => Ok(Some(number)),
-                None => Err(damaged(format!("{} does not hold a number", path.display()))),
+                None => Err(damaged(format!(
+                    "{} does not hold a number",
+                    path.display()
+                ))),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(durable::named(error, "read", &path)),
         }
     }
 
-    /// Moves a received directory in as the generation after the current one. It does not count yet.
+    /// Moves a received directory in as the generation after the current one. It does not count
+    /// yet.
     pub(super) fn adopt(&self, from_dir: &Path, current: Option<u64>) -> io::Result<u64> {
         let next = current.map_or(Self::FIRST, |current| current + 1);
         durable::remove_directory(&self.path(next))?;
-        fs::rename(from_dir, self.path(next)).map_err(|error| durable::named(error, "install", from_dir))?;
+        fs::rename(from_dir, self.path(next))
+            .map_err(|error| durable::named(error, "install", from_dir))?;
         durable::sync_parent(from_dir)?;
         durable::sync_directory(&self.root)?;
         Ok(next)
@@ -88,10 +104,14 @@ impl Generations {
         durable::remove_directory(&self.path(number))
     }
 
-    /// Points before the first database is made: databases without a pointer are therefore a loss, and never thrown away.
+    /// Points before the first database is made: databases without a pointer are therefore a loss,
+    /// and never thrown away.
     fn begin(&self) -> io::Result<u64> {
         if !self.present()?.is_empty() {
-            return Err(damaged(format!("{} holds databases but no {POINTER}", self.root.display())));
+            return Err(damaged(format!(
+                "{} holds databases but no {POINTER}",
+                self.root.display()
+            )));
         }
         self.point_to(Self::FIRST)?;
         Ok(Self::FIRST)
@@ -100,7 +120,12 @@ impl Generations {
     fn present(&self) -> io::Result<Vec<u64>> {
         let mut numbers = Vec::new();
         for entry in fs::read_dir(&self.root)? {
-            numbers.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u64>().ok()));
+            numbers.extend(
+                entry?
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse::<u64>().ok()),
+            );
         }
         Ok(numbers)
     }
@@ -116,7 +141,9 @@ mod tests {
 
     fn holding(generations: &[u64]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
-        generations.iter().for_each(|number| fs::create_dir(root.path().join(number.to_string())).unwrap());
+        generations
+            .iter()
+            .for_each(|number| fs::create_dir(root.path().join(number.to_string())).unwrap());
         root
     }
 
@@ -144,7 +171,10 @@ mod tests {
         let root = holding(&[]);
         for pointer in ["7\n", "seven\n", "", "7"] {
             fs::write(root.path().join(POINTER), pointer).unwrap();
-            assert!(Generations::open(root.path().to_owned()).is_err(), "{pointer:?}");
+            assert!(
+                Generations::open(root.path().to_owned()).is_err(),
+                "{pointer:?}"
+            );
         }
     }
 

@@ -3,8 +3,9 @@
 //! ```text
 //! family entries: shard u32 BE · 1 · index u64 BE → entry        family marks: shard u32 BE · 0 · mark u64 BE → record
 //! ```
-//! Entries are never overwritten in place but after a truncation. Two families, because a table file that holds marks would
-//! overlap every other file and make compaction rewrite a log that is only ever appended to and cut at both ends.
+//! Entries are never overwritten in place but after a truncation. Two families, because a table
+//! file that holds marks would overlap every other file and make compaction rewrite a log that is
+//! only ever appended to and cut at both ends.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,7 +15,9 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use holdfast_proto::ShardId;
 use parking_lot::Mutex;
-use rocksdb::{ColumnFamily, DB, DBRawIterator, FlushOptions, ReadOptions, WriteBatch, WriteOptions};
+use rocksdb::{
+    ColumnFamily, DB, DBRawIterator, FlushOptions, ReadOptions, WriteBatch, WriteOptions,
+};
 
 use super::io_error;
 use super::settings::{LOG_ENTRIES, LOG_MARKS, Shared};
@@ -35,24 +38,34 @@ pub(in crate::store) struct RocksLog {
 /// What only the writer knows.
 #[derive(Default)]
 struct Writer {
-    /// No entry of the shard is below. A purge deletes from here and not from 0: ranges that all begin at 0 would pile up on each
-    /// other, and every read would pass the pile.
+    /// No entry of the shard is below. A purge deletes from here and not from 0: ranges that all
+    /// begin at 0 would pile up on each other, and every read would pass the pile.
     floors: HashMap<ShardId, u64>,
-    /// Purges whose files may go, once a sync made the purge itself durable: files that vanish before it leave a log with a hole.
+    /// Purges whose files may go, once a sync made the purge itself durable: files that vanish
+    /// before it leave a log with a hole.
     reclaimable: HashMap<ShardId, u64>,
 }
 
 impl RocksLog {
     pub(super) fn open(directory: &Path, shared: &Shared) -> io::Result<Self> {
-        let db = DB::open_cf_descriptors(&shared.log(), directory, shared.log_families()).map_err(io_error)?;
-        Ok(Self { db, directory: directory.to_owned(), writer: Mutex::default(), poison: Poison::default() })
+        let db = DB::open_cf_descriptors(&shared.log(), directory, shared.log_families())
+            .map_err(io_error)?;
+        Ok(Self {
+            db,
+            directory: directory.to_owned(),
+            writer: Mutex::default(),
+            poison: Poison::default(),
+        })
     }
 
     fn family(&self, name: &str) -> &ColumnFamily {
-        self.db.cf_handle(name).expect("the database was opened with all its families")
+        self.db
+            .cf_handle(name)
+            .expect("the database was opened with all its families")
     }
 
-    /// The batch in RocksDB's form. Each change must be seen by those after it, so it is made in one pass.
+    /// The batch in RocksDB's form. Each change must be seen by those after it, so it is made in
+    /// one pass.
     fn prepare(&self, changes: Vec<LogChange>, writer: &mut Writer) -> io::Result<WriteBatch> {
         let (entries, marks) = (self.family(LOG_ENTRIES), self.family(LOG_MARKS));
         let mut prepared = WriteBatch::default();
@@ -64,17 +77,27 @@ impl RocksLog {
                     prepared.put_cf(entries, key(shard, ENTRY, index), entry);
                 }
                 LogChange::TruncateFrom(shard, index) => {
-                    prepared.delete_range_cf(entries, key(shard, ENTRY, index).as_slice(), end_of(shard).as_slice());
+                    prepared.delete_range_cf(
+                        entries,
+                        key(shard, ENTRY, index).as_slice(),
+                        end_of(shard).as_slice(),
+                    );
                 }
                 LogChange::PurgeTo(shard, index) => {
                     let floor = self.floor(shard, writer)?;
                     if *floor <= index {
-                        prepared.delete_range_cf(entries, key(shard, ENTRY, *floor), after(shard, index));
+                        prepared.delete_range_cf(
+                            entries,
+                            key(shard, ENTRY, *floor),
+                            after(shard, index),
+                        );
                         *floor = index.saturating_add(1);
                         writer.reclaimable.insert(shard, index);
                     }
                 }
-                LogChange::SetMark(shard, mark, record) => prepared.put_cf(marks, mark_key(shard, mark), record),
+                LogChange::SetMark(shard, mark, record) => {
+                    prepared.put_cf(marks, mark_key(shard, mark), record)
+                }
             }
         }
         Ok(prepared)
@@ -95,7 +118,9 @@ impl RocksLog {
     fn reclaim(&self, writer: &mut Writer) -> io::Result<()> {
         let entries = self.family(LOG_ENTRIES);
         for (shard, index) in writer.reclaimable.drain() {
-            self.db.delete_file_in_range_cf(entries, key(shard, ENTRY, 0), key(shard, ENTRY, index)).map_err(io_error)?;
+            self.db
+                .delete_file_in_range_cf(entries, key(shard, ENTRY, 0), key(shard, ENTRY, index))
+                .map_err(io_error)?;
         }
         Ok(())
     }
@@ -106,13 +131,15 @@ impl RocksLog {
         current(&entries).map(|found| found.map(|(index, _)| index))
     }
 
-    /// An iterator over that part of the shard's entries. What it reads stays out of the cache: old entries are read once.
+    /// An iterator over that part of the shard's entries. What it reads stays out of the cache: old
+    /// entries are read once.
     fn entries(&self, shard: ShardId, from: u64, end: Vec<u8>) -> DBRawIterator<'_> {
         let mut options = ReadOptions::default();
         options.fill_cache(false);
         options.set_iterate_lower_bound(key(shard, ENTRY, from));
         options.set_iterate_upper_bound(end);
-        self.db.raw_iterator_cf_opt(self.family(LOG_ENTRIES), options)
+        self.db
+            .raw_iterator_cf_opt(self.family(LOG_ENTRIES), options)
     }
 }
 
@@ -123,7 +150,8 @@ impl LogStore for RocksLog {
         let mut options = WriteOptions::default();
         options.set_sync(sync);
         let prepared = self.prepare(batch.changes, &mut writer);
-        let written = prepared.and_then(|prepared| self.db.write_opt(prepared, &options).map_err(io_error));
+        let written =
+            prepared.and_then(|prepared| self.db.write_opt(prepared, &options).map_err(io_error));
         self.poison.watch(written)?;
         if sync && !writer.reclaimable.is_empty() {
             self.poison.watch(self.reclaim(&mut writer))?;
@@ -131,7 +159,12 @@ impl LogStore for RocksLog {
         Ok(())
     }
 
-    fn read(&self, shard: ShardId, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<(u64, Bytes)>> {
+    fn read(
+        &self,
+        shard: ShardId,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(u64, Bytes)>> {
         self.poison.check()?;
         let mut read = Vec::new();
         if range.is_empty() {
@@ -156,7 +189,9 @@ impl LogStore for RocksLog {
         // One iterator for both ends, so that they are of one moment.
         let mut entries = self.entries(shard, 0, end_of(shard));
         entries.seek_to_first();
-        let Some((first, _)) = current(&entries)? else { return Ok(None) };
+        let Some((first, _)) = current(&entries)? else {
+            return Ok(None);
+        };
         entries.seek_to_last();
         Ok(current(&entries)?.map(|(last, _)| (first, last)))
     }
@@ -170,7 +205,10 @@ impl LogStore for RocksLog {
 
     fn mark(&self, shard: ShardId, mark: LogMark) -> io::Result<Option<Bytes>> {
         self.poison.check()?;
-        let record = self.db.get_cf(self.family(LOG_MARKS), mark_key(shard, mark)).map_err(io_error)?;
+        let record = self
+            .db
+            .get_cf(self.family(LOG_MARKS), mark_key(shard, mark))
+            .map_err(io_error)?;
         Ok(record.map(Bytes::from))
     }
 
@@ -183,18 +221,31 @@ impl LogStore for RocksLog {
         self.poison.check()?;
         let families = [self.family(LOG_ENTRIES), self.family(LOG_MARKS)];
         // The WALs go with the buffers: all of them, or the oldest keeps the others.
-        let flushed = self.db.flush_cfs_opt(&families, &FlushOptions::default()).map_err(io_error);
+        let flushed = self
+            .db
+            .flush_cfs_opt(&families, &FlushOptions::default())
+            .map_err(io_error);
         self.poison.watch(flushed)?;
-        families.iter().for_each(|family| self.db.compact_range_cf(*family, None::<&[u8]>, None::<&[u8]>));
+        families.iter().for_each(|family| {
+            self.db
+                .compact_range_cf(*family, None::<&[u8]>, None::<&[u8]>)
+        });
         Ok(())
     }
 }
 
 /// Where the iterator stands, unless it ended; an iterator that failed has ended too.
 fn current<'a>(entries: &'a DBRawIterator<'_>) -> io::Result<Option<(u64, &'a [u8])>> {
-    let Some((key, entry)) = entries.item() else { return entries.status().map(|()| None).map_err(io_error) };
+    let Some((key, entry)) = entries.item() else {
+        return entries.status().map(|()| None).map_err(io_error);
+    };
     let index = key.last_chunk().filter(|_| key.len() == KEY_BYTES);
-    let index = index.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a key of the log has a wrong length"))?;
+    let index = index.ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a key of the log has a wrong length",
+        )
+    })?;
     Ok(Some((u64::from_be_bytes(*index), entry)))
 }
 
@@ -213,7 +264,9 @@ fn mark_key(shard: ShardId, mark: LogMark) -> Vec<u8> {
 
 /// The first key after that entry.
 fn after(shard: ShardId, index: u64) -> Vec<u8> {
-    index.checked_add(1).map_or_else(|| end_of(shard), |next| key(shard, ENTRY, next))
+    index
+        .checked_add(1)
+        .map_or_else(|| end_of(shard), |next| key(shard, ENTRY, next))
 }
 
 /// The first key after all entries of the shard.

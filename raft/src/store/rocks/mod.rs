@@ -1,5 +1,5 @@
-//! The durable engine: the only place that names RocksDB. One database for the log of all shards, one for each shard's state, with
-//! one block cache and one bound on write buffers for all of them.
+//! The durable engine: the only place that names RocksDB. One database for the log of all shards,
+//! one for each shard's state, with one block cache and one bound on write buffers for all of them.
 
 mod generations;
 mod log;
@@ -39,7 +39,11 @@ pub(super) struct RocksDisk {
 impl RocksDisk {
     pub(super) fn new(data_dir: &Path, budget: Budget) -> io::Result<Self> {
         durable::create_directory(data_dir)?;
-        Ok(Self { data_dir: data_dir.to_owned(), shared: Shared::new(budget), states: Mutex::default() })
+        Ok(Self {
+            data_dir: data_dir.to_owned(),
+            shared: Shared::new(budget),
+            states: Mutex::default(),
+        })
     }
 
     pub(super) fn open_log(&self) -> io::Result<Arc<RocksLog>> {
@@ -50,17 +54,32 @@ impl RocksDisk {
 
     pub(super) fn open_state(&self, shard: ShardId) -> io::Result<Arc<RocksState>> {
         let mut states = self.states.lock();
-        if states.get(&shard).is_some_and(|open| open.strong_count() > 0) {
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("the state of shard {shard} is open already")));
+        if states
+            .get(&shard)
+            .is_some_and(|open| open.strong_count() > 0)
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                format!("the state of shard {shard} is open already"),
+            ));
         }
         let (generations, current) = Generations::open(self.root(shard))?;
         let create = current == Generations::FIRST;
-        let state = Arc::new(RocksState::open(&generations, current, create, &self.shared)?);
+        let state = Arc::new(RocksState::open(
+            &generations,
+            current,
+            create,
+            &self.shared,
+        )?);
         states.insert(shard, Arc::downgrade(&state));
         Ok(state)
     }
 
-    pub(super) fn install_state(&self, shard: ShardId, from_dir: &Path) -> io::Result<Arc<RocksState>> {
+    pub(super) fn install_state(
+        &self,
+        shard: ShardId,
+        from_dir: &Path,
+    ) -> io::Result<Arc<RocksState>> {
         let mut states = self.states.lock();
         let installed = self.install(shard, from_dir, states.get(&shard).and_then(Weak::upgrade));
         match &installed {
@@ -70,7 +89,12 @@ impl RocksDisk {
         installed
     }
 
-    fn install(&self, shard: ShardId, from_dir: &Path, old: Option<Arc<RocksState>>) -> io::Result<Arc<RocksState>> {
+    fn install(
+        &self,
+        shard: ShardId,
+        from_dir: &Path,
+        old: Option<Arc<RocksState>>,
+    ) -> io::Result<Arc<RocksState>> {
         let generations = Generations::at(self.root(shard))?;
         let current = generations.current()?;
         let next = generations.adopt(from_dir, current)?;
@@ -82,7 +106,8 @@ impl RocksDisk {
                 return Err(error);
             }
         };
-        // An error here leaves both generations, because it is unknown which one the disk now points to; each is whole.
+        // An error here leaves both generations, because it is unknown which one the disk now
+        // points to; each is whole.
         generations.point_to(next)?;
         match old {
             Some(old) => old.retire(),

@@ -1,6 +1,10 @@
-//! Every setting of RocksDB, each with its reason. What is not named here is RocksDB's default, checksums on read among them.
+//! Every setting of RocksDB, each with its reason. What is not named here is RocksDB's default,
+//! checksums on read among them.
 
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode, LogLevel, Options, WriteBufferManager};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode, LogLevel,
+    Options, WriteBufferManager,
+};
 
 use crate::store::Family;
 use crate::store::stores::Budget;
@@ -20,8 +24,12 @@ impl Shared {
     pub(super) fn new(budget: Budget) -> Self {
         Self {
             cache: Cache::new_lru_cache(budget.block_cache_bytes),
-            // Over its bound a database flushes; it never stalls writers, because the sync thread is one of them.
-            write_buffers: WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false),
+            // Over its bound a database flushes; it never stalls writers, because the sync thread
+            // is one of them.
+            write_buffers: WriteBufferManager::new_write_buffer_manager(
+                budget.write_buffer_bytes,
+                false,
+            ),
         }
     }
 
@@ -29,9 +37,11 @@ impl Shared {
         let mut options = self.database(Options::default());
         options.create_if_missing(true);
         options.create_missing_column_families(true);
-        // A crash tears the end of the last WAL and no other place: damage elsewhere must stop the node, not shorten the log.
+        // A crash tears the end of the last WAL and no other place: damage elsewhere must stop the
+        // node, not shorten the log.
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
-        // A recycled WAL ends in old records, which that mode takes for damage or, worse, for its own.
+        // A recycled WAL ends in old records, which that mode takes for damage or, worse, for its
+        // own.
         options.set_recycle_log_file_num(0);
         // Marks change often and fill no buffer: without a bound they would keep every WAL.
         options.set_max_total_wal_size(128 * MIB as u64);
@@ -42,22 +52,28 @@ impl Shared {
     pub(super) fn log_families(&self) -> Vec<ColumnFamilyDescriptor> {
         let mut entries = self.family(Filter::None);
         entries.set_compression_type(DBCompressionType::None);
-        // Most entries are purged before their buffer is full and so are never written a second time.
+        // Most entries are purged before their buffer is full and so are never written a second
+        // time.
         entries.set_write_buffer_size(64 * MIB);
         entries.set_max_write_buffer_number(4);
         let mut marks = self.family(Filter::None);
         marks.set_write_buffer_size(MIB);
         vec![
-            ColumnFamilyDescriptor::new(rocksdb::DEFAULT_COLUMN_FAMILY_NAME, self.family(Filter::None)),
+            ColumnFamilyDescriptor::new(
+                rocksdb::DEFAULT_COLUMN_FAMILY_NAME,
+                self.family(Filter::None),
+            ),
             ColumnFamilyDescriptor::new(LOG_ENTRIES, entries),
             ColumnFamilyDescriptor::new(LOG_MARKS, marks),
         ]
     }
 
     pub(super) fn state(&self, create: bool) -> Result<Options, rocksdb::Error> {
-        // Closing would write what was not flushed, so that a restart came back to another point than a crash does. A restart is
-        // the last flush and a replay, always the same path. The binding has no setter for it.
-        let options = Options::default().get_options_from_string("avoid_flush_during_shutdown=true")?;
+        // Closing would write what was not flushed, so that a restart came back to another point
+        // than a crash does. A restart is the last flush and a replay, always the same path. The
+        // binding has no setter for it.
+        let options =
+            Options::default().get_options_from_string("avoid_flush_during_shutdown=true")?;
         let mut options = self.database(options);
         options.create_if_missing(create);
         options.create_missing_column_families(create);
@@ -68,8 +84,15 @@ impl Shared {
     }
 
     pub(super) fn state_families(&self) -> Vec<ColumnFamilyDescriptor> {
-        let unused = ColumnFamilyDescriptor::new(rocksdb::DEFAULT_COLUMN_FAMILY_NAME, self.family(Filter::None));
-        Family::ALL.iter().map(|family| ColumnFamilyDescriptor::new(family.name(), self.state_family(*family))).chain([unused]).collect()
+        let unused = ColumnFamilyDescriptor::new(
+            rocksdb::DEFAULT_COLUMN_FAMILY_NAME,
+            self.family(Filter::None),
+        );
+        Family::ALL
+            .iter()
+            .map(|family| ColumnFamilyDescriptor::new(family.name(), self.state_family(*family)))
+            .chain([unused])
+            .collect()
     }
 
     fn state_family(&self, family: Family) -> Options {
@@ -80,7 +103,11 @@ impl Shared {
         };
         let mut options = self.family(filter);
         options.set_compression_type(DBCompressionType::Lz4);
-        options.set_write_buffer_size(if family == Family::Value { 32 * MIB } else { 16 * MIB });
+        options.set_write_buffer_size(if family == Family::Value {
+            32 * MIB
+        } else {
+            16 * MIB
+        });
         options
     }
 

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use rocksdb::checkpoint::Checkpoint;
-use rocksdb::{ColumnFamily, DB, DBRawIterator, FlushOptions, ReadOptions, WriteBatch, WriteOptions};
+use rocksdb::{
+    ColumnFamily, DB, DBRawIterator, FlushOptions, ReadOptions, WriteBatch, WriteOptions,
+};
 
 use super::generations::Generations;
 use super::io_error;
@@ -15,20 +17,35 @@ use crate::store::poison::Poison;
 use crate::store::{Family, Scan, StateBatch, StateChange, StateStore, durable};
 
 pub(in crate::store) struct RocksState {
-    // Before `place`: fields are dropped in order, and a database is closed before its directory goes.
+    // Before `place`: fields are dropped in order, and a database is closed before its directory
+    // goes.
     db: DB,
     place: Place,
     pub(super) poison: Poison,
 }
 
 impl RocksState {
-    pub(super) fn open(generations: &Generations, number: u64, create: bool, shared: &Shared) -> io::Result<Self> {
-        let place = Place { root: generations.root().to_owned(), generation: generations.path(number), retired: AtomicBool::new(false) };
+    pub(super) fn open(
+        generations: &Generations,
+        number: u64,
+        create: bool,
+        shared: &Shared,
+    ) -> io::Result<Self> {
+        let place = Place {
+            root: generations.root().to_owned(),
+            generation: generations.path(number),
+            retired: AtomicBool::new(false),
+        };
         let options = shared.state(create).map_err(io_error)?;
-        let db = DB::open_cf_descriptors(&options, &place.generation, shared.state_families()).map_err(io_error)?;
+        let db = DB::open_cf_descriptors(&options, &place.generation, shared.state_families())
+            .map_err(io_error)?;
         // RocksDB makes the first directory by itself and does not make its name durable.
         durable::sync_directory(&place.root)?;
-        Ok(Self { db, place, poison: Poison::default() })
+        Ok(Self {
+            db,
+            place,
+            poison: Poison::default(),
+        })
     }
 
     /// Another generation counts now: this one goes with its last handle.
@@ -37,7 +54,9 @@ impl RocksState {
     }
 
     fn family(&self, family: Family) -> &ColumnFamily {
-        self.db.cf_handle(family.name()).expect("the database was opened with all its families")
+        self.db
+            .cf_handle(family.name())
+            .expect("the database was opened with all its families")
     }
 }
 
@@ -69,8 +88,14 @@ impl StateStore for RocksState {
 
     fn get_many(&self, family: Family, keys: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>> {
         self.poison.check()?;
-        let values = self.db.batched_multi_get_cf(self.family(family), keys.iter().copied(), false);
-        let copied = values.into_iter().map(|value| Ok(value.map_err(io_error)?.map(|value| Bytes::copy_from_slice(&value))));
+        let values = self
+            .db
+            .batched_multi_get_cf(self.family(family), keys.iter().copied(), false);
+        let copied = values.into_iter().map(|value| {
+            Ok(value
+                .map_err(io_error)?
+                .map(|value| Bytes::copy_from_slice(&value)))
+        });
         copied.collect()
     }
 
@@ -86,7 +111,10 @@ impl StateStore for RocksState {
         }
         let mut records = self.db.raw_iterator_cf_opt(self.family(family), options);
         records.seek(from);
-        Box::new(RocksScan { records, at: At::Record })
+        Box::new(RocksScan {
+            records,
+            at: At::Record,
+        })
     }
 
     fn write(&self, batch: StateBatch) -> io::Result<()> {
@@ -94,22 +122,31 @@ impl StateStore for RocksState {
         let mut prepared = WriteBatch::default();
         for change in batch.changes {
             match change {
-                StateChange::Put(family, key, value) => prepared.put_cf(self.family(family), key, value),
+                StateChange::Put(family, key, value) => {
+                    prepared.put_cf(self.family(family), key, value)
+                }
                 StateChange::Delete(family, key) => prepared.delete_cf(self.family(family), key),
                 // RocksDB refuses a whole batch for one range that ends before it begins.
                 StateChange::DeleteRange(_, from, end) if from >= end => {}
-                StateChange::DeleteRange(family, from, end) => prepared.delete_range_cf(self.family(family), from, end),
+                StateChange::DeleteRange(family, from, end) => {
+                    prepared.delete_range_cf(self.family(family), from, end)
+                }
             }
         }
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.poison.watch(self.db.write_opt(prepared, &options).map_err(io_error))
+        self.poison
+            .watch(self.db.write_opt(prepared, &options).map_err(io_error))
     }
 
     fn flush(&self) -> io::Result<()> {
         self.poison.check()?;
         let families = Family::ALL.map(|family| self.family(family));
-        self.poison.watch(self.db.flush_cfs_opt(&families, &FlushOptions::default()).map_err(io_error))
+        self.poison.watch(
+            self.db
+                .flush_cfs_opt(&families, &FlushOptions::default())
+                .map_err(io_error),
+        )
     }
 
     fn checkpoint(&self, dir: &Path) -> io::Result<()> {
@@ -127,16 +164,26 @@ impl StateStore for RocksState {
 
     fn compact(&self) -> io::Result<()> {
         self.flush()?;
-        Family::ALL.iter().for_each(|family| self.db.compact_range_cf(self.family(*family), None::<&[u8]>, None::<&[u8]>));
+        Family::ALL.iter().for_each(|family| {
+            self.db
+                .compact_range_cf(self.family(*family), None::<&[u8]>, None::<&[u8]>)
+        });
         self.poison.check()
     }
 }
 
 /// One record of a checkpoint, opened so that nothing in it changes.
-pub(in crate::store) fn read_checkpoint(dir: &Path, family: Family, key: &[u8]) -> io::Result<Option<Bytes>> {
+pub(in crate::store) fn read_checkpoint(
+    dir: &Path,
+    family: Family,
+    key: &[u8],
+) -> io::Result<Option<Bytes>> {
     let families = Family::ALL.map(Family::name);
-    let db = DB::open_cf_for_read_only(&rocksdb::Options::default(), dir, families, false).map_err(io_error)?;
-    let handle = db.cf_handle(family.name()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a checkpoint lacks a family"))?;
+    let db = DB::open_cf_for_read_only(&rocksdb::Options::default(), dir, families, false)
+        .map_err(io_error)?;
+    let handle = db
+        .cf_handle(family.name())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a checkpoint lacks a family"))?;
     Ok(db.get_cf(handle, key).map_err(io_error)?.map(Bytes::from))
 }
 
@@ -166,9 +213,15 @@ impl Iterator for RocksScan<'_> {
         }
         if let Some((key, value)) = self.records.item() {
             self.at = At::Given;
-            return Some(Ok((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))));
+            return Some(Ok((
+                Bytes::copy_from_slice(key),
+                Bytes::copy_from_slice(value),
+            )));
         }
         self.at = At::End;
-        self.records.status().err().map(|error| Err(io_error(error)))
+        self.records
+            .status()
+            .err()
+            .map(|error| Err(io_error(error)))
     }
 }

@@ -1,4 +1,5 @@
-//! What only a disk can break: torn files, crashes between steps, and a database whose directory is replaced under its readers.
+//! What only a disk can break: torn files, crashes between steps, and a database whose directory is
+//! replaced under its readers.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +14,8 @@ fn disk(at: &Path) -> RocksDisk {
     RocksDisk::new(at, Budget::default()).unwrap()
 }
 
-/// The files as a kill -9 at this moment leaves them: what a process has in its memory is not among them.
+/// The files as a kill -9 at this moment leaves them: what a process has in its memory is not among
+/// them.
 fn crash(data_dir: &Path) -> TempDir {
     let image = tempfile::tempdir().unwrap();
     copy(data_dir, image.path());
@@ -48,19 +50,27 @@ fn put_log(log: &dyn LogStore, first: u64, last: u64, size_bytes: usize) {
 
 fn put_everywhere(state: &dyn StateStore, value: &'static str) {
     let mut batch = StateBatch::default();
-    Family::ALL.iter().for_each(|family| batch.put(*family, "key", value));
+    Family::ALL
+        .iter()
+        .for_each(|family| batch.put(*family, "key", value));
     state.write(batch).unwrap();
 }
 
 fn everywhere(state: &dyn StateStore) -> Vec<Option<Bytes>> {
-    Family::ALL.iter().map(|family| state.get(*family, b"key").unwrap()).collect()
+    Family::ALL
+        .iter()
+        .map(|family| state.get(*family, b"key").unwrap())
+        .collect()
 }
 
 #[test]
 fn a_kill_keeps_the_synced_log_and_the_flushed_state() {
     let home = tempfile::tempdir().unwrap();
     let disk_before = disk(home.path());
-    let (log, state) = (disk_before.open_log().unwrap(), disk_before.open_state(0).unwrap());
+    let (log, state) = (
+        disk_before.open_log().unwrap(),
+        disk_before.open_state(0).unwrap(),
+    );
     put_log(&*log, 1, 3, 10);
     let mut batch = LogBatch::default();
     batch.set_mark(0, LogMark::Vote, Bytes::from_static(b"vote"));
@@ -74,15 +84,24 @@ fn a_kill_keeps_the_synced_log_and_the_flushed_state() {
     let disk_after = disk(image.path());
     let log = disk_after.open_log().unwrap();
     assert_eq!(log.bounds(0).unwrap(), Some((2, 3)));
-    assert_eq!(log.mark(0, LogMark::Vote).unwrap(), Some(Bytes::from_static(b"vote")));
+    assert_eq!(
+        log.mark(0, LogMark::Vote).unwrap(),
+        Some(Bytes::from_static(b"vote"))
+    );
     let state = disk_after.open_state(0).unwrap();
-    assert_eq!(everywhere(&*state), vec![Some(Bytes::from_static(b"flushed")); Family::ALL.len()]);
+    assert_eq!(
+        everywhere(&*state),
+        vec![Some(Bytes::from_static(b"flushed")); Family::ALL.len()]
+    );
 }
 
 fn wal(data_dir: &Path) -> std::path::PathBuf {
-    let files = fs::read_dir(data_dir.join("log")).unwrap().map(|file| file.unwrap().path());
+    let files = fs::read_dir(data_dir.join("log"))
+        .unwrap()
+        .map(|file| file.unwrap().path());
     let logs = files.filter(|path| path.extension().is_some_and(|extension| extension == "log"));
-    logs.max_by_key(|path| path.metadata().unwrap().len()).unwrap()
+    logs.max_by_key(|path| path.metadata().unwrap().len())
+        .unwrap()
 }
 
 #[test]
@@ -123,26 +142,43 @@ fn a_log_damaged_before_its_tail_does_not_open() {
 fn purged_entries_leave_the_disk() {
     let home = tempfile::tempdir().unwrap();
     // So small a budget that buffers become files all the time.
-    let disk = RocksDisk::new(home.path(), Budget { block_cache_bytes: 1 << 20, write_buffer_bytes: 1 << 20 }).unwrap();
+    let disk = RocksDisk::new(
+        home.path(),
+        Budget {
+            block_cache_bytes: 1 << 20,
+            write_buffer_bytes: 1 << 20,
+        },
+    )
+    .unwrap();
     let log = disk.open_log().unwrap();
     for round in 0..20 {
         put_log(&*log, round * 100 + 1, round * 100 + 100, 20_000);
         let mut batch = LogBatch::default();
         batch.purge_to(0, round * 100 + 50);
         log.write(batch, round % 2 == 0).unwrap();
-        assert_eq!(log.bounds(0).unwrap(), Some((round * 100 + 51, round * 100 + 100)));
+        assert_eq!(
+            log.bounds(0).unwrap(),
+            Some((round * 100 + 51, round * 100 + 100))
+        );
     }
     log.compact().unwrap();
     let left = log.disk_bytes().unwrap();
     assert!(left < 4_000_000, "{left} bytes for 50 entries of 20 kB");
     let read = log.read(0, 0..u64::MAX, usize::MAX).unwrap();
-    assert_eq!(read, (1951..=2000).map(|index| (index, entry(index, 20_000))).collect::<Vec<_>>());
+    assert_eq!(
+        read,
+        (1951..=2000)
+            .map(|index| (index, entry(index, 20_000)))
+            .collect::<Vec<_>>()
+    );
 }
 
 #[test]
 fn a_replaced_state_lives_until_its_last_reader_goes() {
     let home = tempfile::tempdir().unwrap();
-    let (disk, generation) = (disk(home.path()), |number: u64| home.path().join("state/0").join(number.to_string()));
+    let (disk, generation) = (disk(home.path()), |number: u64| {
+        home.path().join("state/0").join(number.to_string())
+    });
     let first = disk.open_state(0).unwrap();
     put_everywhere(&*first, "first");
     for number in 2..=3 {
@@ -171,11 +207,19 @@ fn a_crash_during_an_install_leaves_one_of_the_two_states() {
     let (old, new) = (Bytes::from_static(b"old"), Bytes::from_static(b"new"));
     for (pointer, expected) in [("1\n", old), ("2\n", new)] {
         let image = crash(home.path());
-        fs::rename(image.path().join("received"), image.path().join("state/0/2")).unwrap();
+        fs::rename(
+            image.path().join("received"),
+            image.path().join("state/0/2"),
+        )
+        .unwrap();
         fs::write(image.path().join("state/0/GENERATION"), pointer).unwrap();
         let state = disk(image.path()).open_state(0).unwrap();
         assert_eq!(everywhere(&*state), vec![Some(expected); Family::ALL.len()]);
-        assert_eq!(fs::read_dir(image.path().join("state/0")).unwrap().count(), 2, "one generation and the pointer");
+        assert_eq!(
+            fs::read_dir(image.path().join("state/0")).unwrap().count(),
+            2,
+            "one generation and the pointer"
+        );
     }
 }
 
@@ -188,7 +232,10 @@ fn a_state_can_begin_with_an_installed_checkpoint() {
     let received = home.path().join("received");
     source.checkpoint(&received).unwrap();
     drop(disk_before.install_state(0, &received).unwrap());
-    assert_eq!(everywhere(&*disk_before.open_state(0).unwrap()), everywhere(&*source));
+    assert_eq!(
+        everywhere(&*disk_before.open_state(0).unwrap()),
+        everywhere(&*source)
+    );
 }
 
 #[test]
@@ -200,19 +247,42 @@ fn a_store_that_failed_to_write_refuses_everything() {
     log.poison.watch(failure()).unwrap_err();
     state.poison.watch(failure()).unwrap_err();
 
-    let told = log.write(LogBatch::default(), true).unwrap_err().to_string();
+    let told = log
+        .write(LogBatch::default(), true)
+        .unwrap_err()
+        .to_string();
     assert!(told.contains("disk on fire"), "{told}");
     assert!(log.read(0, 0..1, 1).is_err() && log.bounds(0).is_err() && log.last(0).is_err());
-    assert!(log.mark(0, LogMark::Vote).is_err() && log.disk_bytes().is_err() && log.compact().is_err());
-    assert!(state.write(StateBatch::default()).is_err() && state.flush().is_err() && state.get(Family::Entry, b"").is_err());
-    assert!(state.get_many(Family::Entry, &[]).is_err() && state.scan(Family::Entry, b"", None).next().unwrap().is_err());
-    assert!(state.checkpoint(&home.path().join("copy")).is_err() && state.disk_bytes().is_err() && state.compact().is_err());
+    assert!(
+        log.mark(0, LogMark::Vote).is_err() && log.disk_bytes().is_err() && log.compact().is_err()
+    );
+    assert!(
+        state.write(StateBatch::default()).is_err()
+            && state.flush().is_err()
+            && state.get(Family::Entry, b"").is_err()
+    );
+    assert!(
+        state.get_many(Family::Entry, &[]).is_err()
+            && state
+                .scan(Family::Entry, b"", None)
+                .next()
+                .unwrap()
+                .is_err()
+    );
+    assert!(
+        state.checkpoint(&home.path().join("copy")).is_err()
+            && state.disk_bytes().is_err()
+            && state.compact().is_err()
+    );
 }
 
 #[test]
 fn the_version_said_is_the_one_linked() {
     let lock = include_str!("../../../../Cargo.lock");
-    let package = lock.split("[[package]]").find(|package| package.contains("name = \"librocksdb-sys\"")).unwrap();
+    let package = lock
+        .split("[[package]]")
+        .find(|package| package.contains("name = \"librocksdb-sys\""))
+        .unwrap();
     let version = super::VERSION.strip_prefix("rocksdb ").unwrap();
     assert!(package.contains(&format!("+{version}\"")), "{package}");
 }

@@ -19,7 +19,11 @@ fn change(log: &dyn LogStore, change: impl FnOnce(&mut LogBatch)) {
 }
 
 fn indexes(log: &dyn LogStore, shard: u32) -> Vec<u64> {
-    log.read(shard, 0..u64::MAX, usize::MAX).unwrap().into_iter().map(|(index, _)| index).collect()
+    log.read(shard, 0..u64::MAX, usize::MAX)
+        .unwrap()
+        .into_iter()
+        .map(|(index, _)| index)
+        .collect()
 }
 
 #[test]
@@ -32,7 +36,10 @@ fn changes_of_a_batch_happen_in_their_order() {
             batch.put(0, 3, bytes("new"));
             batch.purge_to(0, 1);
         });
-        assert_eq!(log.read(0, 0..10, usize::MAX).unwrap(), [(2, bytes("old")), (3, bytes("new"))]);
+        assert_eq!(
+            log.read(0, 0..10, usize::MAX).unwrap(),
+            [(2, bytes("old")), (3, bytes("new"))]
+        );
         assert_eq!(log.last(0).unwrap(), Some((3, bytes("new"))));
         assert_eq!(log.bounds(0).unwrap(), Some((2, 3)));
     }
@@ -81,14 +88,25 @@ fn purge_removes_the_index_and_all_before_it() {
         change(&*log, |batch| batch.purge_to(1, 4));
         assert_eq!(indexes(&*log, 1), [5, 6, 7, 8, 9]);
         change(&*log, |batch| batch.purge_to(1, 7));
-        assert_eq!((indexes(&*log, 1), log.bounds(1).unwrap()), (vec![8, 9], Some((8, 9))));
+        assert_eq!(
+            (indexes(&*log, 1), log.bounds(1).unwrap()),
+            (vec![8, 9], Some((8, 9)))
+        );
         change(&*log, |batch| batch.purge_to(1, u64::MAX));
         assert_eq!((log.bounds(1).unwrap(), log.last(1).unwrap()), (None, None));
         change(&*log, |batch| batch.purge_to(1, 100));
-        assert_eq!((indexes(&*log, 0), indexes(&*log, 2)), (vec![1, 2, 3], vec![1, 2, 3]), "another shard was touched");
+        assert_eq!(
+            (indexes(&*log, 0), indexes(&*log, 2)),
+            (vec![1, 2, 3], vec![1, 2, 3]),
+            "another shard was touched"
+        );
 
         fill(&*log, 1, 2, 3);
-        assert_eq!(log.bounds(1).unwrap(), Some((2, 3)), "a log begun anew below its purge");
+        assert_eq!(
+            log.bounds(1).unwrap(),
+            Some((2, 3)),
+            "a log begun anew below its purge"
+        );
         fill(&*log, 1, u64::MAX, u64::MAX);
         assert_eq!(log.bounds(1).unwrap(), Some((2, u64::MAX)));
     }
@@ -98,14 +116,19 @@ fn purge_removes_the_index_and_all_before_it() {
 fn a_read_is_cut_by_bytes_but_gives_one_entry() {
     for home in homes() {
         let log = home.stores().open_log().unwrap();
-        change(&*log, |batch| (1..=4).for_each(|index| batch.put(0, index, bytes("ten bytes!"))));
+        change(&*log, |batch| {
+            (1..=4).for_each(|index| batch.put(0, index, bytes("ten bytes!")))
+        });
         let count = |range, max_bytes| log.read(0, range, max_bytes).unwrap().len();
         assert_eq!(count(1..5, 0), 1);
         assert_eq!(count(1..5, 10), 1);
         assert_eq!(count(1..5, 11), 2);
         assert_eq!(count(2..4, usize::MAX), 2);
         assert_eq!(count(3..3, usize::MAX), 0);
-        #[expect(clippy::reversed_empty_ranges, reason = "a caller's mistake must not panic")]
+        #[expect(
+            clippy::reversed_empty_ranges,
+            reason = "a caller's mistake must not panic"
+        )]
         let reversed = 4..2;
         assert_eq!(count(reversed, usize::MAX), 0);
         assert_eq!(count(5..99, 0), 0);
@@ -131,7 +154,10 @@ fn a_log_opened_again_has_its_entries_and_marks() {
         assert_eq!(log.mark(7, LogMark::Vote).unwrap(), Some(bytes("vote")));
         assert_eq!(log.mark(7, LogMark::Purged).unwrap(), Some(bytes("purged")));
         assert_eq!(log.mark(7, LogMark::Committed).unwrap(), None);
-        assert_eq!(log.mark(8, LogMark::Committed).unwrap(), Some(bytes("committed")));
+        assert_eq!(
+            log.mark(8, LogMark::Committed).unwrap(),
+            Some(bytes("committed"))
+        );
         assert!(log.disk_bytes().unwrap() > 0);
     }
 }
@@ -141,7 +167,11 @@ fn marks_outlive_the_entries() {
     for home in homes() {
         let log = home.stores().open_log().unwrap();
         fill(&*log, 0, 1, 4);
-        change(&*log, |batch| LogMark::ALL.iter().for_each(|mark| batch.set_mark(0, *mark, bytes("kept"))));
+        change(&*log, |batch| {
+            LogMark::ALL
+                .iter()
+                .for_each(|mark| batch.set_mark(0, *mark, bytes("kept")))
+        });
         change(&*log, |batch| batch.truncate_from(0, 0));
         change(&*log, |batch| batch.purge_to(0, u64::MAX));
         for mark in LogMark::ALL {

@@ -1,4 +1,5 @@
-//! Random changes, on both engines, against ordered maps. proptest prints the failing case and its seed.
+//! Random changes, on both engines, against ordered maps. proptest prints the failing case and its
+//! seed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,15 +34,24 @@ impl LogModel {
     fn change(&mut self, op: &LogOp, batch: &mut LogBatch) {
         match op.clone() {
             LogOp::Put(shard, index, entry) => {
-                self.entries.entry(shard).or_default().insert(index, entry.clone());
+                self.entries
+                    .entry(shard)
+                    .or_default()
+                    .insert(index, entry.clone());
                 batch.put(shard, index, entry);
             }
             LogOp::TruncateFrom(shard, from) => {
-                self.entries.entry(shard).or_default().retain(|index, _| *index < from);
+                self.entries
+                    .entry(shard)
+                    .or_default()
+                    .retain(|index, _| *index < from);
                 batch.truncate_from(shard, from);
             }
             LogOp::PurgeTo(shard, to) => {
-                self.entries.entry(shard).or_default().retain(|index, _| *index > to);
+                self.entries
+                    .entry(shard)
+                    .or_default()
+                    .retain(|index, _| *index > to);
                 batch.purge_to(shard, to);
             }
             LogOp::SetMark(shard, mark, record) => {
@@ -55,13 +65,28 @@ impl LogModel {
         for shard in 0..3 {
             let expected = self.entries.get(&shard).cloned().unwrap_or_default();
             let ends = expected.first_key_value().zip(expected.last_key_value());
-            assert_eq!(log.bounds(shard).unwrap(), ends.map(|(first, last)| (*first.0, *last.0)));
-            assert_eq!(log.last(shard).unwrap(), ends.map(|(_, last)| (*last.0, last.1.clone())));
-            assert_eq!(log.read(shard, 0..u64::MAX, usize::MAX).unwrap(), expected.clone().into_iter().collect::<Vec<_>>());
-            let middle: Vec<_> = expected.range(3..9).map(|(index, entry)| (*index, entry.clone())).collect();
+            assert_eq!(
+                log.bounds(shard).unwrap(),
+                ends.map(|(first, last)| (*first.0, *last.0))
+            );
+            assert_eq!(
+                log.last(shard).unwrap(),
+                ends.map(|(_, last)| (*last.0, last.1.clone()))
+            );
+            assert_eq!(
+                log.read(shard, 0..u64::MAX, usize::MAX).unwrap(),
+                expected.clone().into_iter().collect::<Vec<_>>()
+            );
+            let middle: Vec<_> = expected
+                .range(3..9)
+                .map(|(index, entry)| (*index, entry.clone()))
+                .collect();
             assert_eq!(log.read(shard, 3..9, usize::MAX).unwrap(), middle);
             for mark in LogMark::ALL {
-                assert_eq!(log.mark(shard, mark).unwrap(), self.marks.get(&(shard, mark)).cloned());
+                assert_eq!(
+                    log.mark(shard, mark).unwrap(),
+                    self.marks.get(&(shard, mark)).cloned()
+                );
             }
         }
     }
@@ -123,12 +148,18 @@ fn change(model: &mut StateModel, ops: &[StateOp]) -> StateBatch {
 
 fn check(model: &StateModel, state: &dyn StateStore) {
     for family in Family::ALL {
-        let expected: Vec<_> =
-            model.iter().filter(|((of, _), _)| *of == family).map(|((_, key), value)| (key.clone(), value.clone())).collect();
+        let expected: Vec<_> = model
+            .iter()
+            .filter(|((of, _), _)| *of == family)
+            .map(|((_, key), value)| (key.clone(), value.clone()))
+            .collect();
         let found: Vec<_> = state.scan(family, b"", None).map(Result::unwrap).collect();
         assert_eq!(found, expected, "{family:?}");
         let keys: Vec<&[u8]> = expected.iter().map(|(key, _)| &key[..]).collect();
-        let values: Vec<_> = expected.iter().map(|(_, value)| Some(value.clone())).collect();
+        let values: Vec<_> = expected
+            .iter()
+            .map(|(_, value)| Some(value.clone()))
+            .collect();
         assert_eq!(state.get_many(family, &keys).unwrap(), values);
     }
 }

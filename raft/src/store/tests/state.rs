@@ -16,18 +16,28 @@ fn change(state: &dyn StateStore, change: impl FnOnce(&mut StateBatch)) {
 
 /// Puts the same record into every family.
 fn put_everywhere(state: &dyn StateStore, key: &'static str, value: &'static str) {
-    change(state, |batch| Family::ALL.iter().for_each(|family| batch.put(*family, key, value)));
+    change(state, |batch| {
+        Family::ALL
+            .iter()
+            .for_each(|family| batch.put(*family, key, value))
+    });
 }
 
 /// What every family has under the key, if they agree.
 fn everywhere(state: &dyn StateStore, key: &str) -> Option<Bytes> {
     let found = Family::ALL.map(|family| state.get(family, key.as_bytes()).unwrap());
-    assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "families disagree about {key}: {found:?}");
+    assert!(
+        found.windows(2).all(|pair| pair[0] == pair[1]),
+        "families disagree about {key}: {found:?}"
+    );
     found[0].clone()
 }
 
 fn keys(state: &dyn StateStore, family: Family, from: &str, end: Option<&str>) -> Vec<Bytes> {
-    state.scan(family, from.as_bytes(), end.map(str::as_bytes)).map(|record| record.unwrap().0).collect()
+    state
+        .scan(family, from.as_bytes(), end.map(str::as_bytes))
+        .map(|record| record.unwrap().0)
+        .collect()
 }
 
 #[test]
@@ -49,7 +59,10 @@ fn changes_of_a_batch_happen_in_their_order_over_families() {
         assert_eq!(keys(&*state, Family::Due, "", None), ["aa"]);
         let found = state.get_many(Family::Entry, &[b"b", b"a", b"b"]).unwrap();
         assert_eq!(found, [Some(bytes("1")), None, Some(bytes("1"))]);
-        assert_eq!(state.get_many(Family::Entry, &[]).unwrap(), [] as [Option<Bytes>; 0]);
+        assert_eq!(
+            state.get_many(Family::Entry, &[]).unwrap(),
+            [] as [Option<Bytes>; 0]
+        );
     }
 }
 
@@ -57,8 +70,15 @@ fn changes_of_a_batch_happen_in_their_order_over_families() {
 fn a_scan_is_ordered_and_bounded() {
     for home in homes() {
         let state = home.stores().open_state(0).unwrap();
-        change(&*state, |batch| ["b", "", "a\0", "c", "a", "\u{7f}"].iter().for_each(|key| batch.put(Family::Entry, *key, "")));
-        assert_eq!(keys(&*state, Family::Entry, "", None), ["", "a", "a\0", "b", "c", "\u{7f}"]);
+        change(&*state, |batch| {
+            ["b", "", "a\0", "c", "a", "\u{7f}"]
+                .iter()
+                .for_each(|key| batch.put(Family::Entry, *key, ""))
+        });
+        assert_eq!(
+            keys(&*state, Family::Entry, "", None),
+            ["", "a", "a\0", "b", "c", "\u{7f}"]
+        );
         assert_eq!(keys(&*state, Family::Entry, "a\0", Some("c")), ["a\0", "b"]);
         assert_eq!(keys(&*state, Family::Entry, "c", Some("a")), [""; 0]);
         assert_eq!(keys(&*state, Family::Entry, "", Some("")), [""; 0]);
@@ -70,7 +90,11 @@ fn a_scan_is_ordered_and_bounded() {
 fn a_scan_shows_the_moment_it_began() {
     for home in homes() {
         let state = home.stores().open_state(0).unwrap();
-        change(&*state, |batch| ["a", "b", "c"].iter().for_each(|key| batch.put(Family::Entry, *key, "old")));
+        change(&*state, |batch| {
+            ["a", "b", "c"]
+                .iter()
+                .for_each(|key| batch.put(Family::Entry, *key, "old"))
+        });
         let mut scan = state.scan(Family::Entry, b"", None);
         assert_eq!(scan.next().unwrap().unwrap(), (bytes("a"), bytes("old")));
 
@@ -82,7 +106,10 @@ fn a_scan_shows_the_moment_it_began() {
         state.flush().unwrap();
 
         let rest: Vec<_> = scan.map(Result::unwrap).collect();
-        assert_eq!(rest, [(bytes("b"), bytes("old")), (bytes("c"), bytes("old"))]);
+        assert_eq!(
+            rest,
+            [(bytes("b"), bytes("old")), (bytes("c"), bytes("old"))]
+        );
         assert_eq!(keys(&*state, Family::Entry, "", None), ["a", "b", "d"]);
     }
 }
@@ -103,8 +130,15 @@ fn a_state_opened_again_is_as_of_its_last_flush_in_all_families() {
         let state = stores.open_state(3).unwrap();
         assert_eq!(everywhere(&*state, "kept"), Some(bytes("1")));
         assert_eq!(everywhere(&*state, "lost"), None);
-        assert_eq!(state.get(Family::System, b"applied").unwrap(), Some(bytes("10")));
-        assert_eq!(everywhere(&*stores.open_state(4).unwrap(), "kept"), None, "another shard's state");
+        assert_eq!(
+            state.get(Family::System, b"applied").unwrap(),
+            Some(bytes("10"))
+        );
+        assert_eq!(
+            everywhere(&*stores.open_state(4).unwrap(), "kept"),
+            None,
+            "another shard's state"
+        );
     }
 }
 
@@ -115,12 +149,17 @@ fn an_installed_checkpoint_replaces_the_state_under_open_readers() {
         let (source, incoming) = (stores.open_state(1).unwrap(), home.path("incoming"));
         put_everywhere(&*source, "which", "new");
         source.checkpoint(&incoming).unwrap();
-        assert!(source.checkpoint(&incoming).is_err(), "a checkpoint over another");
+        assert!(
+            source.checkpoint(&incoming).is_err(),
+            "a checkpoint over another"
+        );
         put_everywhere(&*source, "which", "newer");
 
         let old = stores.open_state(0).unwrap();
         put_everywhere(&*old, "which", "old");
-        change(&*old, |batch| (0..1000).for_each(|number| batch.put(Family::Entry, format!("{number:04}"), "old")));
+        change(&*old, |batch| {
+            (0..1000).for_each(|number| batch.put(Family::Entry, format!("{number:04}"), "old"))
+        });
         old.flush().unwrap();
         let mut scan = old.scan(Family::Entry, b"", None);
         scan.next().unwrap().unwrap();
@@ -194,14 +233,24 @@ fn compaction_gives_the_space_of_deleted_values_back() {
         let key = |number: u32| Bytes::from(number.to_be_bytes().to_vec());
         // Values that do not compress.
         let value = |number: u32| -> Bytes {
-            (0..12_500_u64).flat_map(|at| xxhash_rust::xxh3::xxh3_64(&(u64::from(number) << 32 | at).to_be_bytes()).to_be_bytes()).collect()
+            (0..12_500_u64)
+                .flat_map(|at| {
+                    xxhash_rust::xxh3::xxh3_64(&(u64::from(number) << 32 | at).to_be_bytes())
+                        .to_be_bytes()
+                })
+                .collect()
         };
-        (0..40).for_each(|number| change(&*state, |batch| batch.put(Family::Value, key(number), value(number))));
+        (0..40).for_each(|number| {
+            change(&*state, |batch| {
+                batch.put(Family::Value, key(number), value(number))
+            })
+        });
         state.flush().unwrap();
         let full = state.disk_bytes().unwrap();
         assert!(full >= 4_000_000, "{full}");
 
-        (0..36).for_each(|number| change(&*state, |batch| batch.delete(Family::Value, key(number))));
+        (0..36)
+            .for_each(|number| change(&*state, |batch| batch.delete(Family::Value, key(number))));
         state.compact().unwrap();
 
         let left = state.disk_bytes().unwrap();

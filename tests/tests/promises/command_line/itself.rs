@@ -10,16 +10,21 @@ use super::{run, typed};
 #[tokio::test]
 async fn help_names_every_option_and_needs_no_node() -> anyhow::Result<()> {
     const READ: &str = "--consistency --token";
-    const SET: &str =
-        "--literal --ttl --expires-at --stale-while-revalidate --stale-if-error --tag --content-type --if-absent --if-version";
+    const SET: &str = "--literal --ttl --expires-at --stale-while-revalidate --stale-if-error --tag --content-type --if-absent --if-version";
     for (command, names) in [
-        ("", "get set del invalidate inspect scan cluster member completion".to_owned()),
+        (
+            "",
+            "get set del invalidate inspect scan cluster member completion".to_owned(),
+        ),
         ("get", format!("<KEY> --raw {READ}")),
         ("set", format!("<KEY> <VALUE> {SET}")),
         ("del", "<KEY>".into()),
         ("invalidate", "<KEY>".into()),
         ("inspect", format!("<KEY> {READ}")),
-        ("scan", format!("[PREFIX] --limit --cursor --keys-only --all {READ}")),
+        (
+            "scan",
+            format!("[PREFIX] --limit --cursor --keys-only --all {READ}"),
+        ),
         ("cluster", "status health transfer-leader".into()),
         ("cluster status", String::new()),
         ("cluster health", String::new()),
@@ -33,15 +38,32 @@ async fn help_names_every_option_and_needs_no_node() -> anyhow::Result<()> {
     ] {
         for flag in ["--help", "-h"] {
             let help = typed(&format!("{command} {flag}")).await?;
-            ensure!(help.code == Some(0) && help.stderr.is_empty(), "{command}: {help:?}");
-            for name in names.split_whitespace().chain(["--endpoints", "--output", "--timeout", "Usage:"]) {
-                ensure!(help.text().contains(name), "{name} is not in the help of `{command}`: {}", help.text());
+            ensure!(
+                help.code == Some(0) && help.stderr.is_empty(),
+                "{command}: {help:?}"
+            );
+            for name in
+                names
+                    .split_whitespace()
+                    .chain(["--endpoints", "--output", "--timeout", "Usage:"])
+            {
+                ensure!(
+                    help.text().contains(name),
+                    "{name} is not in the help of `{command}`: {}",
+                    help.text()
+                );
             }
         }
     }
-    assert_eq!(typed("--version").await?.text(), format!("holdfast {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        typed("--version").await?.text(),
+        format!("holdfast {}\n", env!("CARGO_PKG_VERSION"))
+    );
     let unknown = typed("statsu").await?;
-    ensure!(unknown.code == Some(2) && unknown.stderr.contains("statsu"), "{unknown:?}");
+    ensure!(
+        unknown.code == Some(2) && unknown.stderr.contains("statsu"),
+        "{unknown:?}"
+    );
     Ok(())
 }
 
@@ -58,19 +80,43 @@ async fn completion_is_what_the_shell_takes() -> anyhow::Result<()> {
     info!("--- bash");
     let (_, file) = script("bash").await?;
     accepts("bash", &file).await?;
-    for (line, wanted) in [("holdfast clu", "cluster"), ("holdfast cluster hea", "health"), ("holdfast set k v --if-v", "--if-version")] {
+    for (line, wanted) in [
+        ("holdfast clu", "cluster"),
+        ("holdfast cluster hea", "health"),
+        ("holdfast set k v --if-v", "--if-version"),
+    ] {
         let words = line.replace("holdfast", "");
         let ask = format!(
             "source \"$0\"; COMP_WORDS=(holdfast {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _holdfast holdfast \"${{COMP_WORDS[-1]}}\" \"${{COMP_WORDS[-2]}}\"; echo \"${{COMPREPLY[*]}}\""
         );
-        let ran = run(Command::new("bash").args(["--norc", "-c", &ask]).arg(&file), b"").await?;
-        ensure!(ran.code == Some(0) && ran.text().trim() == wanted, "`{line}` is completed to {ran:?}");
+        let ran = run(
+            Command::new("bash").args(["--norc", "-c", &ask]).arg(&file),
+            b"",
+        )
+        .await?;
+        ensure!(
+            ran.code == Some(0) && ran.text().trim() == wanted,
+            "`{line}` is completed to {ran:?}"
+        );
     }
     info!("--- the others, where they are installed");
-    for (shell, says) in [("zsh", "#compdef holdfast"), ("fish", "complete -c holdfast")] {
+    for (shell, says) in [
+        ("zsh", "#compdef holdfast"),
+        ("fish", "complete -c holdfast"),
+    ] {
         let (text, file) = script(shell).await?;
-        ensure!(text.contains(says) && text.contains("transfer-leader") && text.contains("if-version"), "{text}");
-        if run(Command::new("sh").args(["-c", &format!("command -v {shell}")]), b"").await?.code == Some(0) {
+        ensure!(
+            text.contains(says) && text.contains("transfer-leader") && text.contains("if-version"),
+            "{text}"
+        );
+        if run(
+            Command::new("sh").args(["-c", &format!("command -v {shell}")]),
+            b"",
+        )
+        .await?
+        .code
+            == Some(0)
+        {
             accepts(shell, &file).await?;
         }
     }
@@ -80,6 +126,9 @@ async fn completion_is_what_the_shell_takes() -> anyhow::Result<()> {
 /// Reads it, runs nothing.
 async fn accepts(shell: &str, script: &Path) -> anyhow::Result<()> {
     let ran = run(Command::new(shell).arg("-n").arg(script), b"").await?;
-    ensure!(ran.code == Some(0) && ran.stderr.is_empty(), "{shell}: {ran:?}");
+    ensure!(
+        ran.code == Some(0) && ran.stderr.is_empty(),
+        "{shell}: {ran:?}"
+    );
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! `/livez` says that the process turns, `/readyz` that it can answer reads, `/readyz/write` that writes get through; each says
-//! why not.
+//! `/livez` says that the process turns, `/readyz` that it can answer reads, `/readyz/write` that
+//! writes get through; each says why not.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -11,24 +11,44 @@ use tracing::info;
 use crate::in_process;
 
 /// Status, head and body of one request.
-async fn asked(address: SocketAddr, method: &str, path: &str) -> anyhow::Result<(u16, String, String)> {
+async fn asked(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+) -> anyhow::Result<(u16, String, String)> {
     let asked = async {
         let mut stream = tokio::net::TcpStream::connect(address).await?;
-        stream.write_all(format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+        stream
+            .write_all(
+                format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
+                    .as_bytes(),
+            )
+            .await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         anyhow::Ok(answer)
     };
-    let answer = tokio::time::timeout(Duration::from_secs(5), asked).await.with_context(|| format!("{method} {path}"))??;
+    let answer = tokio::time::timeout(Duration::from_secs(5), asked)
+        .await
+        .with_context(|| format!("{method} {path}"))??;
     let (head, body) = answer.split_once("\r\n\r\n").context("a head")?;
     let status = head.split(' ').nth(1).context("a status")?.parse()?;
     Ok((status, head.to_lowercase(), body.to_owned()))
 }
 
 /// What a probe answers: status, and a line that has to be in its body.
-async fn probed(cluster: &Cluster, node: usize, path: &str, status: u16, line: &str) -> anyhow::Result<()> {
+async fn probed(
+    cluster: &Cluster,
+    node: usize,
+    path: &str,
+    status: u16,
+    line: &str,
+) -> anyhow::Result<()> {
     let (answered, body) = cluster.admin(node, path).await?;
-    ensure!(answered == status && body.lines().any(|said| said == line), "{path} answered {answered}, not {status} and `{line}`:\n{body}");
+    ensure!(
+        answered == status && body.lines().any(|said| said == line),
+        "{path} answered {answered}, not {status} and `{line}`:\n{body}"
+    );
     Ok(())
 }
 
@@ -42,8 +62,10 @@ async fn probes_say_what_a_node_can_do_and_why_not() -> anyhow::Result<()> {
     for path in ["/readyz", "/readyz/write"] {
         probed(&cluster, 0, path, 503, "not ready").await?;
         let (_, body) = cluster.admin(0, path).await?;
-        let why =
-            body.lines().find_map(|line| line.strip_prefix("[-]member failed: ")).with_context(|| format!("no reason in:\n{body}"))?;
+        let why = body
+            .lines()
+            .find_map(|line| line.strip_prefix("[-]member failed: "))
+            .with_context(|| format!("no reason in:\n{body}"))?;
         ensure!(!why.is_empty());
     }
 
@@ -66,24 +88,48 @@ async fn probes_say_what_a_node_can_do_and_why_not() -> anyhow::Result<()> {
 
     info!("--- what there is not");
     let admin = cluster.addresses(0).admin;
-    for path in ["/", "/nothing", "/readyz/", "/readyz/read", "/livez/more", "/metrics/json"] {
+    for path in [
+        "/",
+        "/nothing",
+        "/readyz/",
+        "/readyz/read",
+        "/livez/more",
+        "/metrics/json",
+    ] {
         ensure!(asked(admin, "GET", path).await?.0 == 404, "{path}");
     }
     for path in ["/livez", "/readyz", "/readyz/write", "/metrics", "/version"] {
         for method in ["POST", "PUT", "DELETE"] {
             let (status, head, _) = asked(admin, method, path).await?;
-            ensure!(status == 405 && head.contains("\r\nallow: get,head"), "{method} {path}: {head}");
+            ensure!(
+                status == 405 && head.contains("\r\nallow: get,head"),
+                "{method} {path}: {head}"
+            );
         }
         let (status, _, body) = asked(admin, "HEAD", path).await?;
-        ensure!(status == 200 && body.is_empty(), "HEAD {path} answered {status} and `{body}`");
+        ensure!(
+            status == 200 && body.is_empty(),
+            "HEAD {path} answered {status} and `{body}`"
+        );
     }
 
     info!("--- one of three");
     for node in 1..3 {
         cluster.stop_node(node).await?;
     }
-    cluster.until("nobody leads", async || matches!(cluster.admin(0, "/readyz/write").await, Ok((503, _)))).await?;
-    probed(&cluster, 0, "/readyz/write", 503, "[-]leader failed: nobody leads: shard 0").await?;
+    cluster
+        .until("nobody leads", async || {
+            matches!(cluster.admin(0, "/readyz/write").await, Ok((503, _)))
+        })
+        .await?;
+    probed(
+        &cluster,
+        0,
+        "/readyz/write",
+        503,
+        "[-]leader failed: nobody leads: shard 0",
+    )
+    .await?;
     probed(&cluster, 0, "/readyz/write", 503, "not ready").await?;
     probed(&cluster, 0, "/readyz", 200, "ready").await?;
     probed(&cluster, 0, "/livez", 200, "alive").await?;

@@ -1,4 +1,5 @@
-//! Which crate may depend on which, in the manifests and down to the last dependency of the lock file.
+//! Which crate may depend on which, in the manifests and down to the last dependency of the lock
+//! file.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -6,7 +7,20 @@ use super::source::{Source, none};
 
 /// Crate, and what it must not depend on, not for its tests either.
 const FOREIGN: [(&str, &[&str]); 4] = [
-    ("proto", &["holdfast-raft", "holdfast-node", "holdfast-client", "holdfast-tests", "openraft", "rocksdb", "tokio", "axum", "reqwest"]),
+    (
+        "proto",
+        &[
+            "holdfast-raft",
+            "holdfast-node",
+            "holdfast-client",
+            "holdfast-tests",
+            "openraft",
+            "rocksdb",
+            "tokio",
+            "axum",
+            "reqwest",
+        ],
+    ),
     (
         "raft",
         &[
@@ -32,7 +46,16 @@ const FOREIGN: [(&str, &[&str]); 4] = [
     ),
     (
         "node",
-        &["holdfast-client", "holdfast-tests", "openraft", "openraft-rt", "openraft-rt-tokio", "openraft-macros", "rocksdb", "papaya"],
+        &[
+            "holdfast-client",
+            "holdfast-tests",
+            "openraft",
+            "openraft-rt",
+            "openraft-rt-tokio",
+            "openraft-macros",
+            "rocksdb",
+            "papaya",
+        ],
     ),
     (
         "client",
@@ -56,9 +79,14 @@ fn a_crate_depends_only_on_what_it_may_know() {
     let wrong = FOREIGN.iter().flat_map(|&(name, foreign)| {
         let manifest = Source::read(&format!("{name}/Cargo.toml"));
         let depends = dependencies(&manifest.text);
-        assert!(depends.len() > 3, "{name}/Cargo.toml is not read as it is written");
+        assert!(
+            depends.len() > 3,
+            "{name}/Cargo.toml is not read as it is written"
+        );
         let known = foreign.iter().filter(|foreign| depends.contains(**foreign));
-        known.map(|foreign| format!("  {name} depends on {foreign}")).collect::<Vec<_>>()
+        known
+            .map(|foreign| format!("  {name} depends on {foreign}"))
+            .collect::<Vec<_>>()
     });
     none("a crate knows only what is below it", wrong);
 }
@@ -68,16 +96,33 @@ fn a_crate_depends_only_on_what_it_may_know() {
 fn the_client_is_free_of_consensus_and_storage_to_its_last_dependency() {
     let lock = lock(&Source::read("Cargo.lock").text);
     let client = closure(&lock, "holdfast-client");
-    assert!(client.contains("tonic") && client.contains("tokio"), "Cargo.lock is not read as it is written");
-    let heavy = |name: &&String| ["openraft", "rocksdb", "holdfast-raft", "holdfast-node"].iter().any(|heavy| name.contains(heavy));
+    assert!(
+        client.contains("tonic") && client.contains("tokio"),
+        "Cargo.lock is not read as it is written"
+    );
+    let heavy = |name: &&String| {
+        ["openraft", "rocksdb", "holdfast-raft", "holdfast-node"]
+            .iter()
+            .any(|heavy| name.contains(heavy))
+    };
     none("the client brings along", client.iter().filter(heavy));
 }
 
 #[test]
 fn every_crate_keeps_the_workspaces_lints_and_licence() {
-    let crates = ["proto", "raft", "node", "client", "tests"].map(|name| Source::read(&format!("{name}/Cargo.toml")));
-    let kept = |source: &Source| source.text.contains("[lints]\nworkspace = true") && source.text.contains("\nlicense.workspace = true");
-    none("`[lints] workspace = true` and `license.workspace = true`", crates.iter().filter(|source| !kept(source)).map(Source::whole));
+    let crates = ["proto", "raft", "node", "client", "tests"]
+        .map(|name| Source::read(&format!("{name}/Cargo.toml")));
+    let kept = |source: &Source| {
+        source.text.contains("[lints]\nworkspace = true")
+            && source.text.contains("\nlicense.workspace = true")
+    };
+    none(
+        "`[lints] workspace = true` and `license.workspace = true`",
+        crates
+            .iter()
+            .filter(|source| !kept(source))
+            .map(Source::whole),
+    );
 }
 
 /// Names in every table of dependencies: usual, build, development, by target.
@@ -91,7 +136,11 @@ fn dependencies(manifest: &str) -> BTreeSet<&str> {
             // [dependencies.name]
             names.extend(table.rsplit_once("dependencies.").map(|(_, name)| name));
         } else if inside && !line.starts_with('#') {
-            names.extend(line.split(['.', '=', ' ']).next().filter(|name| !name.is_empty()));
+            names.extend(
+                line.split(['.', '=', ' '])
+                    .next()
+                    .filter(|name| !name.is_empty()),
+            );
         }
     }
     names
@@ -102,9 +151,18 @@ fn lock(text: &str) -> HashMap<String, Vec<String>> {
     let mut lock: HashMap<String, Vec<String>> = HashMap::new();
     for package in text.split("[[package]]").skip(1) {
         let quoted: Vec<&str> = package.split('"').skip(1).step_by(2).collect();
-        let depends = package.split_once("dependencies = [").map_or("", |(_, list)| list);
-        let depends = depends.split('"').skip(1).step_by(2).filter_map(|name| name.split(' ').next()).map(str::to_owned);
-        lock.entry(quoted[0].to_owned()).or_default().extend(depends);
+        let depends = package
+            .split_once("dependencies = [")
+            .map_or("", |(_, list)| list);
+        let depends = depends
+            .split('"')
+            .skip(1)
+            .step_by(2)
+            .filter_map(|name| name.split(' ').next())
+            .map(str::to_owned);
+        lock.entry(quoted[0].to_owned())
+            .or_default()
+            .extend(depends);
     }
     lock
 }
@@ -125,5 +183,8 @@ fn the_manifests_are_read_as_cargo_reads_them() {
     let manifest = "[package]\nname = \"x\"\n[dependencies]\na.workspace = true\n# b = 1\nc = { version = \"1\" }\n[dev-dependencies.d]\nversion = \"1\"\n[target.'cfg(unix)'.build-dependencies]\ne = \"1\"\n[lints]\nf = 1\n";
     assert_eq!(dependencies(manifest), BTreeSet::from(["a", "c", "d", "e"]));
     let text = "[[package]]\nname = \"a\"\nversion = \"1\"\ndependencies = [\n \"b 2.0\",\n]\n[[package]]\nname = \"b\"\nversion = \"2.0\"\ndependencies = [\n \"c\",\n]\n[[package]]\nname = \"z\"\nversion = \"1\"\n";
-    assert_eq!(closure(&lock(text), "a"), BTreeSet::from(["a", "b", "c"].map(str::to_owned)));
+    assert_eq!(
+        closure(&lock(text), "a"),
+        BTreeSet::from(["a", "b", "c"].map(str::to_owned))
+    );
 }

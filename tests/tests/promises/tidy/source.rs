@@ -1,5 +1,5 @@
-//! The workspace's own files, and where in them something is found. Reads lines, not syntax: enough for what is formatted by
-//! rustfmt, and easy to see through.
+//! The workspace's own files, and where in them something is found. Reads lines, not syntax: enough
+//! for what is formatted by rustfmt, and easy to see through.
 
 use std::{
     fmt::{self, Display},
@@ -29,8 +29,12 @@ pub(super) struct Found {
 
 impl Source {
     pub(super) fn read(path: &str) -> Self {
-        let text = fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
-        Self { path: path.to_owned(), text }
+        let text =
+            fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+        Self {
+            path: path.to_owned(),
+            text,
+        }
     }
 
     pub(super) fn is_in(&self, places: &[&str]) -> bool {
@@ -41,9 +45,16 @@ impl Source {
     pub(super) fn is_test(&self) -> bool {
         let mut path = Path::new(&self.path);
         while let (Some(dir), Some(stem)) = (path.parent(), path.file_stem()) {
-            let parents = [dir.join("mod.rs"), dir.join("lib.rs"), dir.with_extension("rs")];
+            let parents = [
+                dir.join("mod.rs"),
+                dir.join("lib.rs"),
+                dir.with_extension("rs"),
+            ];
             let declaration = format!("#[cfg(test)]\nmod {};", stem.to_string_lossy());
-            if parents.iter().any(|parent| fs::read_to_string(root().join(parent)).is_ok_and(|text| text.contains(&declaration))) {
+            if parents.iter().any(|parent| {
+                fs::read_to_string(root().join(parent))
+                    .is_ok_and(|text| text.contains(&declaration))
+            }) {
                 return true;
             }
             path = dir;
@@ -52,7 +63,11 @@ impl Source {
     }
 
     pub(super) fn whole(&self) -> Found {
-        Found { path: self.path.clone(), line: 0, text: String::new() }
+        Found {
+            path: self.path.clone(),
+            line: 0,
+            text: String::new(),
+        }
     }
 
     /// In any line, comments too.
@@ -67,35 +82,64 @@ impl Source {
 
     /// In lines of code before the file's module of tests, which comes last.
     pub(super) fn found_outside_tests(&self, is_wrong: impl Fn(&str) -> bool) -> Vec<Found> {
-        let tests = self.text.find("\n#[cfg(test)]\nmod tests {").map_or(usize::MAX, |at| self.text[..at].lines().count());
-        self.found_in(self.code().filter(move |(line, _)| *line <= tests), is_wrong)
+        let tests = self
+            .text
+            .find("\n#[cfg(test)]\nmod tests {")
+            .map_or(usize::MAX, |at| self.text[..at].lines().count());
+        self.found_in(
+            self.code().filter(move |(line, _)| *line <= tests),
+            is_wrong,
+        )
     }
 
-    pub(super) fn found_in(&self, lines: impl IntoIterator<Item = (usize, String)>, is_wrong: impl Fn(&str) -> bool) -> Vec<Found> {
+    pub(super) fn found_in(
+        &self,
+        lines: impl IntoIterator<Item = (usize, String)>,
+        is_wrong: impl Fn(&str) -> bool,
+    ) -> Vec<Found> {
         let wrong = lines.into_iter().filter(|(_, text)| is_wrong(text));
-        wrong.map(|(line, text)| Found { path: self.path.clone(), line, text: text.trim().to_owned() }).collect()
+        wrong
+            .map(|(line, text)| Found {
+                path: self.path.clone(),
+                line,
+                text: text.trim().to_owned(),
+            })
+            .collect()
     }
 
     /// Lines that name something of a crate.
     pub(super) fn uses_crate(&self, name: &str) -> Vec<Found> {
         let (path, import) = (format!("{name}::"), format!("use {name};"));
-        self.found(|line| line.match_indices(&path).any(|(at, _)| !line[..at].ends_with(is_word)) || line.contains(&import))
+        self.found(|line| {
+            line.match_indices(&path)
+                .any(|(at, _)| !line[..at].ends_with(is_word))
+                || line.contains(&import)
+        })
     }
 
     /// The types that `use name::…;` brings in.
     pub(super) fn imports_of(&self, name: &str) -> Vec<String> {
-        let uses = self.statements(|line| line.starts_with(&format!("use {name}::")) || line.starts_with(&format!("pub use {name}::")));
+        let uses = self.statements(|line| {
+            line.starts_with(&format!("use {name}::"))
+                || line.starts_with(&format!("pub use {name}::"))
+        });
         let renamed = |item: &str| item.rsplit(" as ").next().unwrap_or(item).trim().to_owned();
         let items = uses.into_iter().flat_map(|(_, text)| {
             let path = text[text.find("::").map_or(0, |at| at + 2)..].replace("::", ",");
-            path.split(['{', '}', ',', ';']).map(renamed).collect::<Vec<_>>()
+            path.split(['{', '}', ',', ';'])
+                .map(renamed)
+                .collect::<Vec<_>>()
         });
-        items.filter(|item| item.starts_with(|first: char| first.is_uppercase())).collect()
+        items
+            .filter(|item| item.starts_with(|first: char| first.is_uppercase()))
+            .collect()
     }
 
     /// What is declared `pub` to everyone, each from its line to its body or end.
     pub(super) fn public_signatures(&self) -> Vec<(usize, String)> {
-        self.statements(|line| line.trim_start().starts_with("pub ") && !line.trim_start().starts_with("pub use"))
+        self.statements(|line| {
+            line.trim_start().starts_with("pub ") && !line.trim_start().starts_with("pub use")
+        })
     }
 
     /// From a line that begins one to the first `;`, `{` at a line's end, or `,` of a field.
@@ -104,20 +148,36 @@ impl Source {
         let starts = (0..code.len()).filter(|&at| begins(&code[at].1));
         let statements = starts.map(|start| {
             let is_import = code[start].1.contains("use ");
-            let ends =
-                |line: &str| line.ends_with(';') || !is_import && (line.ends_with('{') || line.ends_with('}') || line.ends_with("},"));
-            let end = (start..code.len()).find(|&at| ends(code[at].1.trim_end())).unwrap_or(code.len() - 1);
-            (code[start].0, code[start..=end].iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join(" "))
+            let ends = |line: &str| {
+                line.ends_with(';')
+                    || !is_import
+                        && (line.ends_with('{') || line.ends_with('}') || line.ends_with("},"))
+            };
+            let end = (start..code.len())
+                .find(|&at| ends(code[at].1.trim_end()))
+                .unwrap_or(code.len() - 1);
+            (
+                code[start].0,
+                code[start..=end]
+                    .iter()
+                    .map(|(_, text)| text.as_str())
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            )
         });
         statements.collect()
     }
 
     fn lines(&self) -> impl Iterator<Item = (usize, String)> {
-        self.text.lines().enumerate().map(|(index, line)| (index + 1, line.to_owned()))
+        self.text
+            .lines()
+            .enumerate()
+            .map(|(index, line)| (index + 1, line.to_owned()))
     }
 
     fn code(&self) -> impl Iterator<Item = (usize, String)> {
-        self.lines().filter(|(_, line)| !line.trim_start().starts_with("//"))
+        self.lines()
+            .filter(|(_, line)| !line.trim_start().starts_with("//"))
     }
 }
 
@@ -130,16 +190,29 @@ impl Display for Found {
     }
 }
 
-/// cargo says it at run time too: a binary that was built in another checkout reads the one it runs for.
+/// cargo says it at run time too: a binary that was built in another checkout reads the one it runs
+/// for.
 pub(super) fn root() -> PathBuf {
-    let own = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned());
-    Path::new(&own).parent().expect("the tests are a member of the workspace").to_owned()
+    let own = std::env::var("CARGO_MANIFEST_DIR")
+        .unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned());
+    Path::new(&own)
+        .parent()
+        .expect("the tests are a member of the workspace")
+        .to_owned()
 }
 
 /// All Rust files.
 pub(super) fn sources() -> Vec<Source> {
-    let sources: Vec<Source> = texts().into_iter().filter(|source| source.path.ends_with(".rs")).collect();
-    assert!(sources.len() > SOURCES_MIN, "only {} files in {}", sources.len(), root().display());
+    let sources: Vec<Source> = texts()
+        .into_iter()
+        .filter(|source| source.path.ends_with(".rs"))
+        .collect();
+    assert!(
+        sources.len() > SOURCES_MIN,
+        "only {} files in {}",
+        sources.len(),
+        root().display()
+    );
     sources
 }
 
@@ -148,10 +221,18 @@ pub(super) fn texts() -> Vec<Source> {
     let mut texts = Vec::new();
     for entry in fs::read_dir(root()).expect("the workspace can be read") {
         let path = entry.expect("the workspace can be read").path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if path.is_file() && !["Cargo.lock", ".git"].contains(&name.as_str()) {
             texts.extend(text_of(&path));
-        } else if CRATES.iter().chain(&["deploy", ".ci"]).any(|dir| *dir == name) {
+        } else if CRATES
+            .iter()
+            .chain(&["deploy", ".ci"])
+            .any(|dir| *dir == name)
+        {
             collect(&path, &mut texts);
         }
     }
@@ -161,7 +242,9 @@ pub(super) fn texts() -> Vec<Source> {
 
 /// Whether a line has this word, and not only as a part of another.
 pub(super) fn names(line: &str, word: &str) -> bool {
-    line.match_indices(word).any(|(at, _)| !line[..at].ends_with(is_word) && !line[at + word.len()..].starts_with(is_word))
+    line.match_indices(word).any(|(at, _)| {
+        !line[..at].ends_with(is_word) && !line[at + word.len()..].starts_with(is_word)
+    })
 }
 
 /// Fails with all that was found.
@@ -188,5 +271,12 @@ fn collect(dir: &Path, texts: &mut Vec<Source>) {
 /// Nothing for what is no text.
 fn text_of(path: &Path) -> Option<Source> {
     let text = fs::read_to_string(path).ok()?;
-    Some(Source { path: path.strip_prefix(root()).ok()?.to_string_lossy().into_owned(), text })
+    Some(Source {
+        path: path
+            .strip_prefix(root())
+            .ok()?
+            .to_string_lossy()
+            .into_owned(),
+        text,
+    })
 }
