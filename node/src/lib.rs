@@ -20,6 +20,7 @@ pub mod refresh;
 pub mod secret;
 pub mod serve;
 pub mod telemetry;
+pub mod template;
 pub mod upstream;
 
 mod admin;

@@ -12,7 +12,7 @@ use holdfast_proto::peer::Lifetime;
 use holdfast_proto::timeline::{FOREVER, Millis};
 
 use crate::glob::{Captures, Glob};
-use crate::upstream::template::TextTemplate;
+use crate::template::TextTemplate;
 
 /// How many usual fetch times before a value goes stale its refresh begins at the latest: room for
 /// one slow fetch and one that has to be repeated.

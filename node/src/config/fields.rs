@@ -13,6 +13,10 @@ use super::quantity::{bare_size, bare_time, parse_duration, parse_size};
 use super::tree::{Key, Tree, Value};
 use crate::policy::Window;
 
+/// Longest any reader may be made to wait.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
+const NAME_BYTES_MAX: usize = 128;
+
 /// The keys of a kind of section.
 #[derive(Debug)]
 pub(super) struct Keys {
@@ -306,6 +310,23 @@ impl<'p> Fields<'p> {
             &tree.place,
             format!("`{}` wants {wanted}, not {found}", self.full(key)),
         );
+    }
+}
+
+/// Names of nodes, secrets and upstreams stand in URLs, metrics and variables, so they are plain.
+pub(super) fn check_name(name: &str) -> Result<(), String> {
+    match name {
+        "" => Err("the name is empty".to_owned()),
+        _ if name.len() > NAME_BYTES_MAX => Err(format!("the name is over {NAME_BYTES_MAX} bytes")),
+        _ if name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) =>
+        {
+            Ok(())
+        }
+        _ => Err(format!(
+            "`{name}` is no name: only letters, digits, `-`, `_` and `.` may be in one"
+        )),
     }
 }
 

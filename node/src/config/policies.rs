@@ -6,13 +6,12 @@ use std::time::Duration;
 use holdfast_proto::limits::{TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX};
 
 use super::error::Problems;
-use super::fields::{Fields, Keys, Set};
-use super::sections::WAIT_MAX;
+use super::fields::{Fields, Keys, Set, WAIT_MAX};
 use super::tree::Tree;
 use super::upstreams::DeclaredUpstreams;
 use crate::glob::Glob;
 use crate::policy::{Policies, Policy, Window};
-use crate::upstream::template::TextTemplate;
+use crate::template::TextTemplate;
 
 pub(super) const POLICY: Keys = Keys {
     built: &[

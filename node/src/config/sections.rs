@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::{ConfigError, Place, Problems};
-use super::fields::{Fields, Keys, Set};
+use super::fields::{Fields, Keys, Set, WAIT_MAX, check_name};
 use super::layers::Environment;
 use super::tree::Tree;
 use super::{
@@ -64,15 +64,12 @@ pub(super) const SECURITY: Keys = Keys {
     not_built: &["tls", "auth", "tokens", "access"],
 };
 
-const NAME_BYTES_MAX: usize = 128;
 /// Nodes that may form a cluster; far more than voters make sense.
 const EXPECT_MAX: u64 = 64;
 const SHARDS_MAX: u64 = 256;
 const LOG_KEEP_ENTRIES_DEFAULT: u64 = 100_000;
 const LOG_KEEP_BYTES_DEFAULT: u64 = 512 << 20;
 const SESSION_WAIT_DEFAULT: Duration = Duration::from_millis(100);
-/// Longest any reader may be made to wait.
-pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 
 pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, ConfigError> {
     let problems = Problems::default();
@@ -127,23 +124,6 @@ pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, Conf
             admin,
         },
     })
-}
-
-/// Names of nodes, secrets and upstreams stand in URLs, metrics and variables, so they are plain.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
-    match name {
-        "" => Err("the name is empty".to_owned()),
-        _ if name.len() > NAME_BYTES_MAX => Err(format!("the name is over {NAME_BYTES_MAX} bytes")),
-        _ if name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) =>
-        {
-            Ok(())
-        }
-        _ => Err(format!(
-            "`{name}` is no name: only letters, digits, `-`, `_` and `.` may be in one"
-        )),
-    }
 }
 
 fn named(text: &str) -> Result<String, String> {

@@ -11,13 +11,12 @@ use http::HeaderName;
 
 use super::Upstream;
 use super::error::{Place, Problems};
-use super::fields::{Fields, Keys, Set, text};
+use super::fields::{Fields, Keys, Set, check_name, text};
 use super::layers::Environment;
-use super::sections::check_name;
 use super::tree::{Key, Tree, Value};
 use crate::secret::{Secret, Secrets};
+use crate::template::{TextTemplate, UrlTemplate};
 use crate::upstream::http::HttpSpec;
-use crate::upstream::template::{TextTemplate, UrlTemplate};
 
 pub(super) const SECRET: Keys = Keys {
     built: &["file", "env"],

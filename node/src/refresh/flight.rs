@@ -493,7 +493,7 @@ async fn live_record(replica: &Arc<Replica>, key: &Key) -> io::Result<Option<Ent
 
 /// A key whose tags do not fit is refused before any call, as one that makes no URL is.
 fn tags(matched: &Matched<'_>, key: &Key) -> Result<Vec<String>, FetchFailed> {
-    let fill = |template: &crate::upstream::template::TextTemplate| {
+    let fill = |template: &crate::template::TextTemplate| {
         let filled = template.fill(key, matched.captures.as_slice(), &Secrets::default());
         filled
             .ok()

@@ -26,10 +26,10 @@ use crate::{
     glob::Glob,
     metrics::Metrics,
     policy::{Policies, Policy, Window},
+    template::UrlTemplate,
     upstream::{
         Upstream, Upstreams,
         http::{Http, HttpSpec},
-        template::UrlTemplate,
     },
 };
 

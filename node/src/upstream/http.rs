@@ -19,9 +19,9 @@ use reqwest::{Client, Response};
 use rustls::RootCertStore;
 use url::Url;
 
-use super::template::{Refused, TextTemplate, UrlTemplate};
 use super::{FetchFailed, Fetched, body, tls};
 use crate::secret::Secrets;
+use crate::template::{Refused, TextTemplate, UrlTemplate};
 
 /// Redirects followed by one fetch.
 const REDIRECTS_MAX: usize = 5;

@@ -6,7 +6,6 @@
 //! refresh.
 
 pub mod http;
-pub mod template;
 
 mod body;
 mod tls;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use holdfast_node::secret::{Secret, Secrets};
+use holdfast_node::template::{TextTemplate, UrlTemplate};
 use holdfast_node::upstream::http::{Http, HttpSpec};
-use holdfast_node::upstream::template::{TextTemplate, UrlTemplate};
 use holdfast_node::upstream::{FetchFailed, Fetched};
 use holdfast_proto::Key;
 use holdfast_proto::v1::FailureClass;

@@ -28,10 +28,10 @@ use crate::{
     metrics::Metrics,
     policy::{Policies, Policy, Window},
     refresh::{Reader, Refresher},
+    template::UrlTemplate,
     upstream::{
         Upstream, Upstreams,
         http::{Http, HttpSpec},
-        template::UrlTemplate,
     },
 };
 
