@@ -619,7 +619,12 @@ impl MembershipService for MembershipServer {
         let answer = change_here(&self.replicas, shard, change).await;
         let (reason, message, id, leader) = match answer {
             Ok(changed) => (String::new(), String::new(), changed.id, changed.leader),
-            Err(error) => (error.reason().to_owned(), error.message(), 0, String::new()),
+            Err(error) => (
+                error.reason().to_owned(),
+                error.to_string(),
+                0,
+                String::new(),
+            ),
         };
         Ok(Response::new(ChangeMemberResponse {
             header: Some(peers.reply(None)),

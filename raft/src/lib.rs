@@ -20,6 +20,7 @@
 mod agreement;
 mod clock;
 pub mod deadline;
+mod error;
 mod events;
 mod forming;
 mod identity;
@@ -34,12 +35,12 @@ pub mod task;
 mod tests;
 mod upkeep;
 
-pub use agreement::leadership::Leader;
+pub use agreement::{leadership::Leader, log::LogKept};
 pub use clock::Clock;
+pub use error::{ChangeError, ReadError, WriteError};
 pub use events::Events;
 pub use forming::MembershipServer;
 pub use identity::IdentityError;
-pub use membership::ChangeError;
 pub use peer::{Identity, PeerView, Peers, server::ReplicaServer};
-pub use replica::{LogKept, ReadError, Replica, Seen, WriteError};
+pub use replica::{Replica, Seen};
 pub use replicas::{Membership, OpenError, Options, Replicas};

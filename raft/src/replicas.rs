@@ -20,14 +20,14 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    agreement::log::SharedLog,
+    agreement::log::{LogKept, SharedLog},
     clock::Clock,
     events::Events,
     forming::{Forming, MembershipServer},
     identity::{IdentityError, IdentityFile},
     membership::CatchingUp,
     peer::{Identity, Peers, server::ReplicaServer, snapshot},
-    replica::{LogKept, Parts, Replica},
+    replica::{Parts, Replica},
     store::Stores,
 };
 

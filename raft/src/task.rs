@@ -1,8 +1,11 @@
 //! Spawning that keeps the tracing span, for this crate and for the node's.
 
-use std::future::Future;
+use std::{future::Future, time::Duration};
 
-use tokio::task::JoinHandle;
+use tokio::{
+    task::JoinHandle,
+    time::{Interval, MissedTickBehavior},
+};
 use tracing::Instrument;
 
 pub fn spawn<F>(future: F) -> JoinHandle<F::Output>
@@ -21,4 +24,11 @@ where
 {
     let span = tracing::Span::current();
     tokio::task::spawn_blocking(move || span.in_scope(work))
+}
+
+/// After a pause of the whole process a duty goes on once, not as often as it was missed.
+pub fn every(period: Duration) -> Interval {
+    let mut every = tokio::time::interval(period);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    every
 }

@@ -5,11 +5,11 @@ use std::{io, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use holdfast_proto::peer::{ClusterRecord, Command, RaiseFeatureLevel, command::Op};
-use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::{
     replicas::{Opened, Replicas},
     state::apply::FEATURE_LEVEL,
+    task::every,
 };
 
 const GUARD_EVERY: Duration = Duration::from_millis(200);
@@ -21,13 +21,6 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(500);
 /// From here on a leader gives space back without being asked.
 const COMPACT_PERMILLE: u32 = 950;
 const COMPACT_EVERY: Duration = Duration::from_secs(15);
-
-/// After a pause of the whole process a duty goes on once, not as often as it was missed.
-pub(crate) fn every(period: Duration) -> Interval {
-    let mut every = tokio::time::interval(period);
-    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    every
-}
 
 impl Replicas {
     pub(crate) fn keep_up(self: &Arc<Self>) {

@@ -21,14 +21,14 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use holdfast_proto::{
     ShardId,
-    peer::{AppendRequest, Header, append_response},
+    peer::{AppendRequest, Header, ReadIndexRequest, append_response},
 };
 use openraft::{
     raft::linearizable_read::LinearizerOption, type_config::async_runtime::watch::WatchReceiver,
 };
 use tonic::Request;
 
-use super::{RaftHandle, leadership::LeaderClock, read_rounds::Unproven, types::vote_to};
+use super::{RaftHandle, leadership::LeaderClock, types::vote_to};
 use crate::{
     peer::{Peers, Purpose},
     state::State,
@@ -36,6 +36,15 @@ use crate::{
 
 /// A round may take this long.
 pub(crate) const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why a round proved nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unproven {
+    #[error("nobody leads the shard")]
+    NoLeader,
+    #[error("the leader cannot reach a quorum")]
+    NoQuorum,
+}
 
 /// The voters of a Raft group: two sets while it changes them, and then a quorum is one of each.
 struct Quorum {
@@ -60,6 +69,35 @@ impl LeaderProof {
         tokio::time::timeout(ROUND_TIMEOUT, self.ask_voters())
             .await
             .unwrap_or(Err(Unproven::NoQuorum))
+    }
+
+    /// The index to wait for before a read that came before this call may be answered: proven here
+    /// if this node leads, else by whoever does.
+    pub(crate) async fn read_index(&self) -> Result<u64, Unproven> {
+        if self.leads() {
+            return self.prove().await;
+        }
+        let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
+        let member = self.peers.member(heard.leader).ok_or(Unproven::NoLeader)?;
+        let mut request = Request::new(ReadIndexRequest {
+            header: Some(
+                self.peers
+                    .header(heard.leader, self.shard, Some(&self.state)),
+            ),
+        });
+        request.set_timeout(ROUND_TIMEOUT);
+        let mut client = self
+            .peers
+            .replica_client(&member.peer_address, Purpose::Control);
+        let asked = tokio::time::timeout(ROUND_TIMEOUT, client.read_index(request)).await;
+        let response = asked
+            .map_err(|_| Unproven::NoLeader)?
+            .map_err(|_| Unproven::NoLeader)?
+            .into_inner();
+        match response.read_log_id {
+            Some(log_id) if response.confirmed => Ok(log_id.index),
+            _ => Err(Unproven::NoQuorum),
+        }
     }
 
     async fn ask_voters(&self) -> Result<u64, Unproven> {

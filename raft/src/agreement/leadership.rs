@@ -15,7 +15,7 @@ use std::{
 use holdfast_proto::{ShardId, peer, timeline::Millis};
 use parking_lot::Mutex;
 
-use super::{LEASE, proposer::Stamp};
+use super::LEASE;
 use crate::{clock::Clock, peer::Peers, state::State};
 
 /// How long a heard leader counts.
@@ -180,6 +180,14 @@ impl LeaderClock {
         )
     }
 
+    /// The time of a log entry that this leader proposes.
+    pub(crate) fn stamp(&self) -> Millis {
+        let now = self.leader_now().max(self.state.applied().log_time);
+        let mut last = self.last_stamp.lock();
+        *last = now.max(*last);
+        *last
+    }
+
     /// Own wall clock, or the voters' median if that is far off.
     pub(crate) fn leader_now(&self) -> Millis {
         let (me, monotonic, wall) = (
@@ -230,15 +238,6 @@ fn median(own: Millis, others: Vec<Millis>, so_far: Option<Millis>) -> Millis {
 
 fn millis(duration: Duration) -> Millis {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-impl Stamp for LeaderClock {
-    fn stamp(&self) -> Millis {
-        let now = self.leader_now().max(self.state.applied().log_time);
-        let mut last = self.last_stamp.lock();
-        *last = now.max(*last);
-        *last
-    }
 }
 
 #[cfg(test)]

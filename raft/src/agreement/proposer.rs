@@ -12,7 +12,6 @@ use bytes::Bytes;
 use holdfast_proto::{
     limits::{ENTRY_BYTES_MAX, ENTRY_COMMANDS_MAX},
     peer::{Command, LogEntry, Outcome},
-    timeline::Millis,
 };
 use openraft::{
     errors::{ClientWriteError, ForwardToLeader},
@@ -25,9 +24,10 @@ use tracing::Instrument;
 
 use super::{
     RaftHandle,
+    leadership::LeaderClock,
     types::{Commands, Types},
 };
-use crate::{replica::WriteError, state::record::FORMAT};
+use crate::{error::WriteError, state::record::FORMAT};
 
 /// Commands that wait for the proposer; more are refused.
 const QUEUE: usize = 16_384;
@@ -43,20 +43,15 @@ struct Pending {
     done: oneshot::Sender<Result<Outcome, WriteError>>,
 }
 
-/// Gives each log entry its time.
-pub(crate) trait Stamp: Send + Sync + 'static {
-    fn stamp(&self) -> Millis;
-}
-
 #[derive(Clone)]
 pub(crate) struct Proposer {
     queue: mpsc::Sender<Pending>,
 }
 
 impl Proposer {
-    pub(crate) fn start(raft: RaftHandle, stamp: Arc<dyn Stamp>) -> Self {
+    pub(crate) fn start(raft: RaftHandle, leader_clock: Arc<LeaderClock>) -> Self {
         let (queue, commands) = mpsc::channel(QUEUE);
-        crate::task::spawn(propose_all(raft, stamp, commands));
+        crate::task::spawn(propose_all(raft, leader_clock, commands));
         Self { queue }
     }
 
@@ -88,7 +83,7 @@ impl Proposer {
 /// Ends when every handle to the queue is gone.
 async fn propose_all(
     raft: RaftHandle,
-    stamp: Arc<dyn Stamp>,
+    leader_clock: Arc<LeaderClock>,
     mut commands: mpsc::Receiver<Pending>,
 ) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
@@ -108,7 +103,7 @@ async fn propose_all(
         let (entry, next) = fill(first, &mut commands);
         held_back = next;
         if !entry.is_empty() {
-            propose(&raft, stamp.as_ref(), entry, place).await;
+            propose(&raft, &leader_clock, entry, place).await;
         }
     }
 }
@@ -145,14 +140,14 @@ fn fill(first: Pending, commands: &mut mpsc::Receiver<Pending>) -> (Vec<Taken>, 
 
 async fn propose(
     raft: &RaftHandle,
-    stamp: &dyn Stamp,
+    leader_clock: &LeaderClock,
     entry: Vec<Taken>,
     in_flight: OwnedSemaphorePermit,
 ) {
     let (commands, callers): (Vec<_>, Vec<_>) = entry.into_iter().unzip();
     let encoded = LogEntry {
         format: u32::from(FORMAT),
-        stamp_ms: stamp.stamp(),
+        stamp_ms: leader_clock.stamp(),
         commands,
     }
     .encode_to_vec();

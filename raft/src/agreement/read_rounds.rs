@@ -6,22 +6,10 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::leader_proof::{LeaderProof, Unproven};
+
 /// Reads that wait for a round.
 const QUEUE: usize = 16_384;
-
-/// Why a round proved nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Unproven {
-    #[error("nobody leads the shard")]
-    NoLeader,
-    #[error("the leader cannot reach a quorum")]
-    NoQuorum,
-}
-
-/// Runs one round: the index to wait for.
-pub(crate) trait Round: Send + Sync + 'static {
-    fn run(&self) -> impl Future<Output = Result<u64, Unproven>> + Send;
-}
 
 #[derive(Clone)]
 pub(crate) struct ReadRounds {
@@ -29,7 +17,7 @@ pub(crate) struct ReadRounds {
 }
 
 impl ReadRounds {
-    pub(crate) fn start(round: Arc<impl Round>) -> Self {
+    pub(crate) fn start(proof: Arc<LeaderProof>) -> Self {
         let (queue, mut arrivals) = mpsc::channel::<oneshot::Sender<Result<u64, Unproven>>>(QUEUE);
         crate::task::spawn(async move {
             while let Some(first) = arrivals.recv().await {
@@ -37,7 +25,7 @@ impl ReadRounds {
                 let waiting: Vec<_> = std::iter::once(first)
                     .chain(std::iter::from_fn(|| arrivals.try_recv().ok()))
                     .collect();
-                let result = round.run().await;
+                let result = proof.read_index().await;
                 for waiter in waiting {
                     let _ = waiter.send(result);
                 }

@@ -14,15 +14,16 @@ use holdfast_proto::{
         PromoteMember, ReportRequest, ReportResponse, RosterRecord, change_member_request,
         command::Op, outcome,
     },
-    reason, v1,
+    v1,
 };
 use tonic::Request;
 
 pub(crate) use self::reconcile::{CatchingUp, maintain};
 use crate::{
+    error::{ChangeError, WriteError},
     forming::report,
     peer::{Peers, connect_lazy},
-    replica::{Replica, Seen, WriteError},
+    replica::{Replica, Seen},
     replicas::Replicas,
 };
 
@@ -33,38 +34,6 @@ const POLL_EVERY: Duration = Duration::from_millis(50);
 const CAUGHT_UP_ENTRIES: u64 = 1000;
 /// A member that was heard of within this is alive.
 const ALIVE_WITHIN: Duration = Duration::from_secs(1);
-
-#[derive(Debug, thiserror::Error)]
-pub enum ChangeError {
-    #[error("there is no member `{0}`")]
-    NoMember(String),
-    #[error("{0}")]
-    Refused(String),
-    #[error("{message}")]
-    Remote { reason: String, message: String },
-    #[error(transparent)]
-    Write(#[from] WriteError),
-    #[error(
-        "the change is on its way and not yet done on every shard: repeat the command to wait for it"
-    )]
-    Unfinished,
-}
-
-impl ChangeError {
-    pub fn reason(&self) -> &str {
-        match self {
-            Self::NoMember(_) => reason::NO_MEMBER,
-            Self::Refused(_) => reason::MEMBERSHIP,
-            Self::Remote { reason, .. } => reason,
-            Self::Write(error) => error.reason(),
-            Self::Unfinished => reason::DEADLINE,
-        }
-    }
-
-    pub fn message(&self) -> String {
-        self.to_string()
-    }
-}
 
 /// What an operator asks for.
 #[derive(Debug, Clone)]

@@ -25,7 +25,8 @@ use crate::{
         types::{Types, entry_from, log_id_from, log_id_to, vote_from, vote_to},
     },
     deadline::remaining,
-    replica::{Replica, WriteError},
+    error::WriteError,
+    replica::Replica,
     replicas::Replicas,
     task,
 };

@@ -10,7 +10,7 @@ use holdfast_proto::peer::{Command, Tick, command::Op};
 use super::Replica;
 use crate::{
     agreement::{leader_proof::ROUND_TIMEOUT, leadership::Leader},
-    upkeep::every,
+    task::every,
 };
 
 /// How often a replica looks at who leads.

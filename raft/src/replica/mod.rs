@@ -27,16 +27,13 @@ use openraft::{Instant as _, ServerState, type_config::async_runtime::watch::Wat
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::{
-    read::{ReadError, Seen},
-    write::WriteError,
-};
+pub use self::read::Seen;
 use crate::{
     agreement::{
         self, LEASE, RaftHandle,
         leader_proof::LeaderProof,
         leadership::{Leader, LeaderClock},
-        log::{ShardLog, SharedLog},
+        log::{LogKept, ShardLog, SharedLog},
         pins::LogPins,
         proposer::Proposer,
         read_rounds::ReadRounds,
@@ -51,13 +48,6 @@ use crate::{
 
 /// Between two tries of a wait for a leader.
 const RETRY_PAUSE: Duration = Duration::from_millis(15);
-
-/// How much log a replica keeps for followers that come back.
-#[derive(Debug, Clone, Copy)]
-pub struct LogKept {
-    pub entries: u64,
-    pub bytes: u64,
-}
 
 /// What a replica is opened with.
 pub(crate) struct Parts {

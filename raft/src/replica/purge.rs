@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::Replica;
-use crate::upkeep::every;
+use crate::task::every;
 
 const PURGE_EVERY: Duration = Duration::from_millis(500);
 /// A flush of a full write buffer takes seconds on a slow disk.

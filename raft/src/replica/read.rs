@@ -3,17 +3,10 @@
 
 use std::time::Duration;
 
-use holdfast_proto::{Revision, Token, peer::ReadIndexRequest};
-use tonic::Request;
+use holdfast_proto::{Revision, Token};
 
 use super::{RETRY_PAUSE, Replica};
-use crate::{
-    agreement::{
-        leader_proof::{LeaderProof, ROUND_TIMEOUT},
-        read_rounds::{Round, Unproven},
-    },
-    peer::Purpose,
-};
+use crate::{agreement::leader_proof::Unproven, error::ReadError};
 
 /// What a read must have seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,23 +17,6 @@ pub enum Seen {
     Token(Token),
     /// Every write acknowledged before now.
     Everything,
-}
-
-/// Why a replica may not answer a read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ReadError {
-    #[error("nobody leads the shard")]
-    NoLeader,
-    #[error("the leader cannot reach a quorum")]
-    NoQuorum,
-    #[error("this replica is at revision {applied}, the session has seen {wanted}")]
-    Behind { applied: Revision, wanted: Revision },
-    #[error("the token is from epoch {token}, this cluster is in {cluster}")]
-    TokenEpoch { token: u64, cluster: u64 },
-    #[error("too many reads wait already")]
-    Overloaded,
-    #[error("the deadline passed")]
-    Deadline,
 }
 
 impl Replica {
@@ -138,35 +114,5 @@ impl Replica {
     /// Proves that this node leads, and says what must be applied before a read may be answered.
     pub(crate) async fn confirm_leadership(&self) -> Result<u64, Unproven> {
         self.proof.prove().await
-    }
-}
-
-/// Here if this node leads, else asked of whoever does.
-impl Round for LeaderProof {
-    async fn run(&self) -> Result<u64, Unproven> {
-        if self.leads() {
-            return self.prove().await;
-        }
-        let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
-        let member = self.peers.member(heard.leader).ok_or(Unproven::NoLeader)?;
-        let mut request = Request::new(ReadIndexRequest {
-            header: Some(
-                self.peers
-                    .header(heard.leader, self.shard, Some(&self.state)),
-            ),
-        });
-        request.set_timeout(ROUND_TIMEOUT);
-        let mut client = self
-            .peers
-            .replica_client(&member.peer_address, Purpose::Control);
-        let asked = tokio::time::timeout(ROUND_TIMEOUT, client.read_index(request)).await;
-        let response = asked
-            .map_err(|_| Unproven::NoLeader)?
-            .map_err(|_| Unproven::NoLeader)?
-            .into_inner();
-        match response.read_log_id {
-            Some(log_id) if response.confirmed => Ok(log_id.index),
-            _ => Err(Unproven::NoQuorum),
-        }
     }
 }

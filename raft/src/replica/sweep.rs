@@ -10,7 +10,7 @@ use holdfast_proto::{
 use super::Replica;
 use crate::{
     state::{memory::Lookup, record::DueKind},
-    upkeep::every,
+    task::every,
 };
 
 const SWEEP_EVERY: Duration = Duration::from_millis(1000);

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use holdfast_proto::{
     peer::{Command, Outcome, ProposeRequest, command::Op, propose_response},
-    reason,
     v1::RequestId,
 };
 use tonic::Request;
@@ -13,6 +12,7 @@ use tonic::Request;
 use super::{RETRY_PAUSE, Replica};
 use crate::{
     agreement::{LEASE, leadership::Leader},
+    error::WriteError,
     peer::Purpose,
 };
 
@@ -20,72 +20,6 @@ use crate::{
 const DISK_FULL_PERMILLE: u32 = 1000;
 /// What a voter said of its disk; one that is gone keeps nobody from writing to the others.
 const DISK_REPORT_COUNTS_FOR: Duration = Duration::from_secs(5);
-
-/// Why a write has no outcome.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum WriteError {
-    #[error("nobody leads the shard")]
-    NoLeader,
-    #[error("the leader cannot reach a quorum")]
-    NoQuorum,
-    #[error("this node does not lead the shard")]
-    NotLeader { leader: Option<u64> },
-    #[error("too many writes wait already")]
-    Overloaded,
-    #[error("the disk of a voter is at its limit: values are refused until space is free again")]
-    DiskFull,
-    #[error("the deadline passed before the write left this node")]
-    DeadlineBefore,
-    #[error("the deadline passed while the write was under way")]
-    DeadlineAfter,
-    #[error("this node is stopping")]
-    Stopped,
-    #[error("what became of the write is unknown: {0}")]
-    Unknown(String),
-    #[error("{message}")]
-    Remote {
-        reason: String,
-        message: String,
-        not_applied: bool,
-        leader: Option<u64>,
-    },
-}
-
-impl WriteError {
-    /// It is certain that the write was not and will not be applied.
-    pub fn not_applied(&self) -> bool {
-        match self {
-            Self::DeadlineAfter | Self::Unknown(_) => false,
-            Self::Remote { not_applied, .. } => *not_applied,
-            Self::NoLeader
-            | Self::NoQuorum
-            | Self::NotLeader { .. }
-            | Self::Overloaded
-            | Self::DiskFull
-            | Self::DeadlineBefore
-            | Self::Stopped => true,
-        }
-    }
-
-    pub fn reason(&self) -> &str {
-        match self {
-            Self::NoLeader | Self::NotLeader { .. } => reason::NO_LEADER,
-            Self::NoQuorum | Self::Unknown(_) => reason::NO_QUORUM,
-            Self::Overloaded => reason::OVERLOADED,
-            Self::DiskFull => reason::DISK_FULL,
-            Self::DeadlineBefore | Self::DeadlineAfter => reason::DEADLINE,
-            Self::Stopped => reason::NOT_READY,
-            Self::Remote { reason, .. } => reason,
-        }
-    }
-
-    pub fn leader(&self) -> Option<u64> {
-        match self {
-            Self::NotLeader { leader } | Self::Remote { leader, .. } => *leader,
-            _ => None,
-        }
-    }
-}
 
 impl Replica {
     /// Proposes a command, here or through the leader, and says what it came to. A forwarded

@@ -44,7 +44,6 @@ use super::types::{Entry, LogId, Types, Vote, entry_bytes, entry_from, log_id_fr
 use crate::{
     clock::Clock,
     events::Events,
-    replica::LogKept,
     state::record,
     store::{LogMark, LogStore},
 };
@@ -54,6 +53,13 @@ use crate::{
 const QUEUE: usize = 8192;
 /// A purge costs a flush: it is worth it for an eighth of what is kept.
 const PURGE_SHARE: u64 = 8;
+
+/// How much log a replica keeps for followers that come back.
+#[derive(Debug, Clone, Copy)]
+pub struct LogKept {
+    pub entries: u64,
+    pub bytes: u64,
+}
 
 /// One per node. Cheap to clone.
 #[derive(Clone)]
