@@ -1,5 +1,5 @@
-//! Why a request has no answer, as every door tells it: one table from reasons to codes, one shape
-//! for what goes with them.
+//! Why a request has no answer: one table from reasons to codes, one shape for what goes with them.
+//! Doors translate it into their own language.
 //!
 //! Promises that an error names what the caller can act on (the field, the leader, whether a write
 //! was applied, how long to wait), that a caller's mistake is never INTERNAL, and that nothing an
@@ -13,14 +13,12 @@ use holdfast_proto::{
     v1::{FailureClass, KeyError},
 };
 use holdfast_raft::{ReadError, WriteError};
-use tonic::{Code, Status, metadata::MetadataValue};
-use tonic_types::{ErrorDetails, StatusExt as _};
 
 /// Metadata: the key's version when `if_version` or `if_absent` did not hold.
 pub const VERSION: &str = "version";
 
 /// The names of metadata that go with an error.
-const METADATA: [&str; 7] = [
+pub(crate) const METADATA: [&str; 7] = [
     reason::FIELD,
     reason::LEADER,
     reason::APPLIED,
@@ -29,6 +27,28 @@ const METADATA: [&str; 7] = [
     reason::STATUS,
     VERSION,
 ];
+
+/// The kinds of outcome that a caller tells apart: `google.rpc.Code`, by its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Code {
+    Ok = 0,
+    Cancelled = 1,
+    Unknown = 2,
+    InvalidArgument = 3,
+    DeadlineExceeded = 4,
+    NotFound = 5,
+    AlreadyExists = 6,
+    PermissionDenied = 7,
+    ResourceExhausted = 8,
+    FailedPrecondition = 9,
+    Aborted = 10,
+    OutOfRange = 11,
+    Unimplemented = 12,
+    Internal = 13,
+    Unavailable = 14,
+    DataLoss = 15,
+    Unauthenticated = 16,
+}
 
 /// What holds for a reason: its code, and how long to wait where waiting helps.
 struct Rule {
@@ -77,14 +97,15 @@ const RULES: [Rule; 16] = [
 /// One request's error. Small to pass; made only when something went wrong.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{}", .0.message)]
-pub struct Error(Box<Told>);
+pub struct Error(Box<Details>);
 
+/// All that an error says, for the doors.
 #[derive(Debug, Clone)]
-struct Told {
-    reason: Cow<'static, str>,
-    message: String,
-    metadata: HashMap<&'static str, String>,
-    retry_after: Option<Duration>,
+pub(crate) struct Details {
+    pub(crate) reason: Cow<'static, str>,
+    pub(crate) message: String,
+    pub(crate) metadata: HashMap<&'static str, String>,
+    pub(crate) retry_after: Option<Duration>,
 }
 
 /// A failure of a key's upstream with nothing to serve.
@@ -97,11 +118,36 @@ pub struct UpstreamFailure<'a> {
     pub next_attempt: Option<Duration>,
 }
 
+impl Code {
+    /// As metrics and clients name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "OK",
+            Self::Cancelled => "CANCELLED",
+            Self::Unknown => "UNKNOWN",
+            Self::InvalidArgument => "INVALID_ARGUMENT",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::NotFound => "NOT_FOUND",
+            Self::AlreadyExists => "ALREADY_EXISTS",
+            Self::PermissionDenied => "PERMISSION_DENIED",
+            Self::ResourceExhausted => "RESOURCE_EXHAUSTED",
+            Self::FailedPrecondition => "FAILED_PRECONDITION",
+            Self::Aborted => "ABORTED",
+            Self::OutOfRange => "OUT_OF_RANGE",
+            Self::Unimplemented => "UNIMPLEMENTED",
+            Self::Internal => "INTERNAL",
+            Self::Unavailable => "UNAVAILABLE",
+            Self::DataLoss => "DATA_LOSS",
+            Self::Unauthenticated => "UNAUTHENTICATED",
+        }
+    }
+}
+
 impl Error {
     pub fn new(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
         let reason = reason.into();
         let retry_after = find(&reason).and_then(|rule| rule.wait);
-        Self(Box::new(Told {
+        Self(Box::new(Details {
             reason,
             message: message.into(),
             metadata: HashMap::new(),
@@ -229,24 +275,8 @@ impl Error {
         find(&self.0.reason).map_or(Code::Unknown, |rule| rule.code)
     }
 
-    /// As another node's door told it; `None` if the status is not of ours, as those of a broken
-    /// connection.
-    pub fn from_status(status: &Status) -> Option<Self> {
-        let details = status.get_error_details();
-        let info = details
-            .error_info()
-            .filter(|info| info.domain == reason::DOMAIN)?;
-        let metadata = METADATA
-            .into_iter()
-            .filter_map(|name| Some((name, info.metadata.get(name)?.clone())))
-            .collect();
-        let retry_after = details.retry_info().and_then(|retry| retry.retry_delay);
-        Some(Self(Box::new(Told {
-            reason: info.reason.clone().into(),
-            message: status.message().to_owned(),
-            metadata,
-            retry_after,
-        })))
+    pub(crate) fn into_details(self) -> Details {
+        *self.0
     }
 
     /// As a peer tells it of one key.
@@ -275,42 +305,20 @@ impl Error {
     }
 }
 
+impl From<Details> for Error {
+    fn from(details: Details) -> Self {
+        Self(Box::new(details))
+    }
+}
+
 fn find(reason: &str) -> Option<&'static Rule> {
     RULES.iter().find(|rule| rule.reason == reason)
 }
 
-impl From<Error> for Status {
-    fn from(error: Error) -> Self {
-        let code = error.code();
-        let Told {
-            reason,
-            message,
-            metadata,
-            retry_after,
-        } = *error.0;
-        let leader = metadata
-            .get(reason::LEADER)
-            .and_then(|leader| MetadataValue::try_from(leader.as_str()).ok());
-        let metadata: HashMap<String, String> = metadata
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect();
-        let mut details = ErrorDetails::with_error_info(reason, reason::DOMAIN, metadata);
-        if retry_after.is_some() {
-            details.set_retry_info(retry_after);
-        }
-        let mut status = Self::with_error_details(code, message, details);
-        if let Some(leader) = leader {
-            status.metadata_mut().insert(reason::LEADER_HEADER, leader);
-        }
-        status
-    }
-}
-
 impl From<Error> for KeyError {
     fn from(error: Error) -> Self {
-        let code = error.code().into();
-        let Told {
+        let code = error.code() as i32;
+        let Details {
             reason,
             message,
             mut metadata,
@@ -368,6 +376,15 @@ impl From<WriteError> for Error {
 mod tests {
     use super::*;
 
+    fn failure() -> UpstreamFailure<'static> {
+        UpstreamFailure {
+            upstream: "profiles",
+            class: FailureClass::Status,
+            status: 503,
+            next_attempt: Some(Duration::from_millis(1234)),
+        }
+    }
+
     #[test]
     fn every_reason_has_one_code_and_only_ours_is_internal() {
         let reasons = [
@@ -420,85 +437,27 @@ mod tests {
     }
 
     #[test]
-    fn an_error_tells_all_it_knows_and_survives_a_hop() {
-        let error = Error::new(reason::NO_QUORUM, "no quorum")
-            .with_leader(Some("10.0.0.1:7400".into()))
-            .maybe_applied();
-        let status = Status::from(error);
-        assert_eq!(
-            status.metadata().get(reason::LEADER_HEADER).unwrap(),
-            "10.0.0.1:7400"
-        );
-        let details = status.get_error_details();
-        let info = details.error_info().unwrap();
-        assert_eq!(
-            (info.reason.as_str(), info.domain.as_str()),
-            ("NO_QUORUM", "holdfast")
-        );
-        assert_eq!(info.metadata["leader"], "10.0.0.1:7400");
-        assert_eq!(info.metadata["applied"], "unknown");
-        assert_eq!(
-            details.retry_info().unwrap().retry_delay,
-            Some(Duration::from_millis(500))
-        );
-
-        let hopped = Error::from_status(&status).unwrap();
-        assert_eq!(
-            (hopped.reason(), hopped.code()),
-            ("NO_QUORUM", Code::Unavailable)
-        );
-        assert_eq!(hopped.metadata("applied"), Some("unknown"));
-        assert!(Error::from_status(&Status::unavailable("connection refused")).is_none());
-    }
-
-    #[test]
     fn a_failed_upstream_is_named_by_class_and_status_only() {
-        let failure = UpstreamFailure {
-            upstream: "profiles",
-            class: FailureClass::Status,
-            status: 503,
-            next_attempt: Some(Duration::from_millis(1234)),
-        };
-        let status = Status::from(Error::upstream_failed(failure));
+        let error = Error::upstream_failed(failure());
         assert_eq!(
-            status.message(),
+            error.to_string(),
             "upstream `profiles` failed (STATUS 503) and nothing is stored"
         );
-        let details = status.get_error_details();
-        let metadata = &details.error_info().unwrap().metadata;
+        let said = ["upstream", "class", "status"].map(|name| error.metadata(name));
+        assert_eq!(said, [Some("profiles"), Some("STATUS"), Some("503")]);
         assert_eq!(
-            (
-                metadata["upstream"].as_str(),
-                metadata["class"].as_str(),
-                metadata["status"].as_str()
-            ),
-            ("profiles", "STATUS", "503")
-        );
-        assert_eq!(
-            details.retry_info().unwrap().retry_delay,
+            error.into_details().retry_after,
             Some(Duration::from_millis(1234))
         );
     }
 
     #[test]
     fn an_error_of_one_key_survives_a_hop_whole() {
-        let failure = UpstreamFailure {
-            upstream: "profiles",
-            class: FailureClass::Status,
-            status: 503,
-            next_attempt: Some(Duration::from_millis(1234)),
-        };
-        let error = Error::upstream_failed(failure).with_leader(Some("10.0.0.1:7400".into()));
-        let told = Status::from(Error::from_key_error(error.clone().into())).get_error_details();
-        let before = Status::from(error).get_error_details();
-        assert_eq!(
-            told.error_info().unwrap().metadata,
-            before.error_info().unwrap().metadata
-        );
-        assert_eq!(
-            told.retry_info().unwrap().retry_delay,
-            Some(Duration::from_millis(1234))
-        );
+        let error = Error::upstream_failed(failure()).with_leader(Some("10.0.0.1:7400".into()));
+        let hopped = Error::from_key_error(error.clone().into()).into_details();
+        let before = error.into_details();
+        assert_eq!(hopped.metadata, before.metadata);
+        assert_eq!(hopped.retry_after, Some(Duration::from_millis(1234)));
     }
 
     #[test]

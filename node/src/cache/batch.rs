@@ -340,9 +340,9 @@ fn bounded(results: impl Iterator<Item = Told>) -> Vec<v1::BatchGetResult> {
 
 #[cfg(test)]
 mod tests {
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
 
     #[test]
     fn a_batch_has_1_to_1000_keys() {

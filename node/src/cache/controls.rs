@@ -52,9 +52,9 @@ impl Controls {
 
 #[cfg(test)]
 mod tests {
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
 
     fn parse(consistency: i32, token: &[u8]) -> Result<Controls, (Code, Option<String>)> {
         Controls::parse(consistency, Bytes::copy_from_slice(token))

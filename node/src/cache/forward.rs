@@ -8,7 +8,7 @@ use holdfast_raft::{Events as _, Leader, ReadError, Replica, Seen};
 use tonic::Request;
 
 use super::{Cache, Deadline, controls::Controls};
-use crate::error::Error;
+use crate::{error::Error, grpc::error_of};
 
 /// How long a read that only the leader can answer waits for there to be one: an election and some.
 const LEADER_PATIENCE: Duration = Duration::from_secs(1);
@@ -157,7 +157,7 @@ impl Cache {
         let response = match tokio::time::timeout(left, client.read(request)).await {
             Err(_) => return Err(Error::deadline()),
             Ok(Err(status)) => {
-                return Err(Error::from_status(&status).unwrap_or_else(Error::no_leader));
+                return Err(error_of(&status).unwrap_or_else(Error::no_leader));
             }
             Ok(Ok(response)) => response.into_inner(),
         };

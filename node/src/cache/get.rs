@@ -97,9 +97,9 @@ fn only_answer(response: v1::BatchGetResponse) -> Result<v1::GetResponse, Error>
 #[cfg(test)]
 mod tests {
     use holdfast_proto::v1::{Consistency, FetchOnMiss, GetRequest};
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
 
     fn wrong(change: impl FnOnce(&mut GetRequest)) -> (Code, String) {
         let mut request = GetRequest {

@@ -27,7 +27,12 @@ use std::{sync::Arc, time::Duration};
 use holdfast_proto::{Key, Token, v1};
 use holdfast_raft::{Clock, Peers, Replica, Replicas};
 
-use crate::{error::Error, metrics::Metrics, policy::Policies, refresh::Refresher};
+use crate::{
+    error::{Code, Error},
+    metrics::Metrics,
+    policy::Policies,
+    refresh::Refresher,
+};
 
 pub use self::{scan::ScanStream, write::Acknowledged};
 
@@ -113,7 +118,7 @@ impl Cache {
     /// Where an error of one shard sends its caller.
     fn sent_to_leader(&self, replica: &Replica, error: Error) -> Error {
         match error.code() {
-            tonic::Code::Unavailable => error.with_leader(self.leader_elsewhere(replica)),
+            Code::Unavailable => error.with_leader(self.leader_elsewhere(replica)),
             _ => error,
         }
     }

@@ -340,9 +340,9 @@ fn no_value(why: NoValue, upstream: &str, now: Millis, hurried: bool) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
     use crate::refresh::Failure;
 
     fn record(version: u64, changed: u64, fresh_until_ms: Millis) -> EntryRecord {

@@ -310,9 +310,9 @@ fn least<'a>(heads: impl Iterator<Item = Option<&'a [u8]>>) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
 
     fn checked(change: impl FnOnce(&mut v1::ScanRequest)) -> Result<Checked, (Code, String)> {
         let mut request = v1::ScanRequest::default();

@@ -255,9 +255,9 @@ fn policy_lifetime(life: Life, policy: &Policy, now: Millis, random: f64) -> Lif
 #[cfg(test)]
 mod tests {
     use prost_types::{Duration as Proto, Timestamp};
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
     use crate::{glob::Glob, policy::Window};
 
     fn seconds(seconds: i64) -> Option<Proto> {

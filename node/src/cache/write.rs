@@ -128,9 +128,9 @@ pub(super) fn check_request_id(
 #[cfg(test)]
 mod tests {
     use holdfast_proto::peer::{Conflict, Fenced};
-    use tonic::Code;
 
     use super::*;
+    use crate::error::Code;
 
     fn id(client: usize, seq: u64, done_below: u64) -> Option<v1::RequestId> {
         Some(v1::RequestId {

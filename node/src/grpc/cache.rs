@@ -12,12 +12,12 @@ use holdfast_proto::{
     },
 };
 use holdfast_raft::Clock;
-use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
+use tonic::{Request, Response, Status, metadata::MetadataValue};
 
 use super::{CodecTold, deadline_of};
 use crate::{
     cache::{Acknowledged, Cache},
-    error::Error,
+    error::{Code, Error},
     metrics::Metrics,
 };
 

@@ -7,10 +7,13 @@ use holdfast_proto::v1::{
     cluster_service_server::{ClusterService, ClusterServiceServer},
 };
 use holdfast_raft::{ChangeError, Clock, Replicas};
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 use super::{CodecTold, deadline_of};
-use crate::{error::Error, metrics::Metrics};
+use crate::{
+    error::{Code, Error},
+    metrics::Metrics,
+};
 
 /// What the client listener serves of the cluster.
 pub fn cluster_service(

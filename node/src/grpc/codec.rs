@@ -1,6 +1,7 @@
-//! A message that the codec refuses never reaches a handler. tonic tells one beyond the listener's
-//! bound as OUT_OF_RANGE, and one that is no message of ours as INTERNAL; both are the caller's
-//! mistakes, and are told here as every other mistake is. Must never read a body.
+//! A message that the codec refuses never reaches a handler. tonic answers one beyond the listener's
+//! bound with OUT_OF_RANGE, and one that is no message of ours with INTERNAL; both are the caller's
+//! mistakes, and are said here as every other mistake is. They are known by having no details, which
+//! every status of ours has. Must never read a body.
 
 use std::{
     convert::Infallible,
@@ -15,11 +16,6 @@ use tower::Service;
 use crate::error::Error;
 
 type Response = http::Response<Body>;
-
-/// How tonic's codec begins what it says of a message over its bound …
-const TOO_LARGE: &str = "Error, decoded message length too large";
-/// … and prost what it says of one that it cannot read.
-const MALFORMED: &str = "failed to decode Protobuf message: ";
 
 /// A gRPC service whose codec's refusals are told as the table of errors has them.
 #[derive(Debug, Clone)]
@@ -71,51 +67,22 @@ fn of_message(response: Response) -> Response {
 }
 
 fn told(response: Response, too_large: impl FnOnce() -> Error) -> Response {
-    // Nearly every answer: a status in the headers is the mark of a refusal.
-    if !response.headers().contains_key(Status::GRPC_STATUS) {
+    let Some(status) = response
+        .extensions()
+        .get::<Status>()
+        .filter(|status| status.details().is_empty())
+    else {
         return response;
-    }
-    match Status::from_header_map(response.headers()) {
-        Some(status)
-            if status.code() == Code::OutOfRange && status.message().starts_with(TOO_LARGE) =>
-        {
-            Status::from(too_large().not_applied()).into_http()
-        }
-        // Our own INTERNAL has details: what has none never reached a handler.
-        Some(status) if status.code() == Code::Internal && status.details().is_empty() => {
-            Status::from(malformed(status.message()).not_applied()).into_http()
-        }
-        _ => response,
-    }
-}
-
-fn malformed(said: &str) -> Error {
-    let what = said.strip_prefix(MALFORMED).unwrap_or(said);
-    let error = Error::new(
-        reason::INVALID_FIELD,
-        format!("the message cannot be read: {what}"),
-    );
-    match field(what) {
-        Some(field) => error.with(reason::FIELD, field),
-        None => error,
-    }
-}
-
-/// `request_id.client` of `SetRequest.request_id: RequestId.client: buffer underflow`.
-fn field(what: &str) -> Option<String> {
-    let is_name = |text: &str| {
-        !text.is_empty()
-            && text
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
     };
-    let segments = what.split(": ").map_while(|segment| {
-        segment
-            .split_once('.')
-            .filter(|(message, name)| is_name(message) && is_name(name))
-    });
-    let fields: Vec<&str> = segments.map(|(_, name)| name).collect();
-    (!fields.is_empty()).then(|| fields.join("."))
+    let error = match status.code() {
+        Code::OutOfRange => too_large(),
+        Code::Internal => Error::new(
+            reason::INVALID_FIELD,
+            format!("the message cannot be read: {}", status.message()),
+        ),
+        _ => return response,
+    };
+    Status::from(error.not_applied()).into_http()
 }
 
 #[cfg(test)]
@@ -148,7 +115,7 @@ mod tests {
             &self,
             _: Request<v1::GetRequest>,
         ) -> Result<tonic::Response<v1::GetResponse>, Status> {
-            Err(Status::out_of_range("a handler's own"))
+            Err(Error::new(reason::NOT_BUILT, "a handler's own").into())
         }
         async fn batch_get(
             &self,
@@ -225,25 +192,7 @@ mod tests {
         let status = client.get(v1::GetRequest::default()).await.unwrap_err();
         assert_eq!(
             (status.code(), status.message()),
-            (Code::OutOfRange, "a handler's own")
-        );
-    }
-
-    #[test]
-    fn a_malformed_message_names_the_field_that_cannot_be_read() {
-        let said = "failed to decode Protobuf message: SetRequest.request_id: RequestId.client: buffer underflow";
-        let error = malformed(said);
-        assert_eq!(
-            (error.code(), error.metadata(reason::FIELD)),
-            (Code::InvalidArgument, Some("request_id.client"))
-        );
-        assert_eq!(
-            malformed("failed to decode Protobuf message: invalid varint").metadata(reason::FIELD),
-            None
-        );
-        assert_eq!(
-            malformed("Missing request message.").code(),
-            Code::InvalidArgument
+            (Code::Unimplemented, "a handler's own")
         );
     }
 }

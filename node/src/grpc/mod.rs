@@ -4,6 +4,7 @@
 mod cache;
 mod cluster;
 mod codec;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,7 @@ use tonic::Request;
 
 use crate::{cache::answered_within, layers::Deadline};
 
+pub(crate) use self::status::error_of;
 pub use self::{
     cache::{CacheServer, cache_service},
     cluster::{ClusterServer, cluster_service},

@@ -9,11 +9,14 @@ use std::{
 };
 
 use holdfast_raft::Clock;
-use tonic::{Code, Status};
+use tonic::Status;
 use tower::{Layer, Service};
 
 use super::{Answer, Request, Response};
-use crate::metrics::{Metrics, counting};
+use crate::{
+    error::Code,
+    metrics::{Metrics, counting},
+};
 
 #[derive(Debug, Clone)]
 pub struct MetricsLayer {
@@ -82,7 +85,7 @@ where
             // An answer that is only a header and a status came from no stream: a handler's streams
             // count themselves.
             let ended = answer.as_ref().map_or(Some(Code::Internal), |answer| {
-                Status::from_header_map(answer.headers()).map(|status| status.code())
+                Status::from_header_map(answer.headers()).map(|status| status.code().into())
             });
             let is_handlers = pending.path.starts_with("/holdfast.v1.") && ended.is_none();
             if !was_counted && !is_handlers {

@@ -19,9 +19,10 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use tonic::{Code, metadata::MetadataMap};
+use tonic::metadata::MetadataMap;
 
 pub use self::scrape::Seen;
+use crate::error::Code;
 
 /// What a scrape answers with.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -181,7 +182,7 @@ impl Metrics {
                     .get_or_create(&RequestLabels {
                         method,
                         state,
-                        code: code_name(Code::Ok),
+                        code: Code::Ok.name(),
                     })
                     .inc_by(0);
             }
@@ -242,7 +243,7 @@ impl Metrics {
             .get_or_create(&RequestLabels {
                 method,
                 state,
-                code: code_name(code),
+                code: code.name(),
             })
             .inc();
         self.request_duration
@@ -303,7 +304,7 @@ impl Metrics {
             .get_or_create(&RequestLabels {
                 method,
                 state,
-                code: code_name(code),
+                code: code.name(),
             })
             .get()
     }
@@ -486,28 +487,6 @@ fn is_bounded_code(code: &str) -> bool {
     let is_status = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_digit());
     let class = format!("FAILURE_CLASS_{}", code.to_ascii_uppercase());
     is_status || code == "ok" || holdfast_proto::v1::FailureClass::from_str_name(&class).is_some()
-}
-
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }
 
 #[cfg(test)]

@@ -185,7 +185,7 @@ async fn a_method_that_clients_do_not_have_is_unimplemented_and_counted() {
     assert_eq!(status.code(), Code::Unimplemented);
     assert_eq!(
         node.metrics()
-            .requests_counted("other", "", Code::Unimplemented),
+            .requests_counted("other", "", crate::error::Code::Unimplemented),
         1
     );
     node.stop().await;
@@ -272,7 +272,7 @@ async fn who_waits_for_a_fetch_is_answered_before_a_stop_ends_its_connection() {
     node.stop().await;
     let status = waits.await.unwrap();
     assert_eq!(
-        crate::error::Error::from_status(&status).unwrap().reason(),
+        grpc::error_of(&status).unwrap().reason(),
         holdfast_proto::reason::NO_LEADER,
         "{status}"
     );
