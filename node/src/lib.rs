@@ -3,6 +3,7 @@
 //! ```text
 //! main ─► cli ─► node (composition root) ─► serve, layers ─► grpc ─► cache ─► refresh ─► upstream
 //!          └► dev (many nodes)               └► ready, admin          └──────────┴─► raft
+//!                                            └► peers ─► cache, refresh
 //! ```
 
 pub mod cache;
@@ -14,6 +15,7 @@ pub mod grpc;
 pub mod layers;
 pub mod metrics;
 pub mod node;
+pub mod peers;
 pub mod policy;
 pub mod ready;
 pub mod refresh;

@@ -15,7 +15,6 @@ use holdfast_raft::{
     state::memory::{Entry, Lookup},
     task,
 };
-use tonic::Status;
 
 use super::{
     Cache, Deadline, answered_within,
@@ -23,7 +22,7 @@ use super::{
     forward::{Hop, Reached},
     read::{Asked, Settled},
 };
-use crate::{error::Error, refresh::Reader};
+use crate::error::Error;
 
 /// The keys of one shard, and their places in the request.
 struct Group<'a> {
@@ -52,6 +51,26 @@ impl Cache {
         let deadline = self.deadline(timeout);
         let controls = check(&request)?;
         self.read_many(request.keys, &controls, Hop::Allowed, deadline)
+            .await
+    }
+
+    /// A read that a peer could not answer and takes this node for the leader. It goes no further.
+    /// `token` as the client sent it.
+    pub(crate) async fn read_for_peer(
+        &self,
+        keys: Vec<Bytes>,
+        consistency: v1::Consistency,
+        token: Bytes,
+        timeout: Duration,
+    ) -> Result<v1::BatchGetResponse, Error> {
+        let deadline = self.deadline(answered_within(timeout));
+        let request = v1::BatchGetRequest {
+            keys,
+            consistency: consistency.into(),
+            token,
+        };
+        let controls = check(&request)?;
+        self.read_many(request.keys, &controls, Hop::Taken, deadline)
             .await
     }
 
@@ -262,30 +281,6 @@ impl Cache {
             }
         }
         found
-    }
-}
-
-#[tonic::async_trait]
-impl Reader for Cache {
-    /// A read that a peer could not answer and takes this node for the leader. It goes no further.
-    async fn read(
-        &self,
-        keys: Vec<Key>,
-        consistency: v1::Consistency,
-        token: Bytes,
-        timeout: Duration,
-    ) -> Result<v1::BatchGetResponse, Status> {
-        let deadline = self.deadline(answered_within(timeout));
-        let keys = keys.into_iter().map(Bytes::from).collect();
-        let request = v1::BatchGetRequest {
-            keys,
-            consistency: consistency.into(),
-            token,
-        };
-        let controls = check(&request)?;
-        Ok(self
-            .read_many(request.keys, &controls, Hop::Taken, deadline)
-            .await?)
     }
 }
 

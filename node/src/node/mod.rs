@@ -29,8 +29,9 @@ use crate::{
     grpc,
     layers::{self, Limits, Load, TraceLayer},
     metrics::Metrics,
+    peers,
     ready::{self, Readiness},
-    refresh::{Reader, Refresher},
+    refresh::Refresher,
     resources,
     serve::{self, Bound, ListenError, Serving, Windows},
     upstream::{Upstream, Upstreams, http::Http},
@@ -163,8 +164,6 @@ impl Node {
             metrics.clone(),
             clock.clone(),
         );
-        let reader: Arc<dyn Reader> = cache.clone();
-        refresher.set_reader(Arc::downgrade(&reader));
 
         let readiness = Readiness::new(replicas.clone());
         let is_insecure = warn_of_risks(&config, engine);
@@ -349,7 +348,11 @@ impl Parts {
             .layer(TraceLayer::Traced)
             .add_service(self.replicas.replica_service())
             .add_service(self.replicas.membership_service())
-            .add_service(self.refresher.service());
+            .add_service(peers::peer_service(
+                self.replicas.clone(),
+                self.cache.clone(),
+                self.refresher.clone(),
+            ));
         Serving::start(|drain, close| async move {
             let served = router.serve_with_incoming_shutdown(
                 serve::connections(listener, close),

@@ -2,7 +2,7 @@
 //! shard, for readers that wait and ahead of readers that need not.
 //!
 //! ```text
-//! reader ─ fetch ────────────► join ─► (leader's RefreshService) ─► lane: slots ─► flight ─► upstream, commit
+//! reader ─ fetch ────────────► join ─► (leader's peers) ─► lane: slots ─► flight ─► upstream, commit
 //! reader ─ note_read ─► marks ─► reports ─► (leader's) marks, asks ──┘      ▲
 //!                                          due index ─► due ─► marked? ─────┘
 //! ```
@@ -25,20 +25,16 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, OnceLock, Weak},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use holdfast_proto::{Key, Revision, ShardId, peer::EntryRecord, v1};
+use holdfast_proto::{Key, Revision, ShardId, peer::EntryRecord};
 use holdfast_raft::{Clock, Membership, Replica, Replicas};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::Status;
 use tracing::Instrument;
 
+pub use self::failures::Failure;
 pub(crate) use self::flight::is_due;
 use self::{
     asking::Asking,
@@ -46,7 +42,6 @@ use self::{
     lane::Lane,
     marks::{Hashed, Marks, own_key},
 };
-pub use self::{failures::Failure, service::RefreshServer};
 use crate::{metrics::Metrics, policy::Policies, upstream::Upstreams};
 
 /// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
@@ -70,7 +65,6 @@ pub struct Refresher {
     asks: Semaphore,
     hints: mpsc::Sender<Key>,
     hinted: Mutex<mpsc::Receiver<Key>>,
-    reader: OnceLock<Weak<dyn Reader>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -96,19 +90,6 @@ pub enum NoValue {
     Overloaded,
     #[error("the deadline passed; the fetch goes on")]
     Deadline,
-}
-
-/// Answers what a peer forwards to this node as leader. It is never forwarded again.
-#[tonic::async_trait]
-pub trait Reader: Send + Sync + 'static {
-    /// `token` as the client sent it.
-    async fn read(
-        &self,
-        keys: Vec<Key>,
-        consistency: v1::Consistency,
-        token: Bytes,
-        timeout: Duration,
-    ) -> Result<v1::BatchGetResponse, Status>;
 }
 
 impl Refresher {
@@ -141,16 +122,9 @@ impl Refresher {
             asks: Semaphore::new(ASKS_MAX),
             hints,
             hinted: Mutex::new(hinted),
-            reader: OnceLock::new(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
-    }
-
-    /// Who answers the reads that peers forward; the first one counts. Weak, because a reader holds
-    /// this refresher.
-    pub fn set_reader(&self, reader: Weak<dyn Reader>) {
-        let _ = self.reader.set(reader);
     }
 
     /// Refreshes what is due and tells the leader what is read, as soon as this node belongs to a

@@ -23,8 +23,10 @@ use tokio_stream::wrappers::TcpListenerStream;
 
 use super::Refresher;
 use crate::{
+    cache::{self, Cache},
     glob::Glob,
     metrics::Metrics,
+    peers::peer_service,
     policy::{Policies, Policy, Window},
     template::UrlTemplate,
     upstream::{
@@ -222,17 +224,29 @@ impl Node {
         let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone())
             .await
             .unwrap();
+        let policies = Arc::new(Policies::from_iter([policy]));
         let refresher = Refresher::new(
             replicas.clone(),
-            Arc::new(Policies::from_iter([policy])),
+            policies.clone(),
             Arc::new(upstreams(origin)),
+            metrics.clone(),
+            clock.clone(),
+        );
+        let settings = cache::Settings {
+            session_wait: Duration::ZERO,
+        };
+        let cache = Cache::new(
+            replicas.clone(),
+            policies,
+            refresher.clone(),
+            settings,
             metrics,
             clock,
         );
         let server = tonic::transport::Server::builder()
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
-            .add_service(refresher.service());
+            .add_service(peer_service(replicas.clone(), cache, refresher.clone()));
         let listener = tokio::spawn(async move {
             server
                 .serve_with_incoming(TcpListenerStream::new(listener))

@@ -26,8 +26,9 @@ use crate::{
     glob::Glob,
     grpc::{cache_service, cluster_service},
     metrics::Metrics,
+    peers::peer_service,
     policy::{Policies, Policy, Window},
-    refresh::{Reader, Refresher},
+    refresh::Refresher,
     template::UrlTemplate,
     upstream::{
         Upstream, Upstreams,
@@ -190,12 +191,14 @@ impl Node {
             metrics.clone(),
             clock.clone(),
         );
-        let reader: Arc<dyn Reader> = cache.clone();
-        refresher.set_reader(Arc::downgrade(&reader));
         let server = Server::builder()
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
-            .add_service(refresher.service())
+            .add_service(peer_service(
+                replicas.clone(),
+                cache.clone(),
+                refresher.clone(),
+            ))
             .add_service(cluster_service(
                 replicas.clone(),
                 metrics.clone(),

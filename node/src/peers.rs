@@ -1,0 +1,127 @@
+//! What other nodes ask of this one beside agreement: fetches and reports for the leader of a key,
+//! and reads that they could not answer themselves.
+//!
+//! Promises to answer only who belongs to the cluster, and never to pass a question on. Must never
+//! know how a value is fetched or a read is answered.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use holdfast_proto::{
+    Key,
+    limits::{BATCH_KEYS_MAX, DEADLINE_DEFAULT, PEER_MESSAGE_BYTES_MAX},
+    peer::{
+        FetchRequest, FetchResponse, Header, ReadRequest, ReadResponse, ReportReadsRequest,
+        ReportReadsResponse,
+        refresh_service_server::{RefreshService, RefreshServiceServer},
+    },
+};
+use holdfast_raft::{Peers, Replica, Replicas, deadline};
+use tonic::{Request, Response, Status};
+
+use crate::{cache::Cache, refresh::Refresher};
+
+/// The service that peers call.
+pub struct PeerServer {
+    replicas: Arc<Replicas>,
+    cache: Arc<Cache>,
+    refresher: Arc<Refresher>,
+}
+
+/// For the peer listener.
+pub fn peer_service(
+    replicas: Arc<Replicas>,
+    cache: Arc<Cache>,
+    refresher: Arc<Refresher>,
+) -> RefreshServiceServer<PeerServer> {
+    let server = PeerServer {
+        replicas,
+        cache,
+        refresher,
+    };
+    RefreshServiceServer::new(server)
+        .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+}
+
+impl PeerServer {
+    fn checked(&self, header: Option<&Header>) -> Result<(Arc<Peers>, Arc<Replica>), Status> {
+        let peers = self
+            .replicas
+            .peers()
+            .ok_or_else(|| Status::unavailable("this node does not belong to a cluster yet"))?;
+        let shard = peers.check(header)?.shard;
+        let replica = self.replicas.replica(shard).ok_or_else(|| {
+            Status::failed_precondition(format!("this node has no replica of shard {shard}"))
+        })?;
+        Ok((peers, replica))
+    }
+}
+
+#[tonic::async_trait]
+impl RefreshService for PeerServer {
+    async fn fetch(
+        &self,
+        request: Request<FetchRequest>,
+    ) -> Result<Response<FetchResponse>, Status> {
+        let timeout = timeout(&request);
+        let FetchRequest { header, key } = request.into_inner();
+        let (peers, replica) = self.checked(header.as_ref())?;
+        let key = checked_key(key)?;
+        let owner = self.replicas.of_key(&key).map(|owner| owner.shard());
+        if owner != Some(replica.shard()) {
+            return Err(Status::invalid_argument("the key belongs to another shard"));
+        }
+        let fetched = self.refresher.fetch_for_peer(&key, &replica, timeout).await;
+        let result = fetched.ok_or_else(|| Status::deadline_exceeded("the fetch goes on"))?;
+        Ok(Response::new(FetchResponse {
+            header: Some(peers.reply(Some(replica.state()))),
+            result: Some(result),
+        }))
+    }
+
+    async fn report_reads(
+        &self,
+        request: Request<ReportReadsRequest>,
+    ) -> Result<Response<ReportReadsResponse>, Status> {
+        let ReportReadsRequest { header, read, due } = request.into_inner();
+        let (peers, replica) = self.checked(header.as_ref())?;
+        self.refresher
+            .reads_reported(checked_keys(read)?, checked_keys(due)?);
+        Ok(Response::new(ReportReadsResponse {
+            header: Some(peers.reply(Some(replica.state()))),
+        }))
+    }
+
+    async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
+        let timeout = timeout(&request);
+        let message = request.into_inner();
+        let (peers, replica) = self.checked(message.header.as_ref())?;
+        let consistency = message.consistency();
+        if message.keys.len() > BATCH_KEYS_MAX {
+            return Err(Status::invalid_argument(format!(
+                "more than {BATCH_KEYS_MAX} keys"
+            )));
+        }
+        let response = self
+            .cache
+            .read_for_peer(message.keys, consistency, message.token, timeout)
+            .await?;
+        Ok(Response::new(ReadResponse {
+            header: Some(peers.reply(Some(replica.state()))),
+            response: Some(response),
+        }))
+    }
+}
+
+fn timeout<T>(request: &Request<T>) -> Duration {
+    deadline::remaining(request.metadata()).unwrap_or(DEADLINE_DEFAULT)
+}
+
+fn checked_key(bytes: Bytes) -> Result<Key, Status> {
+    Key::new(bytes).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+fn checked_keys(keys: Vec<Bytes>) -> Result<Vec<Key>, Status> {
+    keys.into_iter().map(checked_key).collect()
+}
