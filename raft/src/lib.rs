@@ -1,7 +1,8 @@
 //! Replicas of shards: the log, the state, and agreement with peers.
 //!
 //! ```text
-//! Replicas ── one per node: identity, forming and joining, the shared log, membership
+//! Replicas ── one per node: opens, enters a cluster, closes
+//!   ├─ forming/ membership/ upkeep   what the node does for its cluster, over what it is (local)
 //!   └─ Replica ── one per shard: write, wait, read
 //!        ├─ agreement/   openraft around it: proposer, log, state machine, read rounds, the leader's clock
 //!        ├─ state/       what the log came to: apply, memory tier, due index
@@ -24,6 +25,7 @@ mod error;
 mod events;
 mod forming;
 mod identity;
+mod local;
 mod membership;
 mod peer;
 mod replica;
@@ -39,8 +41,10 @@ pub use agreement::{leadership::Leader, log::LogKept};
 pub use clock::Clock;
 pub use error::{ChangeError, ReadError, WriteError};
 pub use events::Events;
-pub use forming::MembershipServer;
 pub use identity::IdentityError;
-pub use peer::{Identity, PeerView, Peers, server::ReplicaServer};
+pub use local::{Membership, Options};
+pub use peer::{
+    Identity, PeerView, Peers, membership_server::MembershipServer, server::ReplicaServer,
+};
 pub use replica::{Replica, Seen};
-pub use replicas::{Membership, OpenError, Options, Replicas};
+pub use replicas::{OpenError, Replicas};

@@ -2,11 +2,7 @@
 //! The composition root of this crate; a node opens one of these, mounts its services on the peer
 //! listener and runs it.
 
-use std::{
-    io,
-    path::PathBuf,
-    sync::{Arc, OnceLock},
-};
+use std::{io, sync::Arc};
 
 use holdfast_proto::{
     ShardId, SlotTable,
@@ -15,43 +11,25 @@ use holdfast_proto::{
         ClusterRecord, Formation, Member, membership_service_server::MembershipServiceServer,
         replica_service_server::ReplicaServiceServer,
     },
+    v1,
 };
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    agreement::log::{LogKept, SharedLog},
+    agreement::log::SharedLog,
     clock::Clock,
+    error::ChangeError,
     events::Events,
-    forming::{Forming, MembershipServer},
+    forming::Forming,
     identity::{IdentityError, IdentityFile},
-    membership::CatchingUp,
-    peer::{Identity, Peers, server::ReplicaServer, snapshot},
+    local::{Local, Membership, Opened, Options},
+    membership::{self, Change, Changes},
+    peer::{Identity, Peers, membership_server::MembershipServer, server::ReplicaServer, snapshot},
     replica::{Parts, Replica},
     store::Stores,
+    upkeep::Upkeep,
 };
-
-/// What a node's replicas are opened with.
-#[derive(Debug, Clone)]
-pub struct Options {
-    pub name: String,
-    pub region: String,
-    /// Never becomes a voter by itself.
-    pub learner_only: bool,
-    pub data_dir: PathBuf,
-    /// Where peers reach this node.
-    pub peer_address: String,
-    /// Where clients reach this node.
-    pub client_address: String,
-    /// Nodes that form the cluster, and voters that a learner's promotion fills up to.
-    pub expect: u32,
-    /// Host names and ports of possible peers, this node perhaps among them.
-    pub discover: Vec<String>,
-    pub shards: u32,
-    pub memory_bytes_max: u64,
-    pub disk_bytes_max: u64,
-    pub log_kept: LogKept,
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -61,40 +39,17 @@ pub enum OpenError {
     Storage(#[from] io::Error),
 }
 
-/// How far a node is on its way into a cluster, and out of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Membership {
-    /// It looks for the others; the text says what it waits for.
-    Forming(String),
-    /// Its replicas are open.
-    Member,
-    /// It can go on no more.
-    Failed(String),
-}
-
 pub struct Replicas {
-    pub(crate) options: Options,
-    pub(crate) clock: Clock,
-    pub(crate) identity: IdentityFile,
+    local: Arc<Local>,
+    forming: Arc<Forming>,
+    changes: Arc<Changes>,
+    upkeep: Arc<Upkeep>,
     events: Arc<dyn Events>,
     stores: Stores,
-    pub(crate) log: SharedLog,
+    log: SharedLog,
     snapshots: Arc<snapshot::Sender>,
-    pub(crate) opened: OnceLock<Opened>,
-    pub(crate) membership: watch::Sender<Membership>,
-    pub(crate) forming: Forming,
-    pub(crate) catching_up: CatchingUp,
-    /// Held by an operator's change of the voters: the next one sees what it came to.
-    pub(crate) changing: tokio::sync::Mutex<()>,
-    pub(crate) stop: CancellationToken,
+    stop: CancellationToken,
     tasks: TaskTracker,
-}
-
-/// What there is once the node belongs to a cluster.
-pub(crate) struct Opened {
-    pub(crate) peers: Arc<Peers>,
-    pub(crate) replicas: Vec<Arc<Replica>>,
-    table: SlotTable,
 }
 
 impl Replicas {
@@ -121,37 +76,38 @@ impl Replicas {
             scratch,
             events.clone(),
         )?);
+        let local = Arc::new(Local::new(options, clock, identity));
         let replicas = Arc::new(Self {
-            options,
-            clock,
-            identity,
+            forming: Arc::new(Forming::new(local.clone())),
+            changes: Arc::new(Changes::new(local.clone())),
+            upkeep: Arc::new(Upkeep::new(local.clone(), log.clone())),
+            local,
             events,
             stores,
             log,
             snapshots,
-            opened: OnceLock::new(),
-            membership: watch::Sender::new(Membership::Forming("starting".into())),
-            forming: Forming::default(),
-            catching_up: CatchingUp::default(),
-            changing: tokio::sync::Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
-        if let Some(cluster) = replicas.identity.record().cluster {
+        if let Some(cluster) = replicas.local.identity().record().cluster {
             replicas.enter(cluster).await?;
         }
         Ok(replicas)
     }
 
     /// Services for the peer listener.
-    pub fn replica_service(self: &Arc<Self>) -> ReplicaServiceServer<ReplicaServer> {
-        ReplicaServiceServer::new(ReplicaServer::new(self.clone()))
+    pub fn replica_service(&self) -> ReplicaServiceServer<ReplicaServer> {
+        ReplicaServiceServer::new(ReplicaServer::new(self.local.clone()))
             .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
     }
 
-    pub fn membership_service(self: &Arc<Self>) -> MembershipServiceServer<MembershipServer> {
-        MembershipServiceServer::new(MembershipServer::new(self.clone()))
+    pub fn membership_service(&self) -> MembershipServiceServer<MembershipServer> {
+        MembershipServiceServer::new(MembershipServer::new(
+            self.local.clone(),
+            self.forming.clone(),
+            self.changes.clone(),
+        ))
     }
 
     /// Starts finding or joining a cluster, if there is none yet, and the node's duties. Call once
@@ -159,72 +115,115 @@ impl Replicas {
     pub fn start(self: &Arc<Self>) {
         let this = self.clone();
         self.spawn(async move {
-            if let Err(error) = this.clone().form_or_join().await {
-                this.fail(format!("the cluster could not be entered: {error}"));
+            if let Err(error) = this.form_or_join().await {
+                this.local
+                    .fail(format!("the cluster could not be entered: {error}"));
             }
         });
-        self.keep_up();
+        let upkeep = || self.upkeep.clone();
+        let (guarding, measuring, compacting, maintaining) =
+            (upkeep(), upkeep(), upkeep(), upkeep());
+        self.spawn(async move { guarding.guard_against_stalls().await });
+        self.spawn(async move { measuring.measure_disk().await });
+        self.spawn(async move { compacting.keep_space().await });
+        self.spawn(async move { maintaining.maintain().await });
         let this = self.clone();
         self.spawn(async move { this.watch_failures().await });
     }
 
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = work => {}
+            }
+        });
+    }
+
+    // ---- what it is ----
+
     pub fn membership(&self) -> watch::Receiver<Membership> {
-        self.membership.subscribe()
+        self.local.membership()
     }
 
     pub fn options(&self) -> &Options {
-        &self.options
+        self.local.options()
     }
 
     pub fn clock(&self) -> &Clock {
-        &self.clock
+        self.local.clock()
     }
 
     pub fn peers(&self) -> Option<Arc<Peers>> {
-        self.opened.get().map(|opened| opened.peers.clone())
+        self.local.peers()
     }
 
     pub fn replica(&self, shard: ShardId) -> Option<Arc<Replica>> {
-        let replicas = &self.opened.get()?.replicas;
-        replicas.get(usize::try_from(shard).ok()?).cloned()
+        self.local.replica(shard).cloned()
     }
 
     pub fn replicas(&self) -> &[Arc<Replica>] {
-        self.opened.get().map_or(&[], |opened| &opened.replicas)
+        self.local.replicas()
     }
 
     /// The replica of the shard that owns a key; `None` until the node belongs to a cluster.
     pub fn of_key(&self, key: &[u8]) -> Option<&Arc<Replica>> {
-        let opened = self.opened.get()?;
-        opened
-            .replicas
-            .get(usize::try_from(opened.table.shard_of(key)).ok()?)
+        let table = &self.local.opened()?.table;
+        self.local.replica(table.shard_of(key))
     }
 
-    /// The node itself, as peers know it.
-    pub(crate) fn myself(&self) -> Member {
-        let identity = self.identity.record();
-        Member {
-            id: identity.cluster.map_or(0, |cluster| cluster.node_id),
-            name: self.options.name.clone(),
-            incarnation: identity.incarnation,
-            peer_address: self.options.peer_address.clone(),
-            client_address: self.options.client_address.clone(),
-            region: self.options.region.clone(),
-            learner_only: self.options.learner_only,
+    #[cfg(test)]
+    pub(crate) fn local(&self) -> Arc<Local> {
+        self.local.clone()
+    }
+
+    // ---- what operators ask for, on any node ----
+
+    /// Admits the node of that name, which answers at that address, as a learner: its id.
+    pub async fn add_member(&self, name: &str, peer_address: &str) -> Result<u64, ChangeError> {
+        self.changes.add(name, peer_address).await
+    }
+
+    pub async fn promote(&self, name: &str) -> Result<(), ChangeError> {
+        let promoted = self.changes.run(0, Change::Promote(name.into())).await;
+        promoted.map(|_| ())
+    }
+
+    pub async fn remove(&self, name: &str) -> Result<(), ChangeError> {
+        let removed = self.changes.run(0, Change::Remove(name.into())).await;
+        removed.map(|_| ())
+    }
+
+    /// Of every shard, to the named voter or, if `to` is empty, to the one that is furthest; the
+    /// name of shard 0's new leader.
+    pub async fn transfer_leader(&self, to: &str) -> Result<String, ChangeError> {
+        self.changes.transfer_leader(to).await
+    }
+
+    pub async fn status(&self) -> v1::StatusResponse {
+        membership::status(&self.local).await
+    }
+
+    // ---- entering ----
+
+    async fn form_or_join(&self) -> io::Result<()> {
+        match self.local.opened() {
+            Some(_) => Ok(()),
+            None => self.enter(self.forming.run().await?).await,
         }
     }
 
     /// Belongs to a cluster from now on: opens a replica of each of its shards.
-    pub(crate) async fn enter(self: &Arc<Self>, cluster: ClusterRecord) -> io::Result<()> {
-        let record = self.identity.record();
+    async fn enter(&self, cluster: ClusterRecord) -> io::Result<()> {
+        let record = self.local.identity().record();
         let identity = Identity {
             cluster_id: cluster.cluster_id.clone(),
             epoch: cluster.epoch,
             node_id: cluster.node_id,
             incarnation: record.incarnation,
         };
-        let peers = Arc::new(Peers::new(self.clock.clone(), identity));
+        let peers = Arc::new(Peers::new(self.local.clock().clone(), identity));
         peers.set_members(
             record
                 .accepted
@@ -236,14 +235,15 @@ impl Replicas {
         for shard in 0..cluster.shards.max(1) {
             let parts = Parts {
                 shard,
-                clock: self.clock.clone(),
+                clock: self.local.clock().clone(),
                 stores: self.stores.clone(),
                 log: self.log.clone(),
                 peers: peers.clone(),
                 snapshots: self.snapshots.clone(),
                 events: self.events.clone(),
-                memory_bytes_max: self.options.memory_bytes_max / u64::from(cluster.shards.max(1)),
-                log_kept: self.options.log_kept,
+                memory_bytes_max: self.local.options().memory_bytes_max
+                    / u64::from(cluster.shards.max(1)),
+                log_kept: self.local.options().log_kept,
                 must_catch_up: !cluster.founder && !cluster.caught_up,
             };
             let replica = Replica::open(parts).await?;
@@ -259,34 +259,16 @@ impl Replicas {
             shards = cluster.shards,
             "this node belongs to a cluster"
         );
-        if self
-            .opened
-            .set(Opened {
-                peers,
-                replicas,
-                table,
-            })
-            .is_err()
-        {
+        let opened = Opened {
+            peers,
+            replicas,
+            table,
+        };
+        if !self.local.open(opened) {
             return Err(io::Error::other("this node already belongs to a cluster"));
         }
-        self.membership.send_replace(Membership::Member);
+        self.local.set_membership(Membership::Member);
         Ok(())
-    }
-
-    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = work => {}
-            }
-        });
-    }
-
-    fn fail(&self, why: String) {
-        tracing::error!("{why}");
-        self.membership.send_replace(Membership::Failed(why));
     }
 
     /// Anything that makes this node's answers or acknowledgements worthless ends it.
@@ -318,7 +300,7 @@ impl Replicas {
             futures::future::select_all(ends).await.0
         };
         let why = tokio::select! { why = log => why, why = replicas => why };
-        self.fail(why);
+        self.local.fail(why);
     }
 
     // ---- stopping ----
@@ -343,7 +325,7 @@ impl Replicas {
             }
         }
         self.log.close().await;
-        self.identity.release();
+        self.local.identity().release();
     }
 }
 

@@ -7,7 +7,9 @@ use futures::future::join_all;
 use holdfast_proto::peer::{ClusterRecord, Command, RaiseFeatureLevel, command::Op};
 
 use crate::{
-    replicas::{Opened, Replicas},
+    agreement::log::SharedLog,
+    local::{Local, Opened},
+    membership::Reconciler,
     state::apply::FEATURE_LEVEL,
     task::every,
 };
@@ -22,35 +24,40 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(500);
 const COMPACT_PERMILLE: u32 = 950;
 const COMPACT_EVERY: Duration = Duration::from_secs(15);
 
-impl Replicas {
-    pub(crate) fn keep_up(self: &Arc<Self>) {
-        let (guarding, measuring, compacting, maintaining) =
-            (self.clone(), self.clone(), self.clone(), self.clone());
-        self.spawn(async move { guarding.guard_against_stalls().await });
-        self.spawn(async move { measuring.measure_disk().await });
-        self.spawn(async move { compacting.keep_space().await });
-        self.spawn(async move { maintaining.maintain().await });
+pub(crate) struct Upkeep {
+    local: Arc<Local>,
+    log: SharedLog,
+    reconciler: Reconciler,
+}
+
+impl Upkeep {
+    pub(crate) fn new(local: Arc<Local>, log: SharedLog) -> Self {
+        Self {
+            reconciler: Reconciler::new(local.clone()),
+            local,
+            log,
+        }
     }
 
-    async fn maintain(self: Arc<Self>) {
+    pub(crate) async fn maintain(&self) {
         let mut every = every(MAINTAIN_EVERY);
         loop {
             every.tick().await;
-            let Some(opened) = self.opened.get() else {
+            let Some(opened) = self.local.opened() else {
                 continue;
             };
             self.know_members(opened);
             self.note_caught_up(opened);
             self.raise_feature_level(opened).await;
-            crate::membership::maintain(&self, &opened.peers, &opened.replicas).await;
+            self.reconciler.step(opened).await;
         }
     }
 
-    async fn guard_against_stalls(&self) {
+    pub(crate) async fn guard_against_stalls(&self) {
         let mut every = every(GUARD_EVERY);
         loop {
             every.tick().await;
-            if let Some(opened) = self.opened.get() {
+            if let Some(opened) = self.local.opened() {
                 self.guard_stalled_disk(opened).await;
             }
         }
@@ -94,7 +101,7 @@ impl Replicas {
     }
 
     fn note_caught_up(&self, opened: &Opened) {
-        let Some(cluster) = self.identity.record().cluster else {
+        let Some(cluster) = self.local.identity().record().cluster else {
             return;
         };
         let caught_up = opened
@@ -103,7 +110,7 @@ impl Replicas {
             .all(|replica| !replica.must_catch_up());
         if caught_up
             && !cluster.caught_up
-            && let Err(error) = self.identity.belong(ClusterRecord {
+            && let Err(error) = self.local.identity().belong(ClusterRecord {
                 caught_up,
                 ..cluster
             })
@@ -112,11 +119,11 @@ impl Replicas {
         }
     }
 
-    async fn measure_disk(&self) {
+    pub(crate) async fn measure_disk(&self) {
         let mut every = every(MEASURE_EVERY);
         loop {
             every.tick().await;
-            let Some(opened) = self.opened.get() else {
+            let Some(opened) = self.local.opened() else {
                 continue;
             };
             let (log, states) = (
@@ -138,16 +145,16 @@ impl Replicas {
             };
             opened
                 .peers
-                .set_disk_used(bytes, self.options.disk_bytes_max);
+                .set_disk_used(bytes, self.local.options().disk_bytes_max);
         }
     }
 
     /// Gives space back when there is little left. What is measured goes on being told meanwhile.
-    async fn keep_space(&self) {
+    pub(crate) async fn keep_space(&self) {
         let mut every = every(COMPACT_EVERY);
         loop {
             every.tick().await;
-            match self.opened.get() {
+            match self.local.opened() {
                 Some(opened) if opened.peers.disk_used_permille() >= COMPACT_PERMILLE => {
                     self.give_space_back(opened).await
                 }

@@ -6,6 +6,7 @@
 //! arrival and said on both sides.
 
 pub(crate) mod client;
+pub(crate) mod membership_server;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 

@@ -26,8 +26,8 @@ use crate::{
     },
     deadline::remaining,
     error::WriteError,
+    local::Local,
     replica::Replica,
-    replicas::Replicas,
     task,
 };
 
@@ -38,19 +38,19 @@ const APPENDS_IN_PIPELINE: usize = 64;
 
 #[derive(Clone)]
 pub struct ReplicaServer {
-    replicas: Arc<Replicas>,
+    local: Arc<Local>,
 }
 
 impl ReplicaServer {
-    pub(crate) fn new(replicas: Arc<Replicas>) -> Self {
-        Self { replicas }
+    pub(crate) fn new(local: Arc<Local>) -> Self {
+        Self { local }
     }
 
     fn replica(&self, header: Option<&Header>) -> Result<Arc<Replica>, Status> {
         let shard = header.map_or(0, |header| header.shard);
-        let peers = self.replicas.peers().ok_or_else(not_formed)?;
+        let peers = self.local.peers().ok_or_else(not_formed)?;
         peers.check(header)?;
-        self.replicas.replica(shard).ok_or_else(|| {
+        self.local.replica(shard).cloned().ok_or_else(|| {
             Status::failed_precondition(format!("this node has no replica of shard {shard}"))
         })
     }

@@ -35,7 +35,7 @@ async fn a_vote_is_quiet_for_one_lease_after_a_start() {
     .expect("opens");
     let replica = replicas.replica(0).expect("it belongs to a cluster");
     let peers = replicas.peers().expect("it belongs to a cluster");
-    let service = ReplicaServer::new(replicas.clone());
+    let service = ReplicaServer::new(replicas.local());
     // A candidate with a higher term and as much log as anybody.
     let header = Some(peers.header(peers.identity().node_id, 0, None));
     let vote = Some(Vote {

@@ -1,0 +1,65 @@
+//! Finding others: every address that the names resolve to is said hello to, and whoever answers
+//! has been met. Names are resolved again each time.
+
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+
+use futures::future::join_all;
+use holdfast_proto::peer::{
+    HelloRequest, HelloResponse, IdentityRecord, NodeState,
+    membership_service_client::MembershipServiceClient,
+};
+use tonic::Request;
+
+use super::Met;
+use crate::{local::Local, peer::connect_lazy};
+
+pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_millis(700);
+
+/// Everybody but this node itself; a node with several addresses answers once.
+pub(crate) async fn all(local: &Local, names: Vec<String>) -> Vec<Met> {
+    let resolved = names
+        .iter()
+        .map(|name| tokio::net::lookup_host(name.clone()));
+    let resolved = join_all(resolved).await;
+    let addresses: BTreeSet<SocketAddr> = resolved.into_iter().flatten().flatten().collect();
+    let asked = addresses.into_iter().map(|address| async move {
+        let hello = say_hello(local, &address.to_string()).await?;
+        Some(Met { address, hello })
+    });
+    let mut met: Vec<Met> = join_all(asked).await.into_iter().flatten().collect();
+    let mut seen = BTreeSet::from([local.identity().incarnation()]);
+    met.retain(|met| {
+        met.member()
+            .is_some_and(|member| seen.insert(member.incarnation))
+    });
+    met
+}
+
+pub(crate) async fn say_hello(local: &Local, address: &str) -> Option<HelloResponse> {
+    let mut client = MembershipServiceClient::new(connect_lazy(address));
+    let asked = client.hello(Request::new(hello(local)));
+    let answer = tokio::time::timeout(HELLO_TIMEOUT, asked).await;
+    Some(answer.ok()?.ok()?.into_inner())
+}
+
+/// Who this node is.
+fn hello(local: &Local) -> HelloRequest {
+    let record = local.identity().record();
+    HelloRequest {
+        self_: Some(local.myself()),
+        state: state_of(&record).into(),
+        cluster_id: record
+            .cluster
+            .map(|cluster| cluster.cluster_id)
+            .unwrap_or_default(),
+        expect: local.options().expect,
+    }
+}
+
+pub(crate) fn state_of(record: &IdentityRecord) -> NodeState {
+    match (&record.cluster, &record.accepted) {
+        (Some(_), _) => NodeState::Formed,
+        (None, Some(_)) => NodeState::Accepted,
+        (None, None) => NodeState::Empty,
+    }
+}
