@@ -19,6 +19,7 @@ pub mod peers;
 pub mod policy;
 pub mod ready;
 pub mod refresh;
+pub mod rules;
 pub mod secret;
 pub mod serve;
 pub mod telemetry;

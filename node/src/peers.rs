@@ -72,8 +72,7 @@ impl RefreshService for PeerServer {
         if owner != Some(replica.shard()) {
             return Err(Status::invalid_argument("the key belongs to another shard"));
         }
-        let fetched = self.refresher.fetch_for_peer(&key, &replica, timeout).await;
-        let result = fetched.ok_or_else(|| Status::deadline_exceeded("the fetch goes on"))?;
+        let result = self.refresher.fetch_for_peer(&key, &replica, timeout).await;
         Ok(Response::new(FetchResponse {
             header: Some(peers.reply(Some(replica.state()))),
             result: Some(result),

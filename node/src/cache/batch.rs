@@ -22,7 +22,7 @@ use super::{
     forward::{Hop, Reached},
     read::{Asked, Settled},
 };
-use crate::error::Error;
+use crate::{error::Error, rules::Rules};
 
 /// The keys of one shard, and their places in the request.
 struct Group<'a> {
@@ -81,13 +81,13 @@ impl Cache {
         hop: Hop,
         deadline: Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
-        let peers = self.peers()?;
+        let (peers, rules) = (self.peers()?, self.rules.load_full());
         let mut told: Vec<Option<Told>> = vec![None; keys.len()];
         let groups = self.group(keys, &mut told)?;
         let read = join_all(
             groups
                 .iter()
-                .map(|group| self.read_group(group, controls, hop, deadline)),
+                .map(|group| self.read_group(group, controls, &rules, hop, deadline)),
         )
         .await;
 
@@ -168,6 +168,7 @@ impl Cache {
         &self,
         group: &Group<'_>,
         controls: &Controls,
+        rules: &Rules,
         hop: Hop,
         deadline: Deadline,
     ) -> Result<GroupRead, Error> {
@@ -207,6 +208,7 @@ impl Cache {
                     key,
                     replica: group.replica,
                     controls,
+                    rules,
                     hop,
                     deadline,
                 };

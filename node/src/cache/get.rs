@@ -19,7 +19,7 @@ impl Cache {
         timeout: Duration,
     ) -> Result<v1::GetResponse, Error> {
         let (key, controls) = check(request)?;
-        let deadline = self.deadline(timeout);
+        let (deadline, rules) = (self.deadline(timeout), self.rules.load_full());
         let replica = self.replica_of(&key)?;
         match self
             .reach(
@@ -39,6 +39,7 @@ impl Cache {
             key: &key,
             replica,
             controls: &controls,
+            rules: &rules,
             hop: Hop::Allowed,
             deadline,
         };

@@ -56,7 +56,8 @@ impl Cache {
             tombstone,
         } = find(replica, &key).await?;
         let now = controls.now(replica);
-        let matched = self.policies.find(&key);
+        let rules = self.rules.load_full();
+        let matched = rules.matched(&key);
         let policy = matched.as_ref().map(|matched| matched.policy);
         let behind = self.behind(&key, true, policy);
         let live = entry

@@ -29,7 +29,7 @@ impl Cache {
         let written = self.write(&key, op, request_id, deadline).await?;
         // As a reader would who finds it due: there may be none for a while, and the first one
         // shall find the new value.
-        if written.existed {
+        if written.existed && self.rules.load().policy(&key).is_some() {
             self.refresher.note_read(&key, true);
         }
         let response = v1::InvalidateResponse {

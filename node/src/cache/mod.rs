@@ -30,8 +30,8 @@ use holdfast_raft::{Clock, Peers, Replica, Replicas};
 use crate::{
     error::{Code, Error},
     metrics::Metrics,
-    policy::Policies,
     refresh::Refresher,
+    rules::CurrentRules,
 };
 
 pub use self::{scan::ScanStream, write::Acknowledged};
@@ -55,7 +55,7 @@ pub struct Settings {
 /// The cache as its doors see it. One per node.
 pub struct Cache {
     replicas: Arc<Replicas>,
-    policies: Arc<Policies>,
+    rules: CurrentRules,
     refresher: Arc<Refresher>,
     settings: Settings,
     metrics: Arc<Metrics>,
@@ -69,7 +69,7 @@ struct Deadline(Duration);
 impl Cache {
     pub fn new(
         replicas: Arc<Replicas>,
-        policies: Arc<Policies>,
+        rules: CurrentRules,
         refresher: Arc<Refresher>,
         settings: Settings,
         metrics: Arc<Metrics>,
@@ -77,7 +77,7 @@ impl Cache {
     ) -> Arc<Self> {
         Arc::new(Self {
             replicas,
-            policies,
+            rules,
             refresher,
             settings,
             metrics,

@@ -26,7 +26,8 @@ use super::{Cache, Deadline, answer, answer::Behind, controls::Controls, forward
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
-    refresh::{Landed, NoValue, is_due},
+    refresh::{FetchOutcome, is_due},
+    rules::Rules,
 };
 
 /// Fetches one read waits for, if what they bring is deleted or expired again before it can be
@@ -39,6 +40,7 @@ pub(super) struct Asked<'a> {
     pub(super) key: &'a Key,
     pub(super) replica: &'a Arc<Replica>,
     pub(super) controls: &'a Controls,
+    pub(super) rules: &'a Rules,
     pub(super) hop: Hop,
     pub(super) deadline: Deadline,
 }
@@ -76,14 +78,16 @@ impl Cache {
         entry: Option<Arc<Entry>>,
     ) -> Result<Settled, Error> {
         let now = asked.controls.now(asked.replica);
-        let policy = self.policy_of(asked.key);
+        let policy = asked.rules.policy(asked.key);
         match (&entry, policy) {
             (Some(entry), policy) => match (Timeline::from(&entry.record).phase(now), policy) {
                 (Phase::Fresh | Phase::Stale, policy) => {
                     Ok(Settled::Here(self.serve(asked.key, entry, now, policy)))
                 }
                 (Phase::StaleOnError, Some(policy))
-                    if !self.should_not_wait(asked.key, &entry.record, policy) =>
+                    if !self
+                        .refresher
+                        .should_not_wait(asked.key, &entry.record, policy) =>
                 {
                     Box::pin(self.wait_softly(asked, entry.clone(), policy)).await
                 }
@@ -98,10 +102,6 @@ impl Cache {
         }
     }
 
-    pub(super) fn policy_of(&self, key: &Key) -> Option<&Policy> {
-        self.policies.of(key)
-    }
-
     /// What the refresher knows of a key whose refresh point has passed or not.
     pub(super) fn behind<'p>(
         &self,
@@ -112,7 +112,7 @@ impl Cache {
         match policy {
             Some(policy) => Behind {
                 upstream: &policy.upstream,
-                refreshing: due && self.refresher.is_refreshing(key),
+                refreshing: due && self.refresher.is_refreshing(key, policy),
             },
             None => Behind::default(),
         }
@@ -127,13 +127,6 @@ impl Cache {
         answer::stored(entry, now, self.behind(key, due, policy))
     }
 
-    fn should_not_wait(&self, key: &Key, record: &EntryRecord, policy: &Policy) -> bool {
-        policy.soft_timeout.is_zero()
-            || self
-                .refresher
-                .should_not_wait(key, record, policy.soft_timeout)
-    }
-
     /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in
     /// time, else the one there is.
     async fn wait_softly(
@@ -144,11 +137,16 @@ impl Cache {
     ) -> Result<Settled, Error> {
         self.metrics.read_waited("soft_timeout");
         let patience = self.within(asked.deadline, policy.soft_timeout);
-        match self.refresher.fetch(asked.key, self.left(patience)).await {
-            Ok(Landed::Unstored {
+        let outcome = self
+            .refresher
+            .fetch(asked.key, policy, self.left(patience))
+            .await;
+        match outcome {
+            FetchOutcome::Unstored {
                 value,
                 content_type,
-            }) => {
+                ..
+            } => {
                 self.refresher.note_read(asked.key, true);
                 return Ok(Settled::Here(answer::unstored(
                     value,
@@ -156,14 +154,14 @@ impl Cache {
                     &policy.upstream,
                 )));
             }
-            Ok(Landed::Committed { revision }) => {
+            FetchOutcome::Committed { revision } => {
                 // Late here: the old value is still within its window.
                 let _ = asked
                     .replica
                     .wait_for_revision(revision, self.left(patience))
                     .await;
             }
-            Err(_) => {}
+            _ => {}
         }
         match self.look_up(asked.replica, asked.key).await {
             Ok(Some(entry)) => {
@@ -187,18 +185,23 @@ impl Cache {
         }
     }
 
-    /// A miss: waits for the flight that the whole cluster shares. The fetch goes on and lands
-    /// whether somebody waits or not.
+    /// A miss: waits for the flight that the whole cluster shares. Once the upstream is called, the
+    /// fetch goes on and is stored whether somebody waits or not.
     async fn fetch(&self, asked: Asked<'_>, policy: &Policy) -> Result<Settled, Error> {
         self.metrics.read_waited("miss");
         let patience = self.within(asked.deadline, policy.hard_timeout);
         for _ in 0..FETCHES_MAX {
-            let revision = match self.refresher.fetch(asked.key, self.left(patience)).await {
-                Ok(Landed::Committed { revision }) => revision,
-                Ok(Landed::Unstored {
+            let outcome = self
+                .refresher
+                .fetch(asked.key, policy, self.left(patience))
+                .await;
+            let revision = match outcome {
+                FetchOutcome::Committed { revision } => revision,
+                FetchOutcome::Unstored {
                     value,
                     content_type,
-                }) => {
+                    ..
+                } => {
                     self.refresher.note_read(asked.key, false);
                     return Ok(Settled::Here(answer::unstored(
                         value,
@@ -206,10 +209,13 @@ impl Cache {
                         &policy.upstream,
                     )));
                 }
-                Err(why) => {
+                FetchOutcome::NoPolicy => {
+                    return Ok(Settled::Here(answer::miss(Behind::default())));
+                }
+                failed => {
                     // Whose time it was that ran out, if one did.
                     let hurried = patience.0 == asked.deadline.0;
-                    return self.without_fetch(asked, policy, why, hurried).await;
+                    return self.without_fetch(asked, policy, failed, hurried).await;
                 }
             };
             if let Some(settled) = self.catch_up_with(asked, revision, patience).await? {
@@ -217,7 +223,7 @@ impl Cache {
             }
             let entry = self.look_up(asked.replica, asked.key).await?;
             let now = asked.controls.now(asked.replica);
-            if let Some(entry) = entry.filter(|entry| landed(&entry.record, revision, now)) {
+            if let Some(entry) = entry.filter(|entry| is_fetched(&entry.record, revision, now)) {
                 return Ok(Settled::Here(self.serve(
                     asked.key,
                     &entry,
@@ -277,13 +283,13 @@ impl Cache {
         }
     }
 
-    /// No fetch landed. A client's Set may have come meanwhile; else the reader learns why there is
+    /// No fetch succeeded. A client's Set may have come meanwhile; else the reader learns why there is
     /// nothing.
     async fn without_fetch(
         &self,
         asked: Asked<'_>,
         policy: &Policy,
-        why: NoValue,
+        outcome: FetchOutcome,
         hurried: bool,
     ) -> Result<Settled, Error> {
         if let Some(entry) = self.look_up(asked.replica, asked.key).await? {
@@ -297,21 +303,21 @@ impl Cache {
                 )));
             }
         }
-        let error = no_value(why, &policy.upstream, asked.replica.now(), hurried);
+        let error = no_value(outcome, &policy.upstream, asked.replica.now(), hurried);
         Err(self.sent_to_leader(asked.replica, error))
     }
 }
 
 /// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched
 /// since, however short its life.
-fn landed(record: &EntryRecord, revision: Revision, now: Millis) -> bool {
+fn is_fetched(record: &EntryRecord, revision: Revision, now: Millis) -> bool {
     let servable = Timeline::from(record).phase(now) != Phase::Expired;
     servable || (record.version >= revision && record.changed == record.version)
 }
 
 /// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may
 /// take.
-fn no_value(why: NoValue, upstream: &str, now: Millis, hurried: bool) -> Error {
+fn no_value(outcome: FetchOutcome, upstream: &str, now: Millis, hurried: bool) -> Error {
     let failed = |class, status, next_attempt| {
         Error::upstream_failed(UpstreamFailure {
             upstream,
@@ -320,21 +326,20 @@ fn no_value(why: NoValue, upstream: &str, now: Millis, hurried: bool) -> Error {
             next_attempt,
         })
     };
-    let overloaded = || {
-        let message =
-            format!("too many fetches from upstream `{upstream}` are in flight or waiting");
-        Error::new(reason::OVERLOADED, message).with(reason::UPSTREAM, upstream)
-    };
-    match why {
-        NoValue::Failed(failure) if failure.class == FailureClass::Overloaded => overloaded(),
-        NoValue::Failed(failure) => {
+    match outcome {
+        FetchOutcome::Failed(failure) => {
             let next_attempt = Duration::from_millis(failure.next_attempt_ms.saturating_sub(now));
             failed(failure.class, failure.status, Some(next_attempt))
         }
-        NoValue::Overloaded => overloaded(),
-        NoValue::NoLeader => Error::no_leader().with(reason::UPSTREAM, upstream),
-        NoValue::Deadline if hurried => Error::deadline().with(reason::UPSTREAM, upstream),
-        NoValue::Deadline => failed(FailureClass::Timeout, 0, None),
+        FetchOutcome::TimedOut if hurried => Error::deadline().with(reason::UPSTREAM, upstream),
+        FetchOutcome::TimedOut => failed(FailureClass::Timeout, 0, None),
+        FetchOutcome::Overloaded => {
+            let message =
+                format!("too many fetches from upstream `{upstream}` are in flight or waiting");
+            Error::new(reason::OVERLOADED, message).with(reason::UPSTREAM, upstream)
+        }
+        // Of the others none is the upstream's fault.
+        _ => Error::no_leader().with(reason::UPSTREAM, upstream),
     }
 }
 
@@ -356,18 +361,21 @@ mod tests {
 
     #[test]
     fn a_waiter_gets_what_its_fetch_brought_even_if_that_expired_at_once() {
-        assert!(landed(&record(5, 5, 2_000), 5, 1_000));
+        assert!(is_fetched(&record(5, 5, 2_000), 5, 1_000));
         assert!(
-            landed(&record(5, 5, 2_000), 5, 2_000),
+            is_fetched(&record(5, 5, 2_000), 5, 2_000),
             "expired, but its own"
         );
-        assert!(landed(&record(6, 6, 2_000), 5, 2_000), "a newer one");
-        assert!(!landed(&record(4, 4, 2_000), 5, 2_000), "from before");
-        assert!(!landed(&record(5, 6, 2_000), 5, 2_000), "invalidated since");
+        assert!(is_fetched(&record(6, 6, 2_000), 5, 2_000), "a newer one");
+        assert!(!is_fetched(&record(4, 4, 2_000), 5, 2_000), "from before");
+        assert!(
+            !is_fetched(&record(5, 6, 2_000), 5, 2_000),
+            "invalidated since"
+        );
     }
 
-    fn told(why: NoValue) -> Error {
-        no_value(why, "profiles", 10_000, false)
+    fn told(outcome: FetchOutcome) -> Error {
+        no_value(outcome, "profiles", 10_000, false)
     }
 
     #[test]
@@ -379,7 +387,7 @@ mod tests {
             at_ms: 9_000,
             next_attempt_ms: 12_500,
         };
-        let failed = told(NoValue::Failed(failure(FailureClass::Connect)));
+        let failed = told(FetchOutcome::Failed(failure(FailureClass::Connect)));
         assert_eq!(
             (failed.code(), failed.reason()),
             (Code::Unavailable, reason::UPSTREAM_FAILED)
@@ -393,22 +401,21 @@ mod tests {
         );
 
         assert_eq!(
-            told(NoValue::Failed(failure(FailureClass::Overloaded))).code(),
+            told(FetchOutcome::Overloaded).code(),
             Code::ResourceExhausted
         );
-        assert_eq!(told(NoValue::Overloaded).code(), Code::ResourceExhausted);
-        assert_eq!(told(NoValue::NoLeader).reason(), reason::NO_LEADER);
+        assert_eq!(told(FetchOutcome::NotLeading).reason(), reason::NO_LEADER);
     }
 
     #[test]
     fn who_ran_out_of_time_decides_what_is_said() {
-        let hard_timeout = told(NoValue::Deadline);
+        let hard_timeout = told(FetchOutcome::TimedOut);
         assert_eq!(
             (hard_timeout.code(), hard_timeout.metadata(reason::CLASS)),
             (Code::Unavailable, Some("TIMEOUT"))
         );
         assert_eq!(
-            no_value(NoValue::Deadline, "profiles", 10_000, true).code(),
+            no_value(FetchOutcome::TimedOut, "profiles", 10_000, true).code(),
             Code::DeadlineExceeded
         );
     }

@@ -18,7 +18,7 @@ use holdfast_proto::{
 use holdfast_raft::{Replica, Seen, state::memory::Entry, task};
 
 use super::{Cache, Deadline, answer, controls::Controls};
-use crate::{error::Error, refresh::is_due};
+use crate::{error::Error, refresh::is_due, rules::Rules};
 
 /// The messages of one page; the last one carries the cursor of the next page.
 pub type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Error>>;
@@ -43,6 +43,7 @@ struct Checked {
 /// A page on its way to the caller.
 struct Page {
     cache: Arc<Cache>,
+    rules: Arc<Rules>,
     prefix: Bytes,
     keys_only: bool,
     controls: Controls,
@@ -87,6 +88,7 @@ impl Cache {
         let shards = self.replicas.replicas().iter().map(rows).collect();
         let page = Page {
             cache: self.clone(),
+            rules: self.rules.load_full(),
             prefix,
             keys_only,
             controls,
@@ -190,11 +192,8 @@ impl Page {
 
     fn row(&self, key: &Key, entry: &Entry, now: Millis) -> v1::ScanEntry {
         let due = is_due(&entry.record, now);
-        let mut answer = answer::stored(
-            entry,
-            now,
-            self.cache.behind(key, due, self.cache.policy_of(key)),
-        );
+        let behind = self.cache.behind(key, due, self.rules.policy(key));
+        let mut answer = answer::stored(entry, now, behind);
         if self.keys_only {
             answer.value = None;
         }

@@ -47,7 +47,8 @@ impl Cache {
     ) -> Result<Acknowledged<v1::SetResponse>, Error> {
         let deadline = self.deadline(timeout);
         let checked = check(&mut request).map_err(Error::not_applied)?;
-        let policy = self.policy_of(&checked.key);
+        let rules = self.rules.load_full();
+        let policy = rules.policy(&checked.key);
         check_size(request.value.len(), policy).map_err(Error::not_applied)?;
         let now = self
             .replica_of(&checked.key)

@@ -33,6 +33,7 @@ use crate::{
     ready::{self, Readiness},
     refresh::Refresher,
     resources,
+    rules::Rules,
     serve::{self, Bound, ListenError, Serving, Windows},
     upstream::{Upstream, Upstreams, http::Http},
 };
@@ -145,11 +146,10 @@ impl Node {
         let opened = Replicas::open(options, stores, clock.clone(), metrics.clone()).await;
         let replicas = opened.map_err(|error| not_opened(&config, error))?;
 
-        let policies = Arc::new(config.policies.clone());
+        let rules = Rules::new(config.policies.clone(), upstreams).current();
         let refresher = Refresher::new(
             replicas.clone(),
-            policies.clone(),
-            Arc::new(upstreams),
+            rules.clone(),
             metrics.clone(),
             clock.clone(),
         );
@@ -158,7 +158,7 @@ impl Node {
         };
         let cache = Cache::new(
             replicas.clone(),
-            policies,
+            rules,
             refresher.clone(),
             settings,
             metrics.clone(),

@@ -14,7 +14,7 @@ use holdfast_proto::{Key, timeline::Millis};
 use holdfast_raft::Replica;
 use tokio::time::MissedTickBehavior;
 
-use super::{Refresher, marks::Hashed, slots::Priority};
+use super::{Refresher, marks::Hashed, queue::Priority};
 
 const SCAN_EVERY: Duration = Duration::from_millis(50);
 /// Rows of one look.

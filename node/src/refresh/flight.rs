@@ -1,4 +1,4 @@
-//! One fetch in progress, for everybody who waits for the key.
+//! What a flight does once it has a slot: it fetches a key's value and commits it.
 //!
 //! ```text
 //! note the revision ─► still needed? ─► upstream ─► commit ─┬─► stored: everybody is told its revision
@@ -7,19 +7,10 @@
 //! ```
 //! Promises that no answer holds what was fetched before a Delete or Invalidate that the asker
 //! could know of; that a failed fetch changes nothing stored (P3); and an end, whatever happens.
-//! Who waits does not matter: a flight goes on when all of them are gone. Must never know who
-//! waits.
+//! Once it runs, a flight goes on when all who waited are gone. Must never know who waits.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use holdfast_proto::{
     Key, Revision,
     limits::{FETCH_TIMEOUT_MAX, TAG_BYTES_MAX, VALUE_BYTES_MAX},
@@ -31,22 +22,21 @@ use holdfast_raft::{
     Replica,
     state::memory::{Entry, Lookup},
 };
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, Span};
+use tracing::Instrument;
 
 use super::{
     Refresher,
-    failures::Failure,
-    lane::{Departure, Lane},
     marks::Hashed,
-    slots::Priority,
+    outcome::{CommitOutcome, FetchOutcome},
+    queue::{Flight, Priority, Queue, Ready},
 };
 use crate::{
     policy::{Matched, Policy},
+    rules::Rules,
     secret::Secrets,
     telemetry,
-    upstream::{FetchFailed, Fetched},
+    template::TextTemplate,
+    upstream::{FetchFailed, Fetched, Upstream},
 };
 
 /// A key that changes during each of so many fetches changes faster than it can be fetched.
@@ -57,277 +47,170 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// they never wait for a fetch: the value is here, and a commit takes a few milliseconds.
 const COMMIT_PATIENCE_MIN: Duration = Duration::from_millis(20);
 
-/// What a flight has to say to those who wait. It may say more than one thing, each later one
-/// better.
-#[derive(Debug, Clone)]
-pub(crate) enum Answer {
-    /// The key is as it shall be at this revision of the shard.
-    Committed {
-        revision: Revision,
-    },
-    /// Fetched and not stored, or not yet. Worth nothing if the key changed after `started`.
-    Unstored {
-        value: Bytes,
-        content_type: String,
-        started: Revision,
-    },
-    Failed(Failure),
-    Overloaded,
-    /// Its leadership ended, or it could not go on. Whoever leads now may be asked.
-    Ended,
-}
-
-pub(crate) struct Flight {
-    pub(crate) key: Key,
-    pub(crate) replica: Arc<Replica>,
-    pub(crate) term: u64,
-    /// On the monotonic clock.
-    pub(crate) boarded_at: Duration,
-    /// Some reader has no value: it is fetched though nothing is stored.
-    is_missed: AtomicBool,
-    answers: watch::Sender<Option<Answer>>,
-    ended: CancellationToken,
-    span: Span,
-}
-
-/// How a flight ended.
-struct Flown {
-    answer: Answer,
-    /// For all replicas to know.
-    to_log: Option<CommitFetch>,
-}
-
-/// What became of a fetched value.
-enum Kept {
-    Stored(Revision),
-    Fenced,
-    /// It cannot be stored: waiters get it, and the next refresh is held back for this reason.
-    Unstored(FailureClass),
-}
-
-/// Gives the slot back and ends the claim on the key, however the flight ends.
-struct Landing<'a> {
+/// A flight on its way: gives the slot back and ends the claim on the key, however it ends.
+struct Running<'a> {
     refresher: &'a Arc<Refresher>,
-    lane: &'a Arc<Lane>,
+    queue: &'a Arc<Queue>,
     flight: &'a Arc<Flight>,
     priority: Priority,
 }
 
-impl Flight {
-    /// In the caller's span: what is fetched for a request shows in its trace.
-    pub(crate) fn new(
-        key: Key,
-        replica: Arc<Replica>,
-        term: u64,
-        upstream: &str,
-        boarded_at: Duration,
-    ) -> Self {
-        let span = tracing::info_span!("refresh.fetch", upstream, shard = replica.shard());
-        Self {
-            key,
-            replica,
-            term,
-            boarded_at,
-            is_missed: AtomicBool::new(false),
-            answers: watch::Sender::new(None),
-            ended: CancellationToken::new(),
-            span,
-        }
-    }
-
-    pub(crate) fn subscribe(&self) -> watch::Receiver<Option<Answer>> {
-        self.answers.subscribe()
-    }
-
-    pub(crate) fn wanted(&self, priority: Priority) {
-        if priority == Priority::Miss {
-            self.is_missed.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// From outside: it shall not go on.
-    pub(crate) fn end(&self, answer: Answer) {
-        self.say(answer);
-        self.ended.cancel();
-    }
-
-    fn say(&self, answer: Answer) {
-        self.answers.send_replace(Some(answer));
-    }
-
-    fn leads(&self) -> bool {
-        self.replica.leads() == Some(self.term)
-    }
-
-    fn commit(&self, started: Revision, result: commit_fetch::Result) -> CommitFetch {
-        CommitFetch {
-            key: self.key.clone().into(),
-            fetch_started_revision: started,
-            term: self.term,
-            result: Some(result),
-        }
-    }
+/// How a flight ended.
+struct Ended {
+    outcome: FetchOutcome,
+    /// For all replicas to know.
+    to_log: Option<CommitFetch>,
 }
 
-impl Drop for Landing<'_> {
+impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let departures = self.lane.land(self.flight, self.priority);
-        self.refresher.depart(self.lane, departures);
+        let left = self.queue.leave(self.flight, self.priority);
+        self.refresher.run_flights(self.queue, left.ready);
+        if left.is_wanted_again {
+            self.refresher.ask(&self.flight.key, Priority::Asked);
+        }
     }
 }
 
 impl Refresher {
-    /// Sets off flights that have a slot.
-    pub(super) fn depart(self: &Arc<Self>, lane: &Arc<Lane>, departures: Vec<Departure>) {
-        for Departure { flight, priority } in departures {
-            // A flight may land while its runtime ends.
+    /// Starts flights that have a slot.
+    pub(super) fn run_flights(self: &Arc<Self>, queue: &Arc<Queue>, ready: Vec<Ready>) {
+        for Ready { flight, priority } in ready {
+            // A flight may end while its runtime does.
             if self.stop.is_cancelled() || tokio::runtime::Handle::try_current().is_err() {
-                flight.end(Answer::Ended);
+                flight.end(FetchOutcome::NotLeading);
                 continue;
             }
             let span = flight.span.clone();
-            self.tasks
-                .spawn(Box::pin(self.clone().fly(lane.clone(), flight, priority)).instrument(span));
+            self.tasks.spawn(
+                Box::pin(self.clone().run(queue.clone(), flight, priority)).instrument(span),
+            );
         }
     }
 
-    async fn fly(self: Arc<Self>, lane: Arc<Lane>, flight: Arc<Flight>, priority: Priority) {
-        let landing = Landing {
+    async fn run(self: Arc<Self>, queue: Arc<Queue>, flight: Arc<Flight>, priority: Priority) {
+        let _running = Running {
             refresher: &self,
-            lane: &lane,
+            queue: &queue,
             flight: &flight,
             priority,
         };
-        self.metrics.flight_started(lane.name());
-        let flown = tokio::select! {
-            () = flight.ended.cancelled() => return,
-            () = self.stop.cancelled() => Flown::from(Answer::Ended),
-            flown = Box::pin(self.rounds(&lane, &flight)) => flown,
-        };
-        flight.say(flown.answer);
-        drop(landing);
-        if let Some(commit) = flown.to_log {
-            // Without it the next leader tries once too often; not worth more than one try.
-            if let Err(error) = flight
-                .replica
-                .write(Op::CommitFetch(commit), None, COMMIT_TIMEOUT)
-                .await
-            {
-                tracing::debug!(%error, "a failed fetch was not logged");
+        self.metrics.flight_started(queue.upstream());
+        let fetched = async {
+            let ended = Box::pin(self.rounds(&queue, &flight)).await;
+            flight.report(ended.outcome);
+            // Before the slot is given back: an upstream that fails at once must not fill the
+            // proposer's queue.
+            if let Some(commit) = ended.to_log {
+                self.log_failure(&flight, commit).await;
             }
+        };
+        tokio::select! {
+            () = flight.ended() => {}
+            () = self.stop.cancelled() => flight.report(FetchOutcome::NotLeading),
+            () = fetched => {}
         }
     }
 
-    async fn rounds(&self, lane: &Lane, flight: &Flight) -> Flown {
-        let Some(matched) = self.policies.find(&flight.key) else {
-            return Answer::Ended.into();
+    async fn log_failure(&self, flight: &Flight, commit: CommitFetch) {
+        let op = Op::CommitFetch(commit);
+        // Without it the next leader tries once too often; not worth more than one try.
+        if let Err(error) = flight.replica.write(op, None, COMMIT_TIMEOUT).await {
+            tracing::debug!(%error, "a failed fetch was not logged");
+        }
+    }
+
+    async fn rounds(&self, queue: &Queue, flight: &Flight) -> Ended {
+        let rules = self.rules.load_full();
+        let Some((matched, upstream)) = source(&rules, queue, &flight.key) else {
+            return FetchOutcome::NoPolicy.into();
         };
         for _ in 0..ROUNDS_MAX {
+            flight.round_begins();
             // Before anything is looked at: whatever happens to the key from here on wins over what
             // is fetched.
             let started = flight.replica.applied().revision;
             let live = match live_record(&flight.replica, &flight.key).await {
-                Ok(live) if flight.leads() => live,
-                Ok(_) => return Answer::Ended.into(),
+                Ok(live) if flight.replica.leads() == Some(flight.term) => live,
+                Ok(_) => return FetchOutcome::NotLeading.into(),
                 Err(error) => {
                     tracing::warn!(%error, "a fetch ended: the state cannot be read");
-                    return Answer::Ended.into();
+                    return FetchOutcome::NotLeading.into();
                 }
             };
             // A refresh of what is gone by now. A reader who misses it just now is told, and asks
             // again.
-            if live.is_none() && !flight.is_missed.load(Ordering::Relaxed) {
-                return Answer::Ended.into();
+            if live.is_none() && !flight.is_missed() {
+                return FetchOutcome::NotLeading.into();
             }
-            if let Some(answer) = self.needless(&flight.key, live.as_ref(), flight.replica.now()) {
-                return answer.into();
+            let now = flight.replica.now();
+            if let Some(outcome) = needless(queue, &flight.key, live.as_ref(), now) {
+                return outcome.into();
             }
-            self.marks.take(Hashed::of(&flight.key));
-            let fetched = match self.call(lane, flight, &matched).await {
-                Ok(fetched) => fetched,
-                Err(failed) => {
-                    return self.failed(flight, matched.policy, live.as_ref(), started, failed);
-                }
+            let round = Round {
+                flight,
+                queue,
+                policy: matched.policy,
+                started,
+                live: live.as_ref(),
             };
-            let unstored = Answer::Unstored {
+            self.marks.take(Hashed::of(&flight.key));
+            let fetched = match self.call(upstream, &round, &matched).await {
+                Ok(fetched) => fetched,
+                Err(failed) => return round.failed(failed),
+            };
+            let unstored = FetchOutcome::Unstored {
                 value: fetched.value.clone(),
                 content_type: fetched.content_type.clone(),
                 started,
             };
-            match self
-                .keep(
-                    lane,
-                    flight,
-                    matched.policy,
-                    live.is_some(),
-                    fetched,
-                    &unstored,
-                )
-                .await
-            {
-                Kept::Stored(revision) => {
-                    self.failures.forget(&flight.key);
-                    return Answer::Committed { revision }.into();
+            match self.store(&round, fetched, &unstored).await {
+                CommitOutcome::Stored(revision) => {
+                    queue.gate.succeeded(&flight.key);
+                    return FetchOutcome::Committed { revision }.into();
                 }
-                Kept::Unstored(class)
+                CommitOutcome::Unstored(class)
                     if !changed_after(&flight.replica, &flight.key, started).await =>
                 {
                     // With an entry it must not be tried again at once; without one the next reader
                     // may.
-                    let held_back = live.as_ref().map(|live| {
-                        self.failed(flight, matched.policy, Some(live), started, class.into())
-                    });
-                    return Flown {
-                        answer: unstored,
-                        to_log: held_back.and_then(|flown| flown.to_log),
+                    let held_back = live.as_ref().map(|_| round.failed(class.into()));
+                    return Ended {
+                        outcome: unstored,
+                        to_log: held_back.and_then(|ended| ended.to_log),
                     };
                 }
-                Kept::Unstored(_) | Kept::Fenced => {}
+                CommitOutcome::Unstored(_) | CommitOutcome::Fenced => {}
             }
         }
         match live_record(&flight.replica, &flight.key).await {
-            Ok(Some(live)) => Answer::Committed {
+            Ok(Some(live)) => FetchOutcome::Committed {
                 revision: live.changed,
             }
             .into(),
-            _ => Answer::Overloaded.into(),
-        }
-    }
-
-    /// The answer that needs no fetch: the entry is not due, or the key is to be left alone.
-    pub(super) fn needless(
-        &self,
-        key: &Key,
-        live: Option<&EntryRecord>,
-        now: Millis,
-    ) -> Option<Answer> {
-        match live {
-            Some(record) if !is_due(record, now) => Some(Answer::Committed {
-                revision: record.changed,
-            }),
-            _ => self.failures.backoff(key, live, now).map(Answer::Failed),
+            _ => FetchOutcome::Overloaded.into(),
         }
     }
 
     async fn call(
         &self,
-        lane: &Lane,
-        flight: &Flight,
+        upstream: &Upstream,
+        round: &Round<'_>,
         matched: &Matched<'_>,
     ) -> Result<peer::Fetched, FetchFailed> {
-        let tags = tags(matched, &flight.key)?;
+        let key = &round.flight.key;
+        let tags = tags(matched, key)?;
         let headers = telemetry::trace_headers();
         let began = self.clock.monotonic();
-        let call = lane
-            .upstream()
-            .fetch(&flight.key, matched.captures.as_slice(), &headers);
+        round.flight.called();
+        let call = upstream.fetch(key, matched.captures.as_slice(), &headers);
         let called = tokio::time::timeout(FETCH_TIMEOUT_MAX, Box::pin(call)).await;
         let called = called.unwrap_or(Err(FailureClass::Timeout.into()));
         let took = self.clock.monotonic().saturating_sub(began);
         self.metrics
-            .upstream_called(lane.name(), &code(&called), took);
+            .upstream_called(round.queue.upstream(), &code(&called), took);
         let Fetched { body, content_type } = called?;
-        lane.fetch_took(took);
+        round.queue.fetch_took(took);
         let took_ms = Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX);
         Ok(peer::Fetched {
             value: body,
@@ -338,101 +221,142 @@ impl Refresher {
         })
     }
 
-    /// Commits, and gives those who wait the value itself if that takes longer than they shall
-    /// wait.
-    async fn keep(
+    /// Commits, and gives those who wait the value itself, as `late`, if that takes longer than
+    /// they should wait.
+    async fn store(
         &self,
-        lane: &Lane,
-        flight: &Flight,
-        policy: &Policy,
-        existed: bool,
+        round: &Round<'_>,
         mut fetched: peer::Fetched,
-        late: &Answer,
-    ) -> Kept {
-        let &Answer::Unstored { started, .. } = late else {
-            return Kept::Fenced;
-        };
+        late: &FetchOutcome,
+    ) -> CommitOutcome {
+        let Round {
+            flight,
+            queue,
+            policy,
+            ..
+        } = round;
         if fetched.value.len() as u64 > policy.max_value_bytes.min(VALUE_BYTES_MAX as u64) {
             self.metrics.commit("unstored");
-            return Kept::Unstored(FailureClass::TooLarge);
+            return CommitOutcome::Unstored(FailureClass::TooLarge);
         }
-        fetched.lifetime = Some(policy.lifetime(rand::random(), lane.usual_fetch(), !existed));
-        let commit =
-            Op::CommitFetch(flight.commit(started, commit_fetch::Result::Fetched(fetched)));
+        let after_miss = round.live.is_none();
+        fetched.lifetime = Some(policy.lifetime(rand::random(), queue.usual_fetch(), after_miss));
+        let commit = Op::CommitFetch(round.commit(commit_fetch::Result::Fetched(fetched)));
         let mut write = Box::pin(flight.replica.write(commit, None, COMMIT_TIMEOUT));
-        let outcome =
-            match tokio::time::timeout(policy.soft_timeout.max(COMMIT_PATIENCE_MIN), &mut write)
-                .await
-            {
-                Ok(outcome) => outcome,
-                Err(_) => {
-                    flight.say(late.clone());
-                    write.await
-                }
-            };
-        match outcome.map(|outcome| outcome.result) {
+        let patience = policy.soft_timeout.max(COMMIT_PATIENCE_MIN);
+        let written = match tokio::time::timeout(patience, &mut write).await {
+            Ok(written) => written,
+            Err(_) => {
+                flight.report(late.clone());
+                write.await
+            }
+        };
+        let (outcome, counted) = match written.map(|outcome| outcome.result) {
             Ok(Some(outcome::Result::Done(done))) => {
-                self.metrics.commit("stored");
-                Kept::Stored(done.revision)
+                (CommitOutcome::Stored(done.revision), "stored")
             }
-            Ok(Some(outcome::Result::Fenced(_))) => {
-                self.metrics.commit("fenced");
-                Kept::Fenced
-            }
+            Ok(Some(outcome::Result::Fenced(_))) => (CommitOutcome::Fenced, "fenced"),
             Ok(other) => {
                 tracing::warn!(?other, "a fetched value was not stored");
-                self.metrics.commit("failed");
-                Kept::Unstored(FailureClass::Unspecified)
+                (CommitOutcome::Unstored(FailureClass::Unspecified), "failed")
             }
             Err(error) => {
                 tracing::debug!(%error, "a fetched value was not stored");
-                self.metrics.commit(if error.not_applied() {
+                let counted = if error.not_applied() {
                     "unstored"
                 } else {
                     "failed"
-                });
-                Kept::Unstored(FailureClass::Unspecified)
+                };
+                (CommitOutcome::Unstored(FailureClass::Unspecified), counted)
             }
-        }
+        };
+        self.metrics.commit(counted);
+        outcome
     }
+}
 
-    fn failed(
-        &self,
-        flight: &Flight,
-        policy: &Policy,
-        live: Option<&EntryRecord>,
-        started: Revision,
-        failed: FetchFailed,
-    ) -> Flown {
-        let now = flight.replica.now();
-        let noted = self
-            .failures
-            .note(&flight.key, live, policy, &failed, now, rand::random());
+/// One try of a flight.
+struct Round<'a> {
+    flight: &'a Flight,
+    queue: &'a Queue,
+    policy: &'a Policy,
+    started: Revision,
+    live: Option<&'a EntryRecord>,
+}
+
+impl Round<'_> {
+    fn failed(&self, failed: FetchFailed) -> Ended {
+        let now = self.flight.replica.now();
+        let noted = self.queue.gate.failed(
+            &self.flight.key,
+            self.live,
+            self.policy,
+            &failed,
+            now,
+            rand::random(),
+        );
         let failure = noted.failure;
         // What has no class is our own trouble with storing, which the log would not take either.
         let is_logged = noted.is_logged && failure.class != FailureClass::Unspecified;
         let to_log = is_logged.then(|| {
-            let logged = peer::FetchFailed {
+            self.commit(commit_fetch::Result::Failed(peer::FetchFailed {
                 class: failure.class.into(),
                 status: failure.status,
                 count: failure.count,
                 retry_after_ms: failure.next_attempt_ms.saturating_sub(now),
-            };
-            flight.commit(started, commit_fetch::Result::Failed(logged))
+            }))
         });
-        Flown {
-            answer: Answer::Failed(failure),
+        Ended {
+            outcome: FetchOutcome::Failed(failure),
             to_log,
+        }
+    }
+
+    fn commit(&self, result: commit_fetch::Result) -> CommitFetch {
+        CommitFetch {
+            key: self.flight.key.clone().into(),
+            fetch_started_revision: self.started,
+            term: self.flight.term,
+            result: Some(result),
         }
     }
 }
 
-impl From<Answer> for Flown {
-    fn from(answer: Answer) -> Self {
+impl From<FetchOutcome> for Ended {
+    fn from(outcome: FetchOutcome) -> Self {
         Self {
-            answer,
+            outcome,
             to_log: None,
         }
+    }
+}
+
+/// `None` if the rules changed since the key was queued for this upstream.
+fn source<'a>(
+    rules: &'a Rules,
+    queue: &Queue,
+    key: &'a Key,
+) -> Option<(Matched<'a>, &'a Arc<Upstream>)> {
+    let matched = rules.matched(key)?;
+    let upstream = rules.upstream(&matched.policy.upstream)?;
+    (*matched.policy.upstream == *queue.upstream()).then_some((matched, upstream))
+}
+
+/// The outcome that needs no fetch: the entry is not due, or the key is to be left alone.
+pub(super) fn needless(
+    queue: &Queue,
+    key: &Key,
+    live: Option<&EntryRecord>,
+    now: Millis,
+) -> Option<FetchOutcome> {
+    match live {
+        Some(record) if !is_due(record, now) => Some(FetchOutcome::Committed {
+            revision: record.changed,
+        }),
+        _ => queue
+            .gate
+            .closed_by(key, live, now)
+            .map(FetchOutcome::Failed),
     }
 }
 
@@ -493,7 +417,7 @@ async fn live_record(replica: &Arc<Replica>, key: &Key) -> io::Result<Option<Ent
 
 /// A key whose tags do not fit is refused before any call, as one that makes no URL is.
 fn tags(matched: &Matched<'_>, key: &Key) -> Result<Vec<String>, FetchFailed> {
-    let fill = |template: &crate::template::TextTemplate| {
+    let fill = |template: &TextTemplate| {
         let filled = template.fill(key, matched.captures.as_slice(), &Secrets::default());
         filled
             .ok()

@@ -2,7 +2,7 @@
 //! shard, for readers that wait and ahead of readers that need not.
 //!
 //! ```text
-//! reader ─ fetch ────────────► join ─► (leader's peers) ─► lane: slots ─► flight ─► upstream, commit
+//! reader ─ fetch ──────► join ─► ask ─► (leader's peers) ─► queue: slots ─► flight ─► upstream, commit
 //! reader ─ note_read ─► marks ─► reports ─► (leader's) marks, asks ──┘      ▲
 //!                                          due index ─► due ─► marked? ─────┘
 //! ```
@@ -10,16 +10,17 @@
 //! overtook, changes nothing (P3, P4); all of it bounded (P10). Must never know how reads are
 //! answered or who may read.
 
+mod ask;
 mod asking;
 mod due;
 mod failures;
 mod flight;
+mod gate;
 mod join;
-mod lane;
 mod marks;
+mod outcome;
+mod queue;
 mod reports;
-mod service;
-mod slots;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -27,22 +28,21 @@ mod tests;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
+use arc_swap::ArcSwap;
 use holdfast_proto::{Key, Revision, ShardId, peer::EntryRecord};
 use holdfast_raft::{Clock, Membership, Replica, Replicas};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
-pub use self::failures::Failure;
 pub(crate) use self::flight::is_due;
 use self::{
     asking::Asking,
-    failures::Failures,
-    lane::Lane,
     marks::{Hashed, Marks, own_key},
+    queue::{Priority, Queue},
 };
-use crate::{metrics::Metrics, policy::Policies, upstream::Upstreams};
+pub use self::{failures::Failure, outcome::FetchOutcome};
+use crate::{metrics::Metrics, policy::Policy, rules::CurrentRules};
 
 /// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
 /// again by the next reader.
@@ -54,11 +54,11 @@ const ASKS_MAX: usize = 1_024;
 /// The refresh engine of one node.
 pub struct Refresher {
     replicas: Arc<Replicas>,
-    policies: Arc<Policies>,
-    lanes: HashMap<String, Arc<Lane>>,
+    rules: CurrentRules,
+    /// By upstream, from the first use on.
+    queues: ArcSwap<HashMap<String, Arc<Queue>>>,
     metrics: Arc<Metrics>,
     clock: Clock,
-    failures: Failures,
     marks: Marks,
     asking: Asking,
     /// One permit for each reader that waits at the leader.
@@ -69,54 +69,20 @@ pub struct Refresher {
     tasks: TaskTracker,
 }
 
-/// What a fetch came to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Landed {
-    /// Wait for this revision of the key's shard, then read.
-    Committed { revision: Revision },
-    /// Fetched, and not stored or not stored in time.
-    Unstored { value: Bytes, content_type: String },
-}
-
-/// Why a fetch came to nothing.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NoValue {
-    #[error("the upstream failed")]
-    Failed(Failure),
-    #[error("nobody leads the key's shard")]
-    NoLeader,
-    /// Too many fetches in flight or waiting, or the key changes faster than it can be fetched.
-    #[error("too many fetches wait already")]
-    Overloaded,
-    #[error("the deadline passed; the fetch goes on")]
-    Deadline,
-}
-
 impl Refresher {
     pub fn new(
         replicas: Arc<Replicas>,
-        policies: Arc<Policies>,
-        upstreams: Arc<Upstreams>,
+        rules: CurrentRules,
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Arc<Self> {
-        let lanes = upstreams
-            .iter()
-            .map(|upstream| {
-                (
-                    upstream.name().to_owned(),
-                    Arc::new(Lane::new(upstream.clone())),
-                )
-            })
-            .collect();
         let (hints, hinted) = mpsc::channel(HINTS);
         Arc::new(Self {
             replicas,
-            policies,
-            lanes,
+            rules,
+            queues: ArcSwap::default(),
             metrics,
             clock,
-            failures: Failures::default(),
             marks: Marks::default(),
             asking: Asking::default(),
             asks: Semaphore::new(ASKS_MAX),
@@ -161,26 +127,32 @@ impl Refresher {
     }
 
     /// Joins the cluster's flight of a key, here if this node leads the key's shard, else through
-    /// the leader. Waits at most `timeout`; the fetch goes on and lands later.
-    pub async fn fetch(self: &Arc<Self>, key: &Key, timeout: Duration) -> Result<Landed, NoValue> {
-        let asked = self
-            .asking
-            .asks(key, self.version(key), self.clock.monotonic());
-        let fetched = tokio::select! {
-            fetched = tokio::time::timeout(timeout, Box::pin(self.fetch_from_leader(key, timeout))) => fetched.unwrap_or(Err(NoValue::Deadline)),
-            () = self.stop.cancelled() => Err(NoValue::NoLeader),
+    /// the leader. Waits at most `timeout`; a fetch that runs goes on and is stored later.
+    pub async fn fetch(
+        self: &Arc<Self>,
+        key: &Key,
+        policy: &Policy,
+        timeout: Duration,
+    ) -> FetchOutcome {
+        let now = self.clock.monotonic();
+        let asked = self.asking.asks(key, self.version(key), now);
+        let fetch = Box::pin(self.fetch_from_leader(key, &policy.upstream, now + timeout));
+        let outcome = tokio::select! {
+            outcome = fetch => outcome,
+            () = self.stop.cancelled() => FetchOutcome::NotLeading,
         };
-        if fetched != Err(NoValue::Deadline) && asked {
+        let unanswered = [FetchOutcome::TimedOut, FetchOutcome::NotLeading];
+        if asked && !unanswered.contains(&outcome) {
             self.asking.answered(key);
         }
-        fetched
+        outcome
     }
 
-    /// A reader used this key; `due`: it is past its refresh point. Never blocks, bounded,
-    /// deduplicated.
+    /// A reader used this key, which has an upstream; `due`: it is past its refresh point. Never
+    /// blocks, bounded, deduplicated.
     pub fn note_read(&self, key: &Key, due: bool) {
         let hashed = Hashed::of(key);
-        if self.marks.is_repeated(hashed, due) || self.lane_of(key).is_none() {
+        if self.marks.is_repeated(hashed, due) {
             return;
         }
         let Some(replica) = self.replicas.of_key(key) else {
@@ -197,42 +169,56 @@ impl Refresher {
     }
 
     /// As far as this node knows: flights are on the leader.
-    pub fn is_refreshing(&self, key: &Key) -> bool {
-        self.flying_since(key).is_some()
+    pub fn is_refreshing(&self, key: &Key, policy: &Policy) -> bool {
+        self.in_flight_since(key, policy).is_some()
     }
 
     /// Whether a reader whose value is past stale-while-revalidate must not wait: nobody leads, the
     /// key is known to fail, or its fetch is older than a reader waits.
-    pub fn should_not_wait(&self, key: &Key, record: &EntryRecord, soft_timeout: Duration) -> bool {
+    pub fn should_not_wait(&self, key: &Key, record: &EntryRecord, policy: &Policy) -> bool {
         let Some(replica) = self.replicas.of_key(key) else {
             return true;
         };
         let now = self.clock.monotonic();
-        let is_slow = |since: Duration| now.saturating_sub(since) >= soft_timeout;
-        soft_timeout.is_zero()
+        let is_slow = |since: Duration| now.saturating_sub(since) >= policy.soft_timeout;
+        policy.soft_timeout.is_zero()
             || replica.leader().is_none()
             || self
-                .failures
-                .backoff(key, Some(record), replica.now())
+                .queue(&policy.upstream)
+                .gate
+                .closed_by(key, Some(record), replica.now())
                 .is_some()
-            || self.flying_since(key).is_some_and(is_slow)
+            || self.in_flight_since(key, policy).is_some_and(is_slow)
             || self
                 .asking
                 .since(key, record.version, now)
                 .is_some_and(is_slow)
     }
 
-    fn flying_since(&self, key: &Key) -> Option<Duration> {
-        // Most nodes fly nothing most of the time: no policy is looked for then.
-        if self.lanes.values().all(|lane| lane.is_idle()) {
-            return None;
-        }
-        self.lane_of(key)?.flying_since(key)
+    fn in_flight_since(&self, key: &Key, policy: &Policy) -> Option<Duration> {
+        self.queues
+            .load()
+            .get(&*policy.upstream)?
+            .in_flight_since(key)
     }
 
-    /// `None` for a key without upstream.
-    fn lane_of(&self, key: &[u8]) -> Option<&Arc<Lane>> {
-        self.lanes.get(&*self.policies.of(key)?.upstream)
+    fn queue(&self, upstream: &str) -> Arc<Queue> {
+        if let Some(queue) = self.queues.load().get(upstream) {
+            return queue.clone();
+        }
+        let new = Queue::new(upstream, self.clock.clone());
+        self.queues.rcu(|queues| {
+            let mut queues = HashMap::clone(queues);
+            queues
+                .entry(upstream.to_owned())
+                .or_insert_with(|| new.clone());
+            queues
+        });
+        self.queues.load().get(upstream).cloned().unwrap_or(new)
+    }
+
+    fn has_upstream(&self, key: &[u8]) -> bool {
+        self.rules.load().policy(key).is_some()
     }
 
     /// Of the value in memory, 0 if there is none.
@@ -249,8 +235,8 @@ impl Refresher {
     }
 
     fn end_flights(&self, shard: ShardId, but: Option<u64>) {
-        for lane in self.lanes.values() {
-            lane.end_all_but(shard, but);
+        for queue in self.queues.load().values() {
+            queue.end_all_but(shard, but);
         }
     }
 
@@ -273,7 +259,7 @@ impl Refresher {
     async fn follow_hints(self: Arc<Self>) {
         let mut hinted = self.hinted.lock().await;
         while let Some(key) = hinted.recv().await {
-            self.ask(&key, slots::Priority::Asked);
+            self.ask(&key, Priority::Asked);
         }
     }
 

@@ -15,7 +15,7 @@ use tonic::Request;
 use super::{
     Refresher,
     marks::{Hashed, Report},
-    slots::Priority,
+    queue::Priority,
 };
 
 /// How long a due key waits for others to go with it.
@@ -24,7 +24,7 @@ const DUE_EVERY: Duration = Duration::from_millis(40);
 const READ_EVERY: u32 = 25;
 const TIMEOUT: Duration = Duration::from_millis(500);
 /// Keys of one message: even of the longest a few MiB.
-pub(super) const KEYS_MAX: usize = 4_000;
+const KEYS_MAX: usize = 4_000;
 
 impl Refresher {
     pub(super) async fn report_reads(self: Arc<Self>) {
@@ -46,17 +46,20 @@ impl Refresher {
         }
     }
 
+    /// What a follower's readers used, and of that what is due; no more of it than one report has.
+    pub(crate) fn reads_reported(self: &Arc<Self>, mut read: Vec<Key>, mut due: Vec<Key>) {
+        read.truncate(KEYS_MAX);
+        due.truncate(KEYS_MAX);
+        self.hear_report(Report { read, due });
+    }
+
     /// Takes in what readers of another node used.
     pub(super) fn hear_report(self: &Arc<Self>, report: Report) {
-        for key in report
-            .read
-            .iter()
-            .chain(&report.due)
-            .filter(|key| self.lane_of(key).is_some())
-        {
+        let read = report.read.iter().chain(&report.due);
+        for key in read.filter(|key| self.has_upstream(key)) {
             self.marks.mark(Hashed::of(key));
         }
-        for key in report.due.iter().filter(|key| self.lane_of(key).is_some()) {
+        for key in &report.due {
             self.ask(key, Priority::Asked);
         }
     }

@@ -11,7 +11,7 @@ use axum::{Router, extract::State, http::StatusCode, http::Uri};
 use futures::future::join_all;
 use holdfast_proto::{
     Key, Revision,
-    peer::{Outcome, command::Op, outcome},
+    peer::{EntryRecord, Outcome, command::Op, outcome},
 };
 use holdfast_raft::{
     Clock, LogKept, Membership, Options, Replica, Replicas,
@@ -21,13 +21,14 @@ use holdfast_raft::{
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::TcpListenerStream;
 
-use super::Refresher;
+use super::{FetchOutcome, Refresher};
 use crate::{
     cache::{self, Cache},
     glob::Glob,
     metrics::Metrics,
     peers::peer_service,
     policy::{Policies, Policy, Window},
+    rules::Rules,
     template::UrlTemplate,
     upstream::{
         Upstream, Upstreams,
@@ -150,6 +151,7 @@ impl Origin {
 pub(super) struct Node {
     pub(super) replicas: Arc<Replicas>,
     pub(super) refresher: Arc<Refresher>,
+    pub(super) policy: Policy,
     listener: JoinHandle<()>,
 }
 
@@ -224,11 +226,11 @@ impl Node {
         let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone())
             .await
             .unwrap();
-        let policies = Arc::new(Policies::from_iter([policy]));
+        let policies = Policies::from_iter([policy.clone()]);
+        let rules = Rules::new(policies, upstreams(origin)).current();
         let refresher = Refresher::new(
             replicas.clone(),
-            policies.clone(),
-            Arc::new(upstreams(origin)),
+            rules.clone(),
             metrics.clone(),
             clock.clone(),
         );
@@ -237,7 +239,7 @@ impl Node {
         };
         let cache = Cache::new(
             replicas.clone(),
-            policies,
+            rules,
             refresher.clone(),
             settings,
             metrics,
@@ -258,12 +260,29 @@ impl Node {
         Self {
             replicas,
             refresher,
+            policy,
             listener,
         }
     }
 
     pub(super) fn replica(&self) -> &Arc<Replica> {
         &self.replicas.replicas()[0]
+    }
+
+    pub(super) async fn fetch(&self, key: &Key, timeout: Duration) -> FetchOutcome {
+        self.refresher.fetch(key, &self.policy, timeout).await
+    }
+
+    pub(super) fn is_refreshing(&self, key: &Key) -> bool {
+        self.refresher.is_refreshing(key, &self.policy)
+    }
+
+    pub(super) fn should_not_wait(&self, key: &Key, record: &EntryRecord) -> bool {
+        let policy = Policy {
+            soft_timeout: PATIENCE,
+            ..self.policy.clone()
+        };
+        self.refresher.should_not_wait(key, record, &policy)
     }
 
     pub(super) fn entry(&self, key: &Key) -> Option<Arc<Entry>> {

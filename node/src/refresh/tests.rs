@@ -14,8 +14,8 @@ use holdfast_raft::Clock;
 use tokio::task::JoinHandle;
 
 use super::{
-    Landed, NoValue,
-    slots::Priority,
+    FetchOutcome,
+    queue::Priority,
     testing::{Node, Origin, PATIENCE, key, leading, policy},
 };
 use crate::policy::Policy;
@@ -36,6 +36,13 @@ fn set(text: &str, value: &str) -> Op {
     })
 }
 
+fn is_fetched(outcome: &FetchOutcome) -> bool {
+    matches!(
+        outcome,
+        FetchOutcome::Committed { .. } | FetchOutcome::Unstored { .. }
+    )
+}
+
 fn delete(text: &str) -> Op {
     Op::Delete(peer::Delete {
         key: text.to_owned().into(),
@@ -49,11 +56,11 @@ fn invalidate(text: &str) -> Op {
 }
 
 /// A reader that has asked before this returns.
-async fn reader(node: &Node, text: &str) -> JoinHandle<Result<Landed, NoValue>> {
-    let (refresher, key) = (node.refresher.clone(), key(text));
+async fn reader(node: &Node, text: &str) -> JoinHandle<FetchOutcome> {
+    let (refresher, policy, key) = (node.refresher.clone(), node.policy.clone(), key(text));
     let (asked, asks) = tokio::sync::oneshot::channel();
     let reader = tokio::spawn(async move {
-        let mut fetch = Box::pin(refresher.fetch(&key, PATIENCE));
+        let mut fetch = Box::pin(refresher.fetch(&key, &policy, PATIENCE));
         let now = futures::poll!(&mut fetch);
         let _ = asked.send(());
         match now {
@@ -74,7 +81,7 @@ async fn a_hundred_concurrent_first_reads_cause_one_call() {
     origin.called(1).await;
     origin.lets_through(usize::MAX);
     for reader in readers {
-        let Ok(Landed::Committed { revision }) = reader.await.unwrap() else {
+        let FetchOutcome::Committed { revision } = reader.await.unwrap() else {
             panic!("not committed")
         };
         assert!(node.replica().applied().revision >= revision);
@@ -82,8 +89,8 @@ async fn a_hundred_concurrent_first_reads_cause_one_call() {
     assert_eq!(node.value(&key("a")).unwrap(), "a#1");
     // One who comes late has its value without a call.
     assert!(matches!(
-        node.refresher.fetch(&key("a"), PATIENCE).await,
-        Ok(Landed::Committed { .. })
+        node.fetch(&key("a"), PATIENCE).await,
+        FetchOutcome::Committed { .. }
     ));
     assert_eq!(origin.calls(), 1);
     node.stop().await;
@@ -102,7 +109,7 @@ async fn nobody_gets_what_was_fetched_before_a_delete_though_the_key_was_never_t
     for reader in [before, after] {
         assert!(matches!(
             reader.await.unwrap(),
-            Ok(Landed::Committed { .. })
+            FetchOutcome::Committed { .. }
         ));
     }
     assert_eq!(node.value(&key("a")).unwrap(), "a#2");
@@ -123,17 +130,20 @@ async fn a_deleted_key_that_nobody_reads_is_not_fetched_again() {
     node.write(delete("a")).await;
     // A report that was on its way.
     node.refresher.ask(&key("b"), Priority::Asked);
-    assert!(!node.refresher.is_refreshing(&key("b")));
+    assert!(!node.is_refreshing(&key("b")));
     origin.lets_through(usize::MAX);
     let landed = async {
-        while node.refresher.is_refreshing(&key("a")) {
+        while node.is_refreshing(&key("a")) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
     tokio::time::timeout(PATIENCE, landed).await.unwrap();
     assert_eq!((node.value(&key("a")), origin.calls()), (None, 1));
     // Its next reader waits for a fetch as ever.
-    assert!(node.refresher.fetch(&key("a"), PATIENCE).await.is_ok());
+    assert!(matches!(
+        node.fetch(&key("a"), PATIENCE).await,
+        FetchOutcome::Committed { .. }
+    ));
     node.stop().await;
 }
 
@@ -150,7 +160,7 @@ async fn an_invalidate_during_a_fetch_causes_another() {
     origin.lets_through(usize::MAX);
     assert!(matches!(
         before.await.unwrap(),
-        Ok(Landed::Committed { .. })
+        FetchOutcome::Committed { .. }
     ));
     assert_eq!(node.value(&key("a")).unwrap(), "a#2");
     node.stop().await;
@@ -165,7 +175,7 @@ async fn a_set_during_a_fetch_wins_and_is_what_readers_are_told_of() {
     origin.called(1).await;
     let revision = node.write(set("a", "newer")).await;
     origin.lets_through(usize::MAX);
-    assert_eq!(before.await.unwrap(), Ok(Landed::Committed { revision }));
+    assert_eq!(before.await.unwrap(), FetchOutcome::Committed { revision });
     assert_eq!(node.value(&key("a")).unwrap(), "newer");
     assert_eq!(origin.calls(), 1);
     node.stop().await;
@@ -190,7 +200,7 @@ async fn a_value_too_large_to_store_goes_to_its_readers_unless_the_key_was_delet
     let after = reader(&node, "a").await;
     origin.lets_through(usize::MAX);
     for reader in [before, after] {
-        let Ok(Landed::Unstored { value, .. }) = reader.await.unwrap() else {
+        let FetchOutcome::Unstored { value, .. } = reader.await.unwrap() else {
             panic!("stored")
         };
         assert_eq!(value, "a#2");
@@ -214,7 +224,7 @@ async fn a_failed_miss_is_not_tried_again_within_error_ttl() {
     .await;
     origin.answers(500);
     for _ in 0..1_000 {
-        let Err(NoValue::Failed(failure)) = node.refresher.fetch(&key("a"), PATIENCE).await else {
+        let FetchOutcome::Failed(failure) = node.fetch(&key("a"), PATIENCE).await else {
             panic!("no failure")
         };
         assert_eq!(
@@ -225,9 +235,9 @@ async fn a_failed_miss_is_not_tried_again_within_error_ttl() {
     assert_eq!(origin.calls(), 1);
     node.advance(&clock, Duration::from_secs(101)).await;
     origin.answers(200);
-    let landed = node.refresher.fetch(&key("a"), PATIENCE).await;
+    let landed = node.fetch(&key("a"), PATIENCE).await;
     assert!(
-        matches!(landed, Ok(Landed::Committed { .. })),
+        matches!(landed, FetchOutcome::Committed { .. }),
         "{landed:?} {}",
         origin.calls()
     );
@@ -257,26 +267,19 @@ async fn a_failed_refresh_changes_nothing_is_known_to_all_and_success_resets_it(
         ),
         (b"good".as_slice(), FailureClass::Status, 404, 1)
     );
-    assert!(
-        node.refresher
-            .should_not_wait(&key("a"), &entry.record, PATIENCE)
-    );
+    assert!(node.should_not_wait(&key("a"), &entry.record));
     assert!(matches!(
-        node.refresher.fetch(&key("a"), PATIENCE).await,
-        Err(NoValue::Failed(_))
+        node.fetch(&key("a"), PATIENCE).await,
+        FetchOutcome::Failed(_)
     ));
     assert_eq!(origin.calls(), 1);
 
     origin.answers(200);
     node.advance(&clock, Duration::from_secs(4)).await;
-    assert!(
-        !node
-            .refresher
-            .should_not_wait(&key("a"), &entry.record, PATIENCE)
-    );
+    assert!(!node.should_not_wait(&key("a"), &entry.record));
     assert!(matches!(
-        node.refresher.fetch(&key("a"), PATIENCE).await,
-        Ok(Landed::Committed { .. })
+        node.fetch(&key("a"), PATIENCE).await,
+        FetchOutcome::Committed { .. }
     ));
     let entry = node.entry(&key("a")).unwrap();
     assert_eq!(
@@ -291,14 +294,14 @@ async fn readers_that_leave_do_not_end_the_fetch() {
     let origin = Origin::start().await;
     let node = Node::alone(&origin, policy(), Clock::system()).await;
     origin.lets_through(0);
-    assert_eq!(
-        node.refresher
-            .fetch(&key("a"), Duration::from_millis(1))
-            .await,
-        Err(NoValue::Deadline)
-    );
+    let first = reader(&node, "a").await;
     origin.called(1).await;
-    assert!(node.refresher.is_refreshing(&key("a")));
+    first.abort();
+    assert_eq!(
+        node.fetch(&key("a"), Duration::from_millis(1)).await,
+        FetchOutcome::TimedOut
+    );
+    assert!(node.is_refreshing(&key("a")));
     origin.lets_through(usize::MAX);
     node.applied(|node| node.value(&key("a")).is_some()).await;
     assert_eq!(origin.calls(), 1);
@@ -306,30 +309,28 @@ async fn readers_that_leave_do_not_end_the_fetch() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_than_32_flights_and_10_000_waiting_are_refused_at_once() {
+async fn more_than_24_misses_in_flight_and_10_000_waiting_are_refused_at_once() {
     let origin = Origin::start().await;
     let node = Node::alone(&origin, policy(), Clock::system()).await;
     origin.lets_through(0);
     let mut readers = Vec::new();
-    for n in 0..10_032 {
+    for n in 0..10_024 {
         readers.push(reader(&node, &format!("k{n}")).await);
     }
     assert_eq!(
-        node.refresher.fetch(&key("more"), PATIENCE).await,
-        Err(NoValue::Overloaded)
+        node.fetch(&key("more"), PATIENCE).await,
+        FetchOutcome::Overloaded
     );
-    origin.called(32).await;
-    assert_eq!(origin.calls(), 32);
-    origin.lets_through(usize::MAX);
+    origin.called(24).await;
+    assert_eq!(origin.calls(), 24);
+    // Their readers leave: what waited makes room at once, and is never fetched.
+    readers.iter().for_each(JoinHandle::abort);
     for reader in readers {
-        // Not stored in time by a busy machine is landed, too.
-        let landed = reader.await.unwrap();
-        assert!(landed.is_ok(), "{landed:?}");
+        assert!(reader.await.is_err());
     }
-    assert!(matches!(
-        node.refresher.fetch(&key("more"), PATIENCE).await,
-        Ok(Landed::Committed { .. })
-    ));
+    origin.lets_through(usize::MAX);
+    assert!(is_fetched(&node.fetch(&key("more"), PATIENCE).await));
+    assert!(origin.calls() <= 25, "{}", origin.calls());
     node.stop().await;
 }
 
@@ -344,40 +345,50 @@ async fn a_fetch_that_runs_or_waits_keeps_the_key_and_not_the_message_it_came_in
             .collect::<Vec<_>>(),
     );
     for at in (0..message.len()).step_by(10) {
+        // As it waits, for as long as the test does.
         let key = Key::new(message.slice(at..at + 10)).unwrap();
-        assert_eq!(
-            node.refresher.fetch(&key, Duration::from_millis(1)).await,
-            Err(NoValue::Deadline)
-        );
+        let (refresher, policy) = (node.refresher.clone(), node.policy.clone());
+        let mut fetch = Box::pin(async move {
+            let owned = key;
+            refresher.fetch(&owned, &policy, PATIENCE).await
+        });
+        assert!(futures::poll!(&mut fetch).is_pending());
     }
     assert!(message.is_unique());
     node.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_than_1_024_readers_of_a_follower_are_not_passed_on_to_the_leader() {
+async fn a_flight_without_a_slot_ends_with_its_last_reader_and_the_upstream_is_not_blamed() {
     let origin = Origin::start().await;
-    let nodes = Node::cluster(3, &origin, policy(), Clock::system()).await;
-    let follower = &nodes[(leading(&nodes).await + 1) % 3];
+    let node = Node::alone(&origin, policy(), Clock::system()).await;
     origin.lets_through(0);
-    let mut readers = Vec::new();
-    for n in 0..1_024 {
-        readers.push(reader(follower, &format!("k{n}")).await);
+    let mut running = Vec::new();
+    for n in 0..24 {
+        running.push(reader(&node, &format!("k{n}")).await);
     }
+    origin.called(24).await;
+    let (one, other) = (reader(&node, "a").await, reader(&node, "a").await);
     assert_eq!(
-        follower.refresher.fetch(&key("more"), PATIENCE).await,
-        Err(NoValue::Overloaded)
+        node.fetch(&key("a"), Duration::from_millis(1)).await,
+        FetchOutcome::Overloaded
     );
+    assert!(node.is_refreshing(&key("a")), "two more wait");
+    one.abort();
+    other.abort();
+    let gone = async {
+        while node.is_refreshing(&key("a")) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.unwrap();
+    assert!(node.is_refreshing(&key("k0")));
     origin.lets_through(usize::MAX);
-    for reader in readers {
-        let landed = reader.await.unwrap();
-        assert!(landed.is_ok(), "{landed:?}");
+    for reader in running {
+        assert!(is_fetched(&reader.await.unwrap()));
     }
-    assert!(matches!(
-        follower.refresher.fetch(&key("more"), PATIENCE).await,
-        Ok(Landed::Committed { .. })
-    ));
-    join_all(nodes.into_iter().map(Node::stop)).await;
+    assert_eq!(origin.calls_of("a"), 0);
+    node.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -386,7 +397,7 @@ async fn what_was_read_is_refreshed_ahead_and_what_was_not_is_left_alone() {
     let clock = Clock::system();
     let node = Node::alone(&origin, policy(), clock.clone()).await;
     for text in ["read", "unread"] {
-        node.refresher.fetch(&key(text), PATIENCE).await.unwrap();
+        node.fetch(&key(text), PATIENCE).await;
     }
     let refreshed = |text: &'static str, value: String| {
         node.applied(move |node| node.value(&key(text)).as_ref() == Some(&value))
@@ -422,7 +433,7 @@ async fn readers_of_three_nodes_cause_one_call_and_reads_anywhere_refresh_ahead(
     for reader in readers {
         assert!(matches!(
             reader.await.unwrap(),
-            Ok(Landed::Committed { .. })
+            FetchOutcome::Committed { .. }
         ));
     }
     assert_eq!(origin.calls(), 1);
@@ -462,7 +473,7 @@ async fn readers_get_their_value_though_the_leader_is_lost_in_mid_fetch() {
     for reader in readers {
         assert!(matches!(
             reader.await.unwrap(),
-            Ok(Landed::Committed { .. })
+            FetchOutcome::Committed { .. }
         ));
     }
     assert_eq!(origin.calls(), 2);
@@ -490,7 +501,7 @@ async fn a_leader_cut_off_from_its_quorum_gives_no_value_that_it_could_not_store
     // leader, and delete the key.
     join_all(nodes.into_iter().map(Node::stop)).await;
     origin.lets_through(usize::MAX);
-    assert_eq!(waits.await.unwrap(), Err(NoValue::NoLeader));
+    assert_eq!(waits.await.unwrap(), FetchOutcome::NotLeading);
     leader.stop().await;
 }
 
@@ -506,10 +517,8 @@ async fn without_a_leader_nobody_fetches_and_readers_are_told() {
         .unwrap()
         .unwrap();
     assert_eq!(
-        left.refresher
-            .fetch(&key("a"), Duration::from_millis(300))
-            .await,
-        Err(NoValue::NoLeader)
+        left.fetch(&key("a"), Duration::from_millis(300)).await,
+        FetchOutcome::NotLeading
     );
     left.refresher.note_read(&key("a"), true);
     assert_eq!(origin.calls(), 0);
@@ -544,7 +553,7 @@ async fn a_deposed_leader_lets_go_and_its_readers_get_their_value_from_the_next(
         .expect("another voter takes over");
     origin.called(2).await;
     let lets_go = async {
-        while deposed.refresher.is_refreshing(&key("a")) {
+        while deposed.is_refreshing(&key("a")) {
             tokio::task::yield_now().await;
         }
     };
@@ -555,7 +564,7 @@ async fn a_deposed_leader_lets_go_and_its_readers_get_their_value_from_the_next(
     for reader in readers {
         assert!(matches!(
             reader.await.unwrap(),
-            Ok(Landed::Committed { .. })
+            FetchOutcome::Committed { .. }
         ));
     }
     assert_eq!(origin.calls(), 2);

@@ -29,6 +29,7 @@ use crate::{
     peers::peer_service,
     policy::{Policies, Policy, Window},
     refresh::Refresher,
+    rules::Rules,
     template::UrlTemplate,
     upstream::{
         Upstream, Upstreams,
@@ -165,17 +166,12 @@ impl Node {
         let replicas = Replicas::open(options, Stores::memory(), clock.clone(), metrics.clone())
             .await
             .unwrap();
-        let policies = Arc::new(Policies::from_iter(origin.map(|_| policy)));
-        let upstreams = Arc::new(
-            origin
-                .map(Origin::upstream)
-                .into_iter()
-                .collect::<Upstreams>(),
-        );
+        let policies = Policies::from_iter(origin.map(|_| policy));
+        let upstreams = Upstreams::from_iter(origin.map(Origin::upstream));
+        let rules = Rules::new(policies, upstreams).current();
         let refresher = Refresher::new(
             replicas.clone(),
-            policies.clone(),
-            upstreams,
+            rules.clone(),
             metrics.clone(),
             clock.clone(),
         );
@@ -185,7 +181,7 @@ impl Node {
         };
         let cache = Cache::new(
             replicas.clone(),
-            policies,
+            rules,
             refresher.clone(),
             settings,
             metrics.clone(),

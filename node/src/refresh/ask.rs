@@ -1,0 +1,87 @@
+//! A follower's question for the leader's flight of a key, and the leader's answer.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::{
+    Key,
+    peer::{FetchRequest, fetch_response},
+};
+use holdfast_raft::{Events, Leader, Replica};
+use tonic::{Code, Request};
+
+use super::{Refresher, join::another_leader, outcome::FetchOutcome};
+
+/// Kept back from a follower's time, so that it hears why there is nothing: an eighth, and at most
+/// this.
+const ANSWER_TIME_MAX: Duration = Duration::from_millis(50);
+
+impl Refresher {
+    pub(super) async fn ask_leader(
+        &self,
+        key: &Key,
+        upstream: &str,
+        replica: &Replica,
+        leader: Leader,
+        left: Duration,
+    ) -> FetchOutcome {
+        let Ok(_asks) = self.asks.try_acquire() else {
+            self.metrics.flight_refused(upstream);
+            return FetchOutcome::Overloaded;
+        };
+        let Some(peers) = self.replicas.peers() else {
+            return FetchOutcome::NotLeading;
+        };
+        let Some(member) = peers.member(leader.id) else {
+            return FetchOutcome::NotLeading;
+        };
+        let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
+        let mut request = Request::new(FetchRequest {
+            header,
+            key: key.as_bytes().clone(),
+        });
+        request.set_timeout(left);
+        self.metrics.outgoing(request.metadata_mut());
+        let mut client = peers.refresh_client(&member.peer_address);
+        // A leader that hangs is left as soon as there is another.
+        let response = tokio::select! {
+            response = tokio::time::timeout(left, client.fetch(request)) => response,
+            () = another_leader(replica, leader) => return FetchOutcome::NotLeading,
+        };
+        let response = match response {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) if status.code() == Code::ResourceExhausted => {
+                return FetchOutcome::Overloaded;
+            }
+            Ok(Err(status)) => {
+                tracing::debug!(leader = leader.id, code = ?status.code(), "the leader did not fetch");
+                return FetchOutcome::NotLeading;
+            }
+            Err(_) => return FetchOutcome::NotLeading,
+        };
+        peers.heard(replica.shard(), leader.id, response.header.as_ref());
+        response
+            .result
+            .map_or(FetchOutcome::NotLeading, FetchOutcome::from)
+    }
+
+    /// Joins the flight of a follower's reader, who waits so long, by the policies of this node,
+    /// which leads the key.
+    pub(crate) async fn fetch_for_peer(
+        self: &Arc<Self>,
+        key: &Key,
+        replica: &Arc<Replica>,
+        timeout: Duration,
+    ) -> fetch_response::Result {
+        let rules = self.rules.load_full();
+        let Some(term) = replica.leads() else {
+            return FetchOutcome::NotLeading.into();
+        };
+        let Some(policy) = rules.policy(key) else {
+            return FetchOutcome::NoPolicy.into();
+        };
+        let left = timeout.saturating_sub((timeout / 8).min(ANSWER_TIME_MAX));
+        let deadline = self.clock.monotonic() + left;
+        let joined = Box::pin(self.join(key, &policy.upstream, replica, term, deadline));
+        joined.await.into()
+    }
+}
