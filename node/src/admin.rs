@@ -17,6 +17,7 @@ use holdfast_raft::Replicas;
 use crate::{
     metrics::{self, Metrics, Seen},
     ready::{Checks, Readiness},
+    serve::Listeners,
 };
 
 /// What the admin listener shows.
@@ -24,6 +25,7 @@ pub(crate) struct Shown {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) replicas: Arc<Replicas>,
     pub(crate) readiness: Arc<Readiness>,
+    pub(crate) listeners: Arc<Listeners>,
     pub(crate) is_insecure: bool,
 }
 
@@ -60,6 +62,7 @@ async fn scrape(State(shown): State<Arc<Shown>>) -> Response {
         let is_ready = shown.readiness.to_read().all_hold();
         shown.metrics.scrape(Seen {
             replicas: &shown.replicas,
+            listeners: &shown.listeners,
             is_insecure: shown.is_insecure,
             is_ready,
         })

@@ -21,6 +21,7 @@ use crate::{
     config::{Config, ConfigError, DEFAULT_YAML, Overrides},
     dev,
     node::{self, Node, StartError},
+    resources,
     telemetry::{Telemetry, TelemetryError},
 };
 
@@ -123,6 +124,7 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(config: Config) -> Result<(), Failure> {
+    resources::raise_descriptors();
     let mut signals = Signals::new()?;
     let node = tokio::select! {
         node = Node::start(config, Clock::system()) => node?,

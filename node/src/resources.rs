@@ -1,11 +1,15 @@
-//! What the machine has, for the limits that nobody set: memory as the cgroup allows it, and the
-//! disk under a directory.
+//! What the machine has, for the limits that nobody set: memory as the cgroup allows it, the disk
+//! under a directory, and descriptors.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// More than a node can use.
+const DESCRIPTORS_ENOUGH: u64 = 1 << 20;
 /// Where neither cgroup nor machine says how much memory there is.
 const MEMORY_BYTES_UNKNOWN: u64 = 2 << 30;
 
@@ -28,6 +32,37 @@ pub(crate) fn memory_bytes() -> u64 {
 pub(crate) fn disk_bytes(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
+}
+
+/// Descriptors that this process may have open.
+pub(crate) fn descriptors_max() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// Those that it has open; `None` where the system does not say.
+pub(crate) fn descriptors_open() -> Option<u64> {
+    u64::try_from(fs::read_dir("/proc/self/fd").ok()?.count()).ok()
+}
+
+/// Raises this process's own limit of descriptors as far as the system lets it: the usual soft limit
+/// of 1,024 is for programs that wait with `select`.
+pub(crate) fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit
+        .maximum
+        .unwrap_or(DESCRIPTORS_ENOUGH)
+        .min(DESCRIPTORS_ENOUGH);
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return;
+    }
+    let raised = Rlimit {
+        current: Some(wanted),
+        maximum: limit.maximum,
+    };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => tracing::info!(from = limit.current, to = wanted, "more descriptors"),
+        Err(error) => tracing::warn!(%error, "the limit of descriptors could not be raised"),
+    }
 }
 
 fn total_of_meminfo(text: &str) -> Option<u64> {

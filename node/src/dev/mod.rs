@@ -80,6 +80,7 @@ struct DataDir {
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
+    resources::raise_descriptors();
     let mut signals = Signals::new()?;
     arguments.check_ports().map_err(StartError::from)?;
     let clock = Clock::system();

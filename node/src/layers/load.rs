@@ -404,7 +404,7 @@ mod tests {
     use tower::{ServiceBuilder, ServiceExt, service_fn};
 
     use super::*;
-    use crate::serve::{self, Bound, Serving, Windows};
+    use crate::serve::{self, Bound, Connections, Protocol, Serving, Terms, Windows};
 
     const GET: &str = "/holdfast.v1.CacheService/Get";
     const SET: &str = "/holdfast.v1.CacheService/Set";
@@ -586,25 +586,33 @@ mod tests {
                 reserved: 1,
                 endless: 1,
             },
-            clock,
+            clock.clone(),
         );
         let (_, health) = tonic_health::server::health_reporter();
         let windows = Windows {
             stream: 1 << 20,
             connection: 1 << 20,
         };
-        let router = serve::server(windows)
+        let service = ServiceBuilder::new()
+            .map_request(|request: http::Request<hyper::body::Incoming>| request.map(Body::new))
             .layer(LoadLayer::new(load))
-            .add_service(health);
-        let listener = bound.open().unwrap();
-        let serving = Serving::start(|drain, close| async move {
-            router
-                .serve_with_incoming_shutdown(
-                    serve::connections(listener, close),
-                    drain.cancelled_owned(),
-                )
-                .await
-                .unwrap();
+            .service(tonic::service::Routes::new(health).prepare());
+        let terms = Terms {
+            listener: "test",
+            connections_max: 10,
+            descriptors_max: u64::MAX,
+            idle: Duration::from_secs(600),
+            busy: None,
+        };
+        let (listener, known) = (bound.open().unwrap(), Connections::new(terms, clock));
+        let serving = Serving::start(|drain, close| {
+            serve::serve(
+                listener,
+                Protocol::Http2(windows),
+                known,
+                service,
+                (drain, close),
+            )
         });
         (address, serving)
     }

@@ -21,7 +21,7 @@ use prometheus_client::{
 };
 use tonic::metadata::MetadataMap;
 
-pub use self::scrape::Seen;
+pub(crate) use self::scrape::Seen;
 use crate::error::Code;
 
 /// What a scrape answers with.

@@ -14,14 +14,16 @@ use prometheus_client::{
 };
 
 use super::{Metrics, ShardLabel};
+use crate::{resources, serve::Listeners};
 
 /// What a scrape shows beside what was counted.
 #[derive(Clone, Copy)]
-pub struct Seen<'a> {
-    pub replicas: &'a Replicas,
+pub(crate) struct Seen<'a> {
+    pub(crate) replicas: &'a Replicas,
+    pub(crate) listeners: &'a Listeners,
     /// A listener beyond loopback is open without TLS and auth.
-    pub is_insecure: bool,
-    pub is_ready: bool,
+    pub(crate) is_insecure: bool,
+    pub(crate) is_ready: bool,
 }
 
 type ByShard<N, A> = Family<ShardLabel, Gauge<N, A>>;
@@ -29,6 +31,11 @@ type ByShard<N, A> = Family<ShardLabel, Gauge<N, A>>;
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PeerLabel {
     peer: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ListenerLabel {
+    listener: &'static str,
 }
 
 /// The gauges of the replicas.
@@ -50,9 +57,10 @@ struct Gauges {
 impl Metrics {
     /// Everything, in the text format. Reads sizes from the disk: not on a thread that anybody
     /// waits for.
-    pub fn scrape(&self, seen: Seen<'_>) -> Result<String, fmt::Error> {
+    pub(crate) fn scrape(&self, seen: Seen<'_>) -> Result<String, fmt::Error> {
         let mut registry = Registry::with_prefix("holdfast");
         register_node(&mut registry, seen);
+        register_connections(&mut registry, seen.listeners);
         if let Some(peers) = seen.replicas.peers() {
             register_peers(
                 &mut registry,
@@ -88,6 +96,38 @@ fn register_node(registry: &mut Registry, seen: Seen<'_>) {
         "ready",
         "1 if the node can answer reads",
         gauge(i64::from(seen.is_ready)),
+    );
+}
+
+fn register_connections(registry: &mut Registry, listeners: &Listeners) {
+    let open = Family::<ListenerLabel, Gauge>::default();
+    let refused = Family::<ListenerLabel, Counter>::default();
+    for connections in [&listeners.client, &listeners.peer, &listeners.admin] {
+        let label = ListenerLabel {
+            listener: connections.listener(),
+        };
+        open.get_or_create(&label)
+            .set(i64::try_from(connections.count()).unwrap_or(i64::MAX));
+        refused.get_or_create(&label).inc_by(connections.refused());
+    }
+    registry.register("connections", "Open connections by listener", open);
+    registry.register(
+        "connections_refused",
+        "Connections that a listener had no room for",
+        refused,
+    );
+    if let Some(descriptors) = resources::descriptors_open() {
+        let descriptors = gauge(signed(descriptors));
+        registry.register(
+            "descriptors",
+            "Descriptors this process has open",
+            descriptors,
+        );
+    }
+    registry.register(
+        "descriptors_limit",
+        "Descriptors this process may have open",
+        gauge(signed(resources::descriptors_max())),
     );
 }
 

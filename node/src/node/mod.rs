@@ -16,11 +16,14 @@ use holdfast_raft::{
     Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas,
     store::{self, Budget, Stores},
 };
+use hyper::body::Incoming;
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tokio::{net::TcpListener, task::JoinHandle};
+use tonic::{body::Body, service::Routes};
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::{HealthReporter, health_reporter};
+use tower::ServiceBuilder;
 
 use crate::{
     admin,
@@ -34,7 +37,7 @@ use crate::{
     refresh::Refresher,
     resources,
     rules::Rules,
-    serve::{self, Bound, ListenError, Serving, Windows},
+    serve::{self, Bound, ListenError, Listeners, Protocol, Serving, Windows},
     upstream::{Upstream, Upstreams, http::Http},
 };
 
@@ -116,6 +119,7 @@ struct Parts {
     cache: Arc<Cache>,
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
+    listeners: Arc<Listeners>,
     clock: Clock,
     is_insecure: bool,
 }
@@ -173,6 +177,7 @@ impl Node {
             cache,
             readiness,
             metrics,
+            listeners: Listeners::new(&clock),
             clock,
             is_insecure,
         };
@@ -314,51 +319,61 @@ impl Parts {
                 .register_file_descriptor_set(public_descriptors())
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
+        let routes = Routes::new(grpc::cache_service(
+            self.cache.clone(),
+            self.metrics.clone(),
+            self.clock.clone(),
+        ))
+        .add_service(grpc::cluster_service(
+            self.replicas.clone(),
+            self.metrics.clone(),
+            self.clock.clone(),
+        ))
+        .add_service(health)
+        .add_service(described().build_v1()?)
+        .add_service(described().build_v1alpha()?);
         let stack = layers::stack(
             self.metrics.clone(),
             Load::new(Limits::default(), self.clock.clone()),
             self.clock.clone(),
         );
-        let router = serve::server(CLIENT_WINDOWS)
+        let service = ServiceBuilder::new()
+            .map_request(|request: http::Request<Incoming>| request.map(Body::new))
             .layer(stack)
-            .add_service(grpc::cache_service(
-                self.cache.clone(),
-                self.metrics.clone(),
-                self.clock.clone(),
-            ))
-            .add_service(grpc::cluster_service(
-                self.replicas.clone(),
-                self.metrics.clone(),
-                self.clock.clone(),
-            ))
-            .add_service(health)
-            .add_service(described().build_v1()?)
-            .add_service(described().build_v1alpha()?);
-        Ok(Serving::start(|drain, close| async move {
-            let served = router.serve_with_incoming_shutdown(
-                serve::connections(listener, close),
-                drain.cancelled_owned(),
-            );
-            ended("clients", served.await);
+            .service(routes.prepare());
+        let known = self.listeners.client.clone();
+        Ok(Serving::start(|drain, close| {
+            serve::serve(
+                listener,
+                Protocol::Http2(CLIENT_WINDOWS),
+                known,
+                service,
+                (drain, close),
+            )
         }))
     }
 
     fn serve_peers(&self, listener: TcpListener) -> Serving {
-        let router = serve::server(PEER_WINDOWS)
-            .layer(TraceLayer::Traced)
-            .add_service(self.replicas.replica_service())
+        let routes = Routes::new(self.replicas.replica_service())
             .add_service(self.replicas.membership_service())
             .add_service(peers::peer_service(
                 self.replicas.clone(),
                 self.cache.clone(),
                 self.refresher.clone(),
             ));
-        Serving::start(|drain, close| async move {
-            let served = router.serve_with_incoming_shutdown(
-                serve::connections(listener, close),
-                drain.cancelled_owned(),
-            );
-            ended("peers", served.await);
+        let service = ServiceBuilder::new()
+            .map_request(|request: http::Request<Incoming>| request.map(Body::new))
+            .layer(TraceLayer::Traced)
+            .service(routes.prepare());
+        let known = self.listeners.peer.clone();
+        Serving::start(|drain, close| {
+            serve::serve(
+                listener,
+                Protocol::Http2(PEER_WINDOWS),
+                known,
+                service,
+                (drain, close),
+            )
         })
     }
 
@@ -367,15 +382,12 @@ impl Parts {
             metrics: self.metrics.clone(),
             replicas: self.replicas.clone(),
             readiness: self.readiness.clone(),
+            listeners: self.listeners.clone(),
             is_insecure: self.is_insecure,
         });
-        Serving::start(|drain, _| async move {
-            ended(
-                "admin",
-                axum::serve(listener, router)
-                    .with_graceful_shutdown(drain.cancelled_owned())
-                    .await,
-            );
+        let known = self.listeners.admin.clone();
+        Serving::start(|drain, close| {
+            serve::serve(listener, Protocol::Http1, known, router, (drain, close))
         })
     }
 }
@@ -530,12 +542,6 @@ fn warn_of_risks(config: &Config, engine: store::Engine) -> bool {
         );
     }
     !open.is_empty()
-}
-
-fn ended<E: std::fmt::Display>(purpose: &str, served: Result<(), E>) {
-    if let Err(error) = served {
-        tracing::error!(%error, "serving {purpose} ended");
-    }
 }
 
 async fn within(timeout: Duration, what: &str, step: impl Future<Output = ()>) {

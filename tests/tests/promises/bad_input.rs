@@ -618,7 +618,13 @@ async fn garbage_on_any_port_hurts_nobody() -> anyhow::Result<()> {
             200
         );
     }
-    drop(silent);
+    info!("--- they are ended: nobody waits for ever for who says nothing");
+    for mut connection in silent {
+        let mut nothing = Vec::new();
+        let ended = connection.read_to_end(&mut nothing);
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(30), ended).await;
+        assert!(ended.is_ok(), "a silent connection is still open");
+    }
     cluster.stop().await
 }
 
