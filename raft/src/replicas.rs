@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    agreement::log::SharedLog,
+    agreement::log::{Claim, SharedLog},
     clock::Clock,
     error::ChangeError,
     events::Events,
@@ -217,6 +217,14 @@ impl Replicas {
     /// Belongs to a cluster from now on: opens a replica of each of its shards.
     async fn enter(&self, cluster: ClusterRecord) -> io::Result<()> {
         let record = self.local.identity().record();
+        // Before any state is made: a state beside a log that is nobody's has lost its log.
+        let claim = self.log.claim(&cluster.cluster_id, cluster.node_id).await?;
+        if claim == Claim::New && self.stores.has_state(0)? {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the data directory has a state and an empty log: what the log had acknowledged is gone; restore this node's data whole, or remove it and let the node join again",
+            ));
+        }
         let identity = Identity {
             cluster_id: cluster.cluster_id.clone(),
             epoch: cluster.epoch,

@@ -135,6 +135,7 @@ impl Upkeep {
                     .collect::<Vec<_>>(),
             );
             let measured = crate::task::blocking(move || -> io::Result<u64> {
+                log.keep_note()?;
                 states.iter().try_fold(
                     log.disk_bytes()?,
                     |sum, state| Ok(sum + state.disk_bytes()?),

@@ -109,6 +109,14 @@ impl Replica {
         if let Some(Ok(index)) = self.read_rounds.join().await
             && self.wait_for_index(index, ROUND_TIMEOUT).await.is_ok()
         {
+            // It has all that a leader proved to be committed since it started.
+            if self.log_is_short() {
+                if let Err(error) = self.log.made_good().await {
+                    tracing::warn!(%error, shard = self.shard, "noting that the log is whole again failed");
+                    return;
+                }
+                self.log_is_short.store(false, Ordering::Relaxed);
+            }
             tracing::info!(shard = self.shard, "this replica has caught up");
             self.must_catch_up.store(false, Ordering::Relaxed);
         }

@@ -42,8 +42,8 @@ use crate::{
     clock::Clock,
     events::Events,
     peer::{Peers, client::Network, snapshot},
-    state::{Applied, State, record::DueKind},
-    store::Stores,
+    state::{Applied, State, owner, record::DueKind},
+    store::{Lost, Stores},
 };
 
 /// Between two tries of a wait for a leader.
@@ -83,6 +83,8 @@ pub struct Replica {
     quiet_until: Duration,
     /// It joined and has not been level with its leader since.
     must_catch_up: AtomicBool,
+    /// Its log lost what it had acknowledged and is not level with its leader since.
+    log_is_short: AtomicBool,
     /// Snapshots that are being received or installed.
     installing: AtomicUsize,
     leader: watch::Sender<Option<Leader>>,
@@ -102,6 +104,29 @@ impl Drop for Installing<'_> {
     }
 }
 
+/// Says what is lost. With nobody to get it back from, that is the end.
+fn lost_log(
+    shard: ShardId,
+    log: &ShardLog,
+    lost: Lost,
+    raft: &RaftHandle,
+    node_id: u64,
+) -> io::Result<()> {
+    let what = format!(
+        "the log of shard {shard} had acknowledged entries up to {} and ends at {}: its last writes are gone from this disk",
+        lost.acknowledged,
+        log.last_index()
+    );
+    if raft.voter_ids().all(|voter| voter == node_id) {
+        let message = format!(
+            "{what}, and no other node has them: restore the node's data from a copy, or remove it to begin anew"
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    tracing::error!("{what}; this node does not vote until it has them from the others");
+    Ok(())
+}
+
 impl Replica {
     pub(crate) async fn open(parts: Parts) -> io::Result<Arc<Self>> {
         let Parts {
@@ -117,6 +142,10 @@ impl Replica {
             must_catch_up,
         } = parts;
         let state = State::open(&stores, shard, memory_bytes_max)?;
+        owner::claim(
+            state.generation().store.as_ref(),
+            &peers.identity().cluster_id,
+        )?;
         let log = log.shard(shard)?;
         log.heal(state.applied_record().last_applied).await?;
         let keep_from = Arc::new(AtomicU64::new(0));
@@ -155,6 +184,10 @@ impl Replica {
         )
         .await
         .map_err(io::Error::other)?;
+        let lost = log.lost_acknowledged()?;
+        if let Some(lost) = lost {
+            lost_log(shard, &log, lost, &raft, peers.identity().node_id)?;
+        }
 
         let proof = Arc::new(LeaderProof {
             shard,
@@ -184,7 +217,8 @@ impl Replica {
             pins,
             log_kept,
             events,
-            must_catch_up: AtomicBool::new(must_catch_up),
+            must_catch_up: AtomicBool::new(must_catch_up || lost.is_some()),
+            log_is_short: AtomicBool::new(lost.is_some()),
             installing: AtomicUsize::new(0),
             leader: watch::Sender::new(None),
             leads: watch::Sender::new(None),
@@ -226,6 +260,12 @@ impl Replica {
     /// Joined and not yet level with its leader: it must not answer reads by itself.
     pub fn must_catch_up(&self) -> bool {
         self.must_catch_up.load(Ordering::Relaxed)
+    }
+
+    /// The log lost what this replica had acknowledged: until it is level again it neither votes nor
+    /// stands, and answers no reads by itself.
+    pub fn log_is_short(&self) -> bool {
+        self.log_is_short.load(Ordering::Relaxed)
     }
 
     /// A snapshot is on its way in: what this replica has is about to be replaced.
@@ -379,7 +419,7 @@ impl Replica {
     }
 
     pub(crate) fn votes_quietly(&self) -> bool {
-        self.clock.monotonic() < self.quiet_until
+        self.log_is_short() || self.clock.monotonic() < self.quiet_until
     }
 
     pub(crate) fn heard_append(&self, vote: Option<&peer::Vote>, header: Option<&Header>) {

@@ -15,6 +15,7 @@
 pub mod apply;
 mod clients;
 pub mod memory;
+pub(crate) mod owner;
 pub mod record;
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@
 //! | `Client`    | `o`, client, seq (u64 BE)        | `Outcome`                                                |
 //! | `System`    | `applied`                        | `AppliedRecord`                                          |
 //! | `System`    | `roster`                         | `RosterRecord`, in shard 0                               |
+//! | `System`    | `cluster`                        | `ClusterRecord`: the id alone                            |
 
 use bytes::{BufMut, Bytes, BytesMut};
 use holdfast_proto::{
@@ -29,6 +30,7 @@ pub const FORMAT: u8 = 1;
 
 pub const APPLIED: &[u8] = b"applied";
 pub const ROSTER: &[u8] = b"roster";
+pub const CLUSTER: &[u8] = b"cluster";
 
 pub type ClientId = [u8; CLIENT_ID_BYTES];
 

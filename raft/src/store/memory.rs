@@ -14,8 +14,8 @@ use holdfast_proto::ShardId;
 use parking_lot::{Mutex, RwLock};
 
 use super::{
-    Family, LogBatch, LogChange, LogMark, LogStore, Scan, StateBatch, StateChange, StateStore,
-    durable,
+    Family, LogBatch, LogChange, LogMark, LogStore, Lost, Scan, StateBatch, StateChange,
+    StateStore, durable,
 };
 
 mod file;
@@ -59,6 +59,10 @@ impl MemoryDisk {
         let slot = states.entry(shard).or_default();
         refuse_second(&slot.open, "the state")?;
         Ok(slot.open_anew())
+    }
+
+    pub(super) fn has_state(&self, shard: ShardId) -> bool {
+        self.states.lock().contains_key(&shard)
     }
 
     pub(super) fn install_state(
@@ -194,6 +198,18 @@ impl LogStore for MemoryLog {
 
     fn mark(&self, shard: ShardId, mark: LogMark) -> io::Result<Option<Bytes>> {
         Ok(self.look(shard, |log| log.marks.get(&mark).cloned()))
+    }
+
+    fn lost(&self, _shard: ShardId) -> Option<Lost> {
+        None
+    }
+
+    fn made_good(&self, _shard: ShardId) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn keep_note(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn disk_bytes(&self) -> io::Result<u64> {

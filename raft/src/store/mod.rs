@@ -11,7 +11,8 @@
 //! | where | key | record | written |
 //! |--|--|--|--|
 //! | log, entries | shard u32, `1`, index u64 | one Raft log entry | with a WAL, synced by group commit |
-//! | log, marks | shard u32, `0`, mark u64 | vote, committed, purged | in the same batches |
+//! | log, marks | shard u32, `0`, mark u64 | vote, committed, purged, cluster | in the same batches |
+//! | log, `SYNCED` | | what of each shard was synced last | after each sync, in place |
 //! | state, `entry` | key | times, version, changed, tags, origin, hash, failure | without a WAL: the log is the WAL |
 //! | state, `value` | key | the value's bytes | 〃 |
 //! | state, `due` | next instant, key | nothing | 〃 |
@@ -70,6 +71,17 @@ pub trait LogStore: Send + Sync + 'static {
 
     fn mark(&self, shard: ShardId, mark: LogMark) -> io::Result<Option<Bytes>>;
 
+    /// What the shard's log had acknowledged and did not hold when it was opened: since then, or
+    /// since an earlier start, until it is made good. Entries, a vote, or any other change.
+    fn lost(&self, shard: ShardId) -> Option<Lost>;
+
+    /// Nothing of what the shard had lost is missing any more. Durable on return.
+    fn made_good(&self, shard: ShardId) -> io::Result<()>;
+
+    /// Makes durable what is noted for [`LogStore::lost`], which otherwise survives a kill but not a
+    /// power loss. Slow: now and then, and never on a thread that anybody waits for.
+    fn keep_note(&self) -> io::Result<()>;
+
     /// Bytes on disk of all shards; the memory engine says what it holds.
     fn disk_bytes(&self) -> io::Result<u64>;
 
@@ -114,16 +126,25 @@ pub trait StateStore: Send + Sync + 'static {
 /// Records of one family in order.
 pub type Scan<'a> = Box<dyn Iterator<Item = io::Result<(Bytes, Bytes)>> + Send + 'a>;
 
+/// A log that once held more than it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lost {
+    /// The last index that it had acknowledged.
+    pub acknowledged: u64,
+}
+
 /// A small record of one shard's log that is overwritten in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum LogMark {
     Vote,
     Committed,
     Purged,
+    /// Which cluster the log belongs to.
+    Cluster,
 }
 
 impl LogMark {
-    pub const ALL: [Self; 3] = [Self::Vote, Self::Committed, Self::Purged];
+    pub const ALL: [Self; 4] = [Self::Vote, Self::Committed, Self::Purged, Self::Cluster];
 }
 
 /// The column families of a state. All exist from the first day, so that no upgrade has to make
@@ -181,6 +202,18 @@ enum LogChange {
     TruncateFrom(ShardId, u64),
     PurgeTo(ShardId, u64),
     SetMark(ShardId, LogMark, Bytes),
+}
+
+impl LogChange {
+    #[cfg(feature = "rocksdb")]
+    fn shard(&self) -> ShardId {
+        match self {
+            Self::Put(shard, ..)
+            | Self::TruncateFrom(shard, _)
+            | Self::PurgeTo(shard, _)
+            | Self::SetMark(shard, ..) => *shard,
+        }
+    }
 }
 
 impl LogBatch {

@@ -108,6 +108,15 @@ impl Stores {
         }
     }
 
+    /// Whether the shard's state was ever opened here.
+    pub fn has_state(&self, shard: ShardId) -> io::Result<bool> {
+        match &self.disk {
+            Disk::Memory(disk) => Ok(disk.has_state(shard)),
+            #[cfg(feature = "rocksdb")]
+            Disk::Rocks(disk) => disk.has_state(shard),
+        }
+    }
+
     /// Replaces the state by a checkpoint: all of it, durable, in `from_dir` on the data
     /// directory's file system. `from_dir` is used up, also by an error, after which the old state
     /// stands. After a crash it is the old state or the new one. Nobody may write to the old handle

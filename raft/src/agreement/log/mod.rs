@@ -45,7 +45,7 @@ use crate::{
     clock::Clock,
     events::Events,
     state::record,
-    store::{LogMark, LogStore},
+    store::{LogMark, LogStore, Lost},
 };
 
 /// Operations that wait for the sync thread; beyond it openraft's core waits, and with it the
@@ -59,6 +59,16 @@ const PURGE_SHARE: u64 = 8;
 pub struct LogKept {
     pub entries: u64,
     pub bytes: u64,
+}
+
+/// Whose log it is stands among the marks of the shard that every node has.
+const OWNER_SHARD: ShardId = 0;
+
+/// Whether a log was already what it is claimed to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    New,
+    Known,
 }
 
 /// One per node. Cheap to clone.
@@ -141,6 +151,45 @@ impl SharedLog {
     /// Why the log can be written no more; `None` while it can.
     pub(crate) fn failed(&self) -> watch::Receiver<Option<String>> {
         self.inner.failed.subscribe()
+    }
+
+    /// Makes this the log of that node of that cluster, durably, before anything is written for it.
+    /// Refused if it is another's already. `Claim::Known` if it was this one's.
+    pub(crate) async fn claim(&self, cluster_id: &str, node_id: u64) -> io::Result<Claim> {
+        if let Some(owner) = self.owner()? {
+            return if (owner.cluster_id.as_str(), owner.node_id) == (cluster_id, node_id) {
+                Ok(Claim::Known)
+            } else {
+                Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!(
+                        "the log in the data directory belongs to node {} of cluster {}, this is node {node_id} of cluster {cluster_id}: is it the right directory?",
+                        owner.node_id, owner.cluster_id
+                    ),
+                ))
+            };
+        }
+        let owner = peer::ClusterRecord {
+            cluster_id: cluster_id.to_owned(),
+            node_id,
+            ..Default::default()
+        };
+        let (done, durable) = oneshot::channel();
+        self.enqueue(Write::Owner { owner, done }).await?;
+        durable
+            .await
+            .map_err(|_| io::Error::other("the log is closed"))??;
+        Ok(Claim::New)
+    }
+
+    /// The cluster and node that the log belongs to; `None` while it is nobody's.
+    pub(crate) fn owner(&self) -> io::Result<Option<peer::ClusterRecord>> {
+        mark(self.inner.store()?.as_ref(), OWNER_SHARD, LogMark::Cluster)
+    }
+
+    /// Makes durable what is noted of what was synced. Slow: off the async threads.
+    pub(crate) fn keep_note(&self) -> io::Result<()> {
+        self.inner.store()?.keep_note()
     }
 
     pub(crate) fn disk_bytes(&self) -> io::Result<u64> {
@@ -269,6 +318,25 @@ impl ShardLog {
         durable
             .await
             .map_err(|_| io::Error::other("the log cannot be written"))
+    }
+
+    /// What this log had acknowledged and does not hold any more: since it was opened, or since an
+    /// earlier start, until [`ShardLog::made_good`]. Its vote is not among it: that was given back.
+    ///
+    /// Until then the replica must neither grant votes nor stand for one: a leader elected by its
+    /// vote may lack what was committed by its acknowledgement. It is made good once the replica
+    /// has applied all that a leader proved to be committed after this start (a read index): that
+    /// leader was elected without it, or before the loss, and so has all of it.
+    pub(crate) fn lost_acknowledged(&self) -> io::Result<Option<Lost>> {
+        Ok(self.log.inner.store()?.lost(self.shard))
+    }
+
+    /// See [`ShardLog::lost_acknowledged`].
+    pub(crate) async fn made_good(&self) -> io::Result<()> {
+        let (store, shard) = (self.log.inner.store()?, self.shard);
+        crate::task::blocking(move || store.made_good(shard))
+            .await
+            .map_err(io::Error::other)?
     }
 
     pub(crate) fn has_vote(&self) -> bool {

@@ -29,11 +29,10 @@ pub(super) struct TailState {
 }
 
 impl Tail {
-    pub(super) fn synced(&self, end: Option<u64>) {
-        let Some(end) = end else { return };
-        let mut state = self.state.write();
-        state.synced_to = state.synced_to.max(end);
-        state.trim();
+    pub(super) fn synced(&self, last: Option<LogId>) {
+        if let Some(last) = last {
+            self.state.write().synced(last);
+        }
     }
 }
 
@@ -74,6 +73,19 @@ impl TailState {
         self.bytes += entry_bytes(&entry);
         self.last = Some(entry.log_id());
         self.entries.push_back(entry);
+    }
+
+    /// Everything up to `last` is in the store, unless the log was truncated meanwhile and another
+    /// entry took its place, or none: what is in the store then is what was taken back.
+    fn synced(&mut self, last: LogId) {
+        let position = last.index().checked_sub(self.first);
+        let entry = position
+            .and_then(|position| usize::try_from(position).ok())
+            .and_then(|position| self.entries.get(position));
+        if entry.is_some_and(|entry| entry.log_id() == last) {
+            self.synced_to = self.synced_to.max(last.index() + 1);
+            self.trim();
+        }
     }
 
     /// Gives up what is in the store, oldest first, while there is too much.

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::*;
 use crate::{
     agreement::types::{Commands, CommittedLeaderId, Payload, log_id_to},
-    store::{LogBatch, Stores},
+    store::{LogBatch, Lost, Stores},
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -18,17 +18,22 @@ const KEPT: LogKept = LogKept {
     bytes: 64 << 20,
 };
 
-/// A store in memory that counts what is written to it without a sync, and whose next read may
-/// hang.
+/// A store in memory that counts what is written to it without a sync, and whose next read
+/// or write may hang.
 struct Counting {
     store: Arc<dyn LogStore>,
     unsynced: Mutex<u64>,
     hangs_until: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
+    writes_hang_until: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
 }
 
 impl LogStore for Counting {
     fn write(&self, batch: LogBatch, sync: bool) -> io::Result<()> {
         *self.unsynced.lock() += u64::from(!sync);
+        let hangs_until = self.writes_hang_until.lock().take();
+        if let Some(answers) = hangs_until {
+            answers.recv_timeout(PATIENCE).map_err(io::Error::other)?;
+        }
         self.store.write(batch, sync)
     }
 
@@ -57,6 +62,18 @@ impl LogStore for Counting {
         self.store.mark(shard, mark)
     }
 
+    fn lost(&self, shard: ShardId) -> Option<Lost> {
+        self.store.lost(shard)
+    }
+
+    fn made_good(&self, shard: ShardId) -> io::Result<()> {
+        self.store.made_good(shard)
+    }
+
+    fn keep_note(&self) -> io::Result<()> {
+        self.store.keep_note()
+    }
+
     fn disk_bytes(&self) -> io::Result<u64> {
         self.store.disk_bytes()
     }
@@ -72,6 +89,7 @@ fn counting() -> Arc<Counting> {
         store,
         unsynced: Mutex::default(),
         hangs_until: Mutex::default(),
+        writes_hang_until: Mutex::default(),
     })
 }
 
@@ -315,4 +333,69 @@ async fn uncommitted_entries_in_the_place_of_applied_ones_are_removed_at_a_start
         log.entries(0, 100, usize::MAX).await.expect("read").len(),
         1
     );
+}
+
+/// A sync ends after the log was truncated and filled again by another leader: what the store has
+/// by then is what was taken back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sync_that_ends_after_a_truncation_gives_up_no_entry_that_is_not_in_the_store() {
+    const ENTRY: usize = 1 << 20;
+    let store = counting();
+    let shared = open(&store);
+    let mut log = shared.shard(0).expect("a shard's log");
+    fill(&mut log, 1..11, 10).await;
+
+    let (device, answers) = std::sync::mpsc::channel();
+    *store.writes_hang_until.lock() = Some(answers);
+    let mut appending = log.clone();
+    let first = tokio::spawn(async move { fill(&mut appending, 11..21, 10).await });
+    until(|| store.writes_hang_until.lock().is_none()).await;
+    log.truncate_after(Some(log_id(1, 14)))
+        .await
+        .expect("truncated");
+    // More than memory keeps of what is in the store.
+    let mut appending = log.clone();
+    let second = tokio::spawn(async move {
+        appending
+            .blocking_append((15..90).map(|index| entry(2, index, ENTRY)))
+            .await
+            .expect("appended");
+    });
+    until(|| log.last_index() == 89).await;
+    let (next_device, next_answers) = std::sync::mpsc::channel();
+    *store.writes_hang_until.lock() = Some(next_answers);
+    device.send(()).expect("the write waits");
+    until(|| store.writes_hang_until.lock().is_none()).await;
+
+    let entries = log.entries(15, 21, usize::MAX).await.expect("read");
+    let terms: Vec<u64> = entries
+        .iter()
+        .map(|entry| entry.log_id().committed_leader_id().term)
+        .collect();
+    assert_eq!(terms, [2; 6], "what was taken back is not read again");
+    next_device.send(()).expect("the write waits");
+    first.await.expect("ran");
+    second.await.expect("ran");
+    shared.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_belongs_to_one_node_of_one_cluster() {
+    let store = counting();
+    let shared = open(&store);
+    assert_eq!(shared.owner().expect("readable"), None);
+    assert_eq!(shared.claim("a", 1).await.expect("nobody's"), Claim::New);
+    shared.close().await;
+    let shared = open(&store);
+    assert_eq!(shared.claim("a", 1).await.expect("its own"), Claim::Known);
+    for (cluster, node) in [("b", 1), ("a", 2)] {
+        let refused = shared.claim(cluster, node).await.expect_err("another's");
+        assert!(
+            refused
+                .to_string()
+                .contains("belongs to node 1 of cluster a"),
+            "{refused}"
+        );
+    }
+    shared.close().await;
 }

@@ -10,11 +10,11 @@ use std::{
     time::Duration,
 };
 
-use holdfast_proto::ShardId;
+use holdfast_proto::{ShardId, peer};
 use openraft::{entry::RaftEntry, storage::IOFlushed};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Inner, QUEUE, tail::Tail};
+use super::{Inner, OWNER_SHARD, QUEUE, tail::Tail};
 use crate::{
     agreement::types::{Entry, LogId, Types, Vote, entry_to, log_id_to, vote_to},
     events::Events,
@@ -35,6 +35,10 @@ pub(super) enum Write {
     Vote {
         shard: ShardId,
         vote: Vote,
+        done: oneshot::Sender<io::Result<()>>,
+    },
+    Owner {
+        owner: peer::ClusterRecord,
         done: oneshot::Sender<io::Result<()>>,
     },
     Committed {
@@ -187,14 +191,18 @@ impl Syncer {
                 }
                 waiting.appends.push(Appended {
                     shard,
-                    end: entries.last().map(|entry| entry.log_id().index() + 1),
+                    last: entries.last().map(|entry| entry.log_id()),
                     tail,
                     flushed,
                 });
             }
             Write::Vote { shard, vote, done } => {
                 batch.set_mark(shard, LogMark::Vote, record::encode(&vote_to(&vote)));
-                waiting.votes.push(done);
+                waiting.marks.push(done);
+            }
+            Write::Owner { owner, done } => {
+                batch.set_mark(OWNER_SHARD, LogMark::Cluster, record::encode(&owner));
+                waiting.marks.push(done);
             }
             Write::Committed { shard, committed } => {
                 let now = self.log.clock.monotonic();
@@ -217,7 +225,7 @@ impl Syncer {
 
 struct Appended {
     shard: ShardId,
-    end: Option<u64>,
+    last: Option<LogId>,
     tail: Arc<Tail>,
     flushed: IOFlushed<Types>,
 }
@@ -226,7 +234,8 @@ struct Appended {
 #[derive(Default)]
 struct Waiting {
     appends: Vec<Appended>,
-    votes: Vec<oneshot::Sender<io::Result<()>>>,
+    /// Of votes, and of whose log it is.
+    marks: Vec<oneshot::Sender<io::Result<()>>>,
     barriers: Vec<oneshot::Sender<()>>,
     durable: bool,
 }
@@ -235,7 +244,7 @@ impl Waiting {
     fn needs_sync(&self) -> bool {
         self.durable
             || !self.appends.is_empty()
-            || !self.votes.is_empty()
+            || !self.marks.is_empty()
             || !self.barriers.is_empty()
     }
 
@@ -244,14 +253,14 @@ impl Waiting {
     fn succeed(self) {
         let mut told: Vec<ShardId> = Vec::new();
         for appended in self.appends.into_iter().rev() {
-            appended.tail.synced(appended.end);
+            appended.tail.synced(appended.last);
             let newest = !told.contains(&appended.shard);
             if newest || !matches!(appended.flushed, IOFlushed::Notify(_)) {
                 appended.flushed.io_completed(Ok(()));
                 told.push(appended.shard);
             }
         }
-        for done in self.votes {
+        for done in self.marks {
             let _ = done.send(Ok(()));
         }
         for done in self.barriers {
@@ -264,7 +273,7 @@ impl Waiting {
         for appended in self.appends {
             appended.flushed.io_completed(Err(copy()));
         }
-        for done in self.votes {
+        for done in self.marks {
             let _ = done.send(Err(copy()));
         }
     }

@@ -5,9 +5,11 @@
 //! ```
 //! Entries are never overwritten in place but after a truncation. Two families, because a table
 //! file that holds marks would overlap every other file and make compaction rewrite a log that is
-//! only ever appended to and cut at both ends.
+//! only ever appended to and cut at both ends. What was synced is noted in a second place
+//! (`synced.rs`), and the write-ahead files are read before RocksDB replays them (`wal.rs`): a
+//! damaged log does not open, and one that lost what it had acknowledged says so.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -21,8 +23,10 @@ use rocksdb::{
 
 use super::io_error;
 use super::settings::{LOG_ENTRIES, LOG_MARKS, Shared};
+use super::synced::{Changed, Synced};
+use super::wal;
 use crate::store::poison::Poison;
-use crate::store::{LogBatch, LogChange, LogMark, LogStore, durable};
+use crate::store::{LogBatch, LogChange, LogMark, LogStore, Lost, durable};
 
 const MARK: u8 = 0;
 const ENTRY: u8 = 1;
@@ -36,8 +40,12 @@ pub(in crate::store) struct RocksLog {
 }
 
 /// What only the writer knows.
-#[derive(Default)]
 struct Writer {
+    synced: Synced,
+    /// Last index of each shard that was written to.
+    last: HashMap<ShardId, Option<u64>>,
+    /// Shards with changes that are not noted as synced, and their new vote.
+    unsynced: BTreeMap<ShardId, Option<Bytes>>,
     /// No entry of the shard is below. A purge deletes from here and not from 0: ranges that all
     /// begin at 0 would pile up on each other, and every read would pass the pile.
     floors: HashMap<ShardId, u64>,
@@ -48,14 +56,34 @@ struct Writer {
 
 impl RocksLog {
     pub(super) fn open(directory: &Path, shared: &Shared) -> io::Result<Self> {
+        // RocksDB's name for what says which of its files count.
+        let exists = directory.join("CURRENT").exists();
+        let mut synced = Synced::open(directory, exists)?;
+        wal::mend_torn(directory)?;
         let db = DB::open_cf_descriptors(&shared.log(), directory, shared.log_families())
             .map_err(io_error)?;
-        Ok(Self {
+        let lost_votes = synced.compare(db.latest_sequence_number())?;
+        let writer = Writer {
+            synced,
+            last: HashMap::new(),
+            unsynced: BTreeMap::new(),
+            floors: HashMap::new(),
+            reclaimable: HashMap::new(),
+        };
+        let log = Self {
             db,
             directory: directory.to_owned(),
-            writer: Mutex::default(),
+            writer: Mutex::new(writer),
             poison: Poison::default(),
-        })
+        };
+        let mut given_back = LogBatch::default();
+        for (shard, vote) in lost_votes {
+            given_back.set_mark(shard, LogMark::Vote, vote);
+        }
+        if !given_back.is_empty() {
+            log.write(given_back, true)?;
+        }
+        Ok(log)
     }
 
     fn family(&self, name: &str) -> &ColumnFamily {
@@ -70,13 +98,20 @@ impl RocksLog {
         let (entries, marks) = (self.family(LOG_ENTRIES), self.family(LOG_MARKS));
         let mut prepared = WriteBatch::default();
         for change in changes {
+            let unsynced = writer.unsynced.entry(change.shard()).or_default();
+            if let LogChange::SetMark(_, LogMark::Vote, vote) = &change {
+                *unsynced = Some(vote.clone());
+            }
             match change {
                 LogChange::Put(shard, index, entry) => {
+                    writer.last.insert(shard, Some(index));
                     let floor = self.floor(shard, writer)?;
                     *floor = index.min(*floor);
                     prepared.put_cf(entries, key(shard, ENTRY, index), entry);
                 }
                 LogChange::TruncateFrom(shard, index) => {
+                    let last = self.last_index(shard, writer)?;
+                    *last = last.and_then(|last| index.checked_sub(1).map(|to| to.min(last)));
                     prepared.delete_range_cf(
                         entries,
                         key(shard, ENTRY, index).as_slice(),
@@ -112,6 +147,32 @@ impl RocksLog {
                 Ok(unknown.insert(first))
             }
         }
+    }
+
+    fn last_index<'a>(
+        &self,
+        shard: ShardId,
+        writer: &'a mut Writer,
+    ) -> io::Result<&'a mut Option<u64>> {
+        use std::collections::hash_map::Entry;
+        match writer.last.entry(shard) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(unknown) => {
+                let last = self.bounds(shard)?.map(|(_, last)| last);
+                Ok(unknown.insert(last))
+            }
+        }
+    }
+
+    /// Notes what is on disk now, before anybody hears of it.
+    fn note_synced(&self, writer: &mut Writer) -> io::Result<()> {
+        let sequence = self.db.latest_sequence_number();
+        let mut changed = Vec::new();
+        for (shard, vote) in std::mem::take(&mut writer.unsynced) {
+            let last_index = *self.last_index(shard, writer)?;
+            changed.push((shard, Changed { last_index, vote }));
+        }
+        writer.synced.advance(sequence, changed)
     }
 
     /// Removes table files that hold nothing but purged entries, without reading them.
@@ -153,6 +214,9 @@ impl LogStore for RocksLog {
         let written =
             prepared.and_then(|prepared| self.db.write_opt(prepared, &options).map_err(io_error));
         self.poison.watch(written)?;
+        if sync {
+            self.poison.watch(self.note_synced(&mut writer))?;
+        }
         if sync && !writer.reclaimable.is_empty() {
             self.poison.watch(self.reclaim(&mut writer))?;
         }
@@ -212,6 +276,19 @@ impl LogStore for RocksLog {
         Ok(record.map(Bytes::from))
     }
 
+    fn lost(&self, shard: ShardId) -> Option<Lost> {
+        self.writer.lock().synced.lost(shard)
+    }
+
+    fn made_good(&self, shard: ShardId) -> io::Result<()> {
+        self.writer.lock().synced.made_good(shard)
+    }
+
+    fn keep_note(&self) -> io::Result<()> {
+        let note = self.writer.lock().synced.handle()?;
+        note.sync_data()
+    }
+
     fn disk_bytes(&self) -> io::Result<u64> {
         self.poison.check()?;
         durable::size_bytes(&self.directory)
@@ -258,6 +335,7 @@ fn mark_key(shard: ShardId, mark: LogMark) -> Vec<u8> {
         LogMark::Vote => 0,
         LogMark::Committed => 1,
         LogMark::Purged => 2,
+        LogMark::Cluster => 3,
     };
     key(shard, MARK, number)
 }

@@ -1,12 +1,15 @@
 //! The durable engine: the only place that names RocksDB. One database for the log of all shards,
 //! one for each shard's state, with one block cache and one bound on write buffers for all of them.
 
+mod crc32c;
 mod generations;
 mod log;
 mod settings;
 mod state;
+mod synced;
 #[cfg(test)]
 mod tests;
+mod wal;
 
 use std::collections::HashMap;
 use std::io;
@@ -73,6 +76,10 @@ impl RocksDisk {
         )?);
         states.insert(shard, Arc::downgrade(&state));
         Ok(state)
+    }
+
+    pub(super) fn has_state(&self, shard: ShardId) -> io::Result<bool> {
+        self.root(shard).try_exists()
     }
 
     pub(super) fn install_state(

@@ -38,8 +38,11 @@ impl Shared {
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         // A crash tears the end of the last WAL and no other place: damage elsewhere must stop the
-        // node, not shorten the log.
+        // node, not shorten the log. What is in the last 32 KiB this mode takes for torn, whatever
+        // it is: that is told before it opens (`wal.rs`).
         options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+        // WALs that were closed are all there, at their length.
+        options.set_track_and_verify_wals_in_manifest(true);
         // A recycled WAL ends in old records, which that mode takes for damage or, worse, for its
         // own.
         options.set_recycle_log_file_num(0);
