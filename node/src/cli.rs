@@ -23,6 +23,7 @@ use crate::{
     node::{self, Node, StartError},
     resources,
     telemetry::{Telemetry, TelemetryError},
+    upstream::Shared,
 };
 
 const FAILED: u8 = 1;
@@ -144,7 +145,7 @@ async fn run(config: Config) -> Result<(), Failure> {
 
 fn check(file: &Path) -> Result<(), Failure> {
     let config = load(Some(file), &Overrides::default()).map_err(StartError::from)?;
-    node::upstreams(&config).map_err(StartError::from)?;
+    node::upstreams(&config, &Shared::new(Clock::system())).map_err(StartError::from)?;
     println!("{}: ok", file.display());
     Ok(())
 }

@@ -210,6 +210,15 @@ impl TextTemplate {
         })
     }
 
+    /// Its text, if that is the same for every key and holds no secret.
+    pub fn literal(&self) -> Option<&str> {
+        match &self.0[..] {
+            [] => Some(""),
+            [Part::Literal(text)] => Some(text),
+            _ => None,
+        }
+    }
+
     /// Whether any of it comes from the key.
     pub fn depends_on_key(&self) -> bool {
         self.0.iter().any(|part| matches!(part, Part::Value { .. }))

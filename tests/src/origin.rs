@@ -51,6 +51,8 @@ pub enum Behaviour {
         by: Duration,
         then: Box<Behaviour>,
     },
+    /// Chosen by the number of the call on its connection, counted from 1.
+    PerConnection(Arc<Choose>),
     /// Takes the call and never answers.
     Hang,
     /// Closes the connection without an answer.
@@ -75,6 +77,8 @@ pub enum Behaviour {
 
 /// Of the target and the number of the call.
 type Compute = dyn Fn(&str, u64) -> Answer + Send + Sync;
+
+type Choose = dyn Fn(u64) -> Behaviour + Send + Sync;
 
 /// Holds calls back until it is opened; stays open then. Clones are the same gate.
 #[derive(Debug, Clone)]
@@ -153,6 +157,10 @@ impl Behaviour {
         Self::Compute(Arc::new(answer))
     }
 
+    pub fn per_connection(choose: impl Fn(u64) -> Self + Send + Sync + 'static) -> Self {
+        Self::PerConnection(Arc::new(choose))
+    }
+
     /// This, once the gate opens.
     pub fn after(self, gate: &Gate) -> Self {
         Self::Stall {
@@ -175,6 +183,7 @@ impl fmt::Debug for Behaviour {
         match self {
             Self::Answer(answer) => write!(f, "Answer({})", answer.status),
             Self::Compute(_) => f.write_str("Compute"),
+            Self::PerConnection(_) => f.write_str("PerConnection"),
             Self::Stall { then, .. } => write!(f, "Stall({then:?})"),
             Self::Delay { by, then } => write!(f, "Delay({by:?}, {then:?})"),
             Self::Hang => f.write_str("Hang"),
@@ -267,6 +276,11 @@ impl Origin {
             .unwrap_or(0)
     }
 
+    /// Connections that were made.
+    pub fn connections(&self) -> u64 {
+        self.shared.state.lock().connections
+    }
+
     /// Calls that are being answered now.
     pub fn calls_open(&self) -> usize {
         *self.shared.open.borrow()
@@ -356,6 +370,7 @@ struct State {
     behaviours: HashMap<String, Behaviour>,
     calls_at: HashMap<String, u64>,
     open_max: usize,
+    connections: u64,
     requests: VecDeque<Request>,
 }
 
@@ -369,6 +384,7 @@ impl State {
             behaviours: HashMap::new(),
             calls_at: HashMap::new(),
             open_max: 0,
+            connections: 0,
             requests: VecDeque::new(),
         }
     }
@@ -417,6 +433,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             accepted = listener.accept() => {
                 if let Ok((stream, _)) = accepted {
                     let shared = shared.clone();
+                    shared.state.lock().connections += 1;
                     connections.spawn(async move { serve(stream, &shared).await });
                 }
             }
@@ -430,12 +447,14 @@ async fn serve(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let (reader, mut writer) = stream.split();
     let mut reader = BufReader::new(reader);
+    let mut on_this = 0;
     while let Some(request) = read_request(&mut reader).await? {
+        on_this += 1;
         let target = request.target.clone();
         let (_open, behaviour, number) = shared.arrived(request);
         // A caller that gives up is no longer open: a hung call ends when its connection does.
         let stays = tokio::select! {
-            stays = behave(behaviour, &mut writer, &target, number) => stays?,
+            stays = behave(behaviour, &mut writer, &target, [number, on_this]) => stays?,
             _ = reader.fill_buf() => false,
         };
         if !stays {
@@ -482,12 +501,13 @@ async fn read_request(reader: &mut (impl AsyncBufReadExt + Unpin)) -> io::Result
     }
 }
 
-/// Whether the connection stays open.
+/// Whether the connection stays open. The call's numbers are those at its path and on its
+/// connection.
 async fn behave(
     mut behaviour: Behaviour,
     writer: &mut (impl AsyncWriteExt + Unpin),
     target: &str,
-    number: u64,
+    [number, on_this]: [u64; 2],
 ) -> io::Result<bool> {
     loop {
         behaviour = match behaviour {
@@ -533,6 +553,7 @@ async fn behave(
                 return Ok(false);
             }
             Behaviour::Hang => std::future::pending().await,
+            Behaviour::PerConnection(choose) => choose(on_this),
             Behaviour::Close => return Ok(false),
         }
     }

@@ -191,23 +191,16 @@ impl<'p> Fields<'p> {
 
     pub(super) fn integer(&mut self, key: &str, range: RangeInclusive<u64>) -> Option<Set<u64>> {
         let tree = self.take(key)?;
-        let found = match tree.value {
-            Value::Integer(integer) => u64::try_from(integer)
-                .ok()
-                .filter(|integer| range.contains(integer)),
-            _ => None,
-        };
-        if found.is_none() {
-            self.wrong(
-                &tree,
-                key,
-                &format!("a whole number from {} to {}", range.start(), range.end()),
-            );
-        }
-        found.map(|value| Set {
-            value,
-            place: tree.place,
-        })
+        self.whole(tree, key, &range)
+    }
+
+    /// Empty if absent.
+    pub(super) fn integers(&mut self, key: &str, range: RangeInclusive<u64>) -> Vec<Set<u64>> {
+        let name = format!("{key}[]");
+        self.list(key)
+            .into_iter()
+            .filter_map(|item| self.whole(item, &name, &range))
+            .collect()
     }
 
     pub(super) fn number(&mut self, key: &str, range: RangeInclusive<f64>) -> Option<f64> {
@@ -298,6 +291,23 @@ impl<'p> Fields<'p> {
                     .add(&tree.place, format!("`{}`: {reason}", self.full(key)))
             })
             .ok()
+    }
+
+    fn whole(&self, tree: Tree, key: &str, range: &RangeInclusive<u64>) -> Option<Set<u64>> {
+        let found = match tree.value {
+            Value::Integer(integer) => u64::try_from(integer)
+                .ok()
+                .filter(|integer| range.contains(integer)),
+            _ => None,
+        };
+        if found.is_none() {
+            let wanted = format!("a whole number from {} to {}", range.start(), range.end());
+            self.wrong(&tree, key, &wanted);
+        }
+        found.map(|value| Set {
+            value,
+            place: tree.place,
+        })
     }
 
     fn wrong(&self, tree: &Tree, key: &str, wanted: &str) {

@@ -33,7 +33,7 @@ pub use self::error::{ConfigError, Place, Problem};
 pub use self::layers::Overrides;
 use crate::policy::Policies;
 use crate::secret::Secrets;
-use crate::upstream::http::HttpSpec;
+use crate::upstream::Spec;
 
 /// Every option with its default, as `holdfastd default-config` prints it.
 pub const DEFAULT_YAML: &str = include_str!("../../../deploy/holdfastd.yaml");
@@ -101,7 +101,7 @@ pub struct Cluster {
 #[derive(Debug, Clone)]
 pub struct Upstream {
     pub name: String,
-    pub http: HttpSpec,
+    pub spec: Spec,
     pub place: Place,
 }
 

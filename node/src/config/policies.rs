@@ -196,15 +196,10 @@ fn check_captures(
     upstreams: &DeclaredUpstreams,
     problems: &Problems,
 ) {
-    let Some((place, Some(http))) = upstreams.get(upstream) else {
+    let Some((place, Some(spec))) = upstreams.get(upstream) else {
         return;
     };
-    let url = ("url".to_owned(), http.url.captures_max());
-    let headers = http
-        .headers
-        .iter()
-        .map(|(name, template)| (format!("header `{name}`"), template.captures_max()));
-    for (what, captures_max) in std::iter::once(url).chain(headers) {
+    for (what, captures_max) in spec.captures() {
         if captures_max > pattern.value.stars() {
             let reason = format!(
                 "upstream `{upstream}` ({place}), {what}: {}",

@@ -4,10 +4,12 @@
 //! shows any of it, nor what stands where a secret's place should be named.
 
 use std::io::Read;
+use std::path::Path;
 use std::time::Duration;
 
 use holdfast_proto::limits::FETCH_TIMEOUT_MAX;
-use http::HeaderName;
+use http::{HeaderName, StatusCode};
+use url::Host;
 
 use super::Upstream;
 use super::error::{Place, Problems};
@@ -16,14 +18,16 @@ use super::layers::Environment;
 use super::tree::{Key, Tree, Value};
 use crate::secret::{Secret, Secrets};
 use crate::template::{TextTemplate, UrlTemplate};
-use crate::upstream::http::HttpSpec;
+use crate::upstream::Spec;
+use crate::upstream::http::{HttpSpec, Tls, Unframed};
+use crate::upstream::tls::{read_identity, read_roots};
 
 pub(super) const SECRET: Keys = Keys {
     built: &["file", "env"],
     not_built: &[],
 };
 pub(super) const UPSTREAM: Keys = Keys {
-    built: &["http", "fetch_timeout", "max_body_bytes"],
+    built: &["http", "fetch_timeout", "connect_timeout", "max_body_bytes"],
     not_built: &[
         "max_concurrent",
         "rate_limit",
@@ -40,13 +44,23 @@ pub(super) const UPSTREAM: Keys = Keys {
     ],
 };
 pub(super) const HTTP: Keys = Keys {
-    built: &["url", "headers", "select"],
-    not_built: &["method", "body", "tls", "auth", "proxy"],
+    built: &[
+        "url",
+        "headers",
+        "select",
+        "accept_status",
+        "unframed",
+        "redirects",
+        "tls",
+    ],
+    not_built: &["method", "body", "auth", "proxy"],
+};
+pub(super) const TLS: Keys = Keys {
+    built: &["ca", "cert", "key"],
+    not_built: &[],
 };
 
 const SECRET_BYTES_MAX: u64 = 64 << 10;
-const FETCH_TIMEOUT_DEFAULT: Duration = Duration::from_secs(4);
-const MAX_BODY_BYTES_DEFAULT: u64 = 8 << 20;
 /// `select` may keep little of a large body, but all of it is in memory once per fetch.
 const MAX_BODY_BYTES_MAX: u64 = 64 << 20;
 const HEADERS_MAX: usize = 64;
@@ -60,7 +74,7 @@ pub(super) struct DeclaredSecrets {
 
 /// The upstreams; one with a mistake in it is declared all the same.
 #[derive(Default)]
-pub(super) struct DeclaredUpstreams(Vec<(Set<String>, Option<HttpSpec>)>);
+pub(super) struct DeclaredUpstreams(Vec<(Set<String>, Option<Spec>)>);
 
 impl DeclaredSecrets {
     pub(super) fn into_known(self) -> Secrets {
@@ -70,11 +84,11 @@ impl DeclaredSecrets {
 
 impl DeclaredUpstreams {
     /// `None` if nobody declared it; `Some(None)` if it has mistakes of its own.
-    pub(super) fn get(&self, name: &str) -> Option<(&Place, Option<&HttpSpec>)> {
+    pub(super) fn get(&self, name: &str) -> Option<(&Place, Option<&Spec>)> {
         self.0
             .iter()
             .find(|(own, _)| own.value == name)
-            .map(|(own, http)| (&own.place, http.as_ref()))
+            .map(|(own, spec)| (&own.place, spec.as_ref()))
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
@@ -84,10 +98,10 @@ impl DeclaredUpstreams {
     pub(super) fn into_upstreams(self) -> Vec<Upstream> {
         self.0
             .into_iter()
-            .filter_map(|(name, http)| {
+            .filter_map(|(name, spec)| {
                 Some(Upstream {
                     name: name.value,
-                    http: http?,
+                    spec: spec?,
                     place: name.place,
                 })
             })
@@ -202,8 +216,8 @@ pub(super) fn upstreams(
         if let Err(reason) = check_name(&name) {
             problems.add(&place, reason);
         }
-        let http = upstream(&name, &place, tree, secrets, problems);
-        declared.0.push((Set { value: name, place }, http));
+        let spec = upstream(&name, &place, tree, secrets, problems);
+        declared.0.push((Set { value: name, place }, spec));
     }
     declared
 }
@@ -214,13 +228,9 @@ fn upstream(
     tree: Tree,
     secrets: &DeclaredSecrets,
     problems: &Problems,
-) -> Option<HttpSpec> {
+) -> Option<Spec> {
     let mut fields = Fields::open(format!("upstreams.{name}"), tree, &UPSTREAM, problems);
-    let timeout = fields.duration(
-        "fetch_timeout",
-        Duration::from_millis(1)..=FETCH_TIMEOUT_MAX,
-    );
-    let body = fields.size("max_body_bytes", 1..=MAX_BODY_BYTES_MAX);
+    let bounds = bounds(&mut fields);
     if !fields.is_section {
         return None;
     }
@@ -232,24 +242,78 @@ fn upstream(
         return None;
     }
     let place = fields.place_of("http");
-    let mut http = fields.section("http", &HTTP);
+    let http = fields.section("http", &HTTP);
+    self::http(http, &place, name, bounds, secrets).map(Spec::Http)
+}
+
+/// What holds for every kind of upstream.
+struct Bounds {
+    fetch_timeout: Duration,
+    connect_timeout: Duration,
+    max_body_bytes: u64,
+}
+
+fn bounds(fields: &mut Fields<'_>) -> Bounds {
+    let range = Duration::from_millis(1)..=FETCH_TIMEOUT_MAX;
+    let place = fields.place_of("connect_timeout");
+    let fetch = fields
+        .duration("fetch_timeout", range.clone())
+        .unwrap_or(HttpSpec::FETCH_TIMEOUT);
+    let connect = fields.duration("connect_timeout", range);
+    if connect.is_some_and(|connect| connect > fetch) {
+        let reason = format!(
+            "`{}` is longer than `fetch_timeout`, which counts everything",
+            fields.full("connect_timeout")
+        );
+        fields.problems.add(&place, reason);
+    }
+    Bounds {
+        fetch_timeout: fetch,
+        connect_timeout: connect.unwrap_or(HttpSpec::CONNECT_TIMEOUT).min(fetch),
+        max_body_bytes: fields
+            .size("max_body_bytes", 1..=MAX_BODY_BYTES_MAX)
+            .unwrap_or(HttpSpec::MAX_BODY_BYTES),
+    }
+}
+
+fn http(
+    mut http: Fields<'_>,
+    place: &Place,
+    upstream: &str,
+    bounds: Bounds,
+    secrets: &DeclaredSecrets,
+) -> Option<HttpSpec> {
+    let problems = http.problems;
     let had_url = http.has("url");
     let url = http.parsed("url", UrlTemplate::parse);
     if !had_url {
-        problems.add(&place, format!("upstream `{name}` has no `url`"));
+        problems.add(place, format!("upstream `{upstream}` has no `url`"));
     }
-    let headers = headers(
-        http.full("headers"),
-        http.take("headers"),
-        secrets,
-        problems,
+    let name = http.full("headers");
+    let headers = headers(name, http.take("headers"), secrets, problems);
+    let (select, accept_status) = (select(&mut http), accept_status(&mut http));
+    let unframed = http.choice(
+        "unframed",
+        &[("refuse", Unframed::Refuse), ("allow", Unframed::Allow)],
     );
+    let redirects = redirects(&mut http);
+    let tls = tls(http.section("tls", &TLS));
+    let Bounds {
+        fetch_timeout,
+        connect_timeout,
+        max_body_bytes,
+    } = bounds;
     Some(HttpSpec {
         url: url?.value,
         headers,
-        select: select(&mut http),
-        fetch_timeout: timeout.unwrap_or(FETCH_TIMEOUT_DEFAULT),
-        max_body_bytes: body.unwrap_or(MAX_BODY_BYTES_DEFAULT),
+        select,
+        accept_status,
+        unframed: unframed.map_or(Unframed::Refuse, |set| set.value),
+        redirects,
+        tls,
+        fetch_timeout,
+        connect_timeout,
+        max_body_bytes,
     })
 }
 
@@ -313,4 +377,90 @@ fn select(http: &mut Fields<'_>) -> Vec<String> {
         select.push(value);
     }
     select
+}
+
+fn accept_status(http: &mut Fields<'_>) -> Vec<StatusCode> {
+    let name = http.full("accept_status");
+    if !http.has("accept_status") {
+        return HttpSpec::ACCEPT_STATUS.to_vec();
+    }
+    let place = http.place_of("accept_status");
+    let mut accepted = Vec::new();
+    for Set { value, place } in http.integers("accept_status", 200..=299) {
+        let status = u16::try_from(value)
+            .ok()
+            .and_then(|status| StatusCode::from_u16(status).ok());
+        match status {
+            Some(StatusCode::PARTIAL_CONTENT) => {
+                let reason = format!("`{name}`: 206 is a part, which never replaces a value");
+                http.problems.add(&place, reason);
+            }
+            Some(status) if !accepted.contains(&status) => accepted.push(status),
+            _ => http
+                .problems
+                .add(&place, format!("`{name}` names {value} twice")),
+        }
+    }
+    if accepted.is_empty() {
+        http.problems.add(
+            &place,
+            format!("`{name}` names no status: nothing would be a value"),
+        );
+    }
+    accepted
+}
+
+fn redirects(http: &mut Fields<'_>) -> Vec<Host> {
+    let name = http.full("redirects");
+    let mut hosts = Vec::new();
+    for Set { value, place } in http.texts("redirects") {
+        let host = Host::parse(&value).ok().filter(|host| {
+            // What a url would have around it is told apart from a name.
+            !matches!(host, Host::Domain(name) if name.is_empty() || name.contains('*'))
+        });
+        match host {
+            Some(host) if !hosts.contains(&host) => hosts.push(host),
+            Some(_) => http
+                .problems
+                .add(&place, format!("`{name}` names `{value}` twice")),
+            None => http.problems.add(
+                &place,
+                format!(
+                    "`{name}`: `{value}` is no host: write only its name, such as `cdn.example.com`"
+                ),
+            ),
+        }
+    }
+    hosts
+}
+
+fn tls(mut fields: Fields<'_>) -> Tls {
+    let ca = fields.parsed("ca", |path| read_roots(Path::new(path)));
+    let (cert_place, had_cert, had_key) = (
+        fields.place_of("cert"),
+        fields.has("cert"),
+        fields.has("key"),
+    );
+    let (cert, key) = (fields.text("cert"), fields.text("key"));
+    if had_cert != had_key {
+        let (here, missing) = if had_cert {
+            ("cert", "key")
+        } else {
+            ("key", "cert")
+        };
+        let reason = format!("`{}` needs `{missing}` beside it", fields.full(here));
+        fields.problems.add(&fields.place, reason);
+    }
+    let identity = cert.zip(key).and_then(|(cert, key)| {
+        read_identity(Path::new(&cert.value), Path::new(&key.value))
+            .map_err(|reason| {
+                let reason = format!("`{}`: {reason}", fields.full("cert"));
+                fields.problems.add(&cert_place, reason);
+            })
+            .ok()
+    });
+    Tls {
+        roots: ca.map(|set| set.value),
+        identity,
+    }
 }

@@ -28,7 +28,7 @@ use tower::ServiceBuilder;
 use crate::{
     admin,
     cache::{self, Cache},
-    config::{Address, Config, ConfigError, Engine, Place, Role},
+    config::{self, Address, Config, ConfigError, Engine, Place, Role},
     grpc,
     layers::{self, Limits, Load, TraceLayer},
     metrics::Metrics,
@@ -38,7 +38,7 @@ use crate::{
     resources,
     rules::Rules,
     serve::{self, Bound, ListenError, Listeners, Protocol, Serving, Windows},
-    upstream::{Upstream, Upstreams, http::Http},
+    upstream::{Shared, Upstream, Upstreams},
 };
 
 /// A client's requests are small or one value.
@@ -128,13 +128,20 @@ impl Node {
     /// Returns once its ports are open; then it looks for its cluster.
     pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
         let engine = engine(&config)?;
-        let upstreams = upstreams(&config)?;
+        let shared = Shared::new(clock.clone());
+        let upstreams = upstreams(&config, &shared)?;
         if engine == store::Engine::Rocksdb || !matches!(config.places.data_dir, Place::Default(_))
         {
             config.check_data_dir()?;
         }
         let ports = Ports::take(&config)?;
         let addresses = ports.addresses();
+        let Addresses {
+            client,
+            peer,
+            admin,
+        } = addresses;
+        shared.own_listeners().set([client, peer, admin]);
 
         let metrics = Arc::new(Metrics::new());
         metrics.begin(
@@ -426,18 +433,11 @@ fn public_descriptors() -> FileDescriptorSet {
 }
 
 /// Builds every upstream: what is left of a configuration to be checked.
-pub(crate) fn upstreams(config: &Config) -> Result<Upstreams, ConfigError> {
-    let one = |upstream: &crate::config::Upstream| {
-        let http = Http::new(
-            upstream.name.clone(),
-            upstream.http.clone(),
-            config.secrets.clone(),
-        );
-        http.map(Upstream::Http).map_err(|error| {
-            ConfigError::at(
-                upstream.place.clone(),
-                format!("upstream `{}`: {error}", upstream.name),
-            )
+pub(crate) fn upstreams(config: &Config, shared: &Shared) -> Result<Upstreams, ConfigError> {
+    let one = |upstream: &config::Upstream| {
+        let config::Upstream { name, spec, place } = upstream.clone();
+        Upstream::new(name, spec, config.secrets.clone(), shared).map_err(|error| {
+            ConfigError::at(place, format!("upstream `{}`: {error}", upstream.name))
         })
     };
     config.upstreams.iter().map(one).collect()

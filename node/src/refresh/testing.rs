@@ -31,7 +31,7 @@ use crate::{
     rules::Rules,
     template::UrlTemplate,
     upstream::{
-        Upstream, Upstreams,
+        Shared, Upstream, Upstreams,
         http::{Http, HttpSpec},
     },
 };
@@ -356,14 +356,17 @@ pub(super) async fn leading(nodes: &[Node]) -> usize {
 
 fn upstreams(origin: &Origin) -> Upstreams {
     let spec = HttpSpec {
-        url: UrlTemplate::parse(&origin.url).unwrap(),
-        headers: Vec::new(),
-        select: Vec::new(),
         fetch_timeout: Duration::from_secs(60),
-        max_body_bytes: 8 << 20,
+        ..HttpSpec::new(UrlTemplate::parse(&origin.url).unwrap())
     };
     [Upstream::Http(
-        Http::new("u".to_owned(), spec, Arc::default()).unwrap(),
+        Http::new(
+            "u".to_owned(),
+            spec,
+            Arc::default(),
+            &Shared::new(Clock::system()),
+        )
+        .unwrap(),
     )]
     .into_iter()
     .collect()

@@ -1,7 +1,7 @@
 //! What becomes of a whole body: checked as JSON where it says it is, cut down to the selected
 //! fields where some are.
 //!
-//! Promises that what is not selected goes byte for byte, that a selected field keeps its exact
+//! Promises that what is not cut down goes byte for byte but for a byte order mark, that a selected field keeps its exact
 //! text (a number is never rounded), and that no body, however deep, overflows the stack: nothing
 //! here recurses into values. Must never know where a body came from.
 
@@ -21,6 +21,12 @@ pub(super) fn value(
     content_type: String,
     select: &[String],
 ) -> Result<Fetched, FailureClass> {
+    let is_to_be_json = !select.is_empty() || is_json(&content_type);
+    let body = if is_to_be_json {
+        without_mark(body)
+    } else {
+        body
+    };
     if !select.is_empty() {
         return Ok(Fetched {
             body: selected(&body, select)?,
@@ -31,6 +37,16 @@ pub(super) fn value(
         serde_json::from_str::<IgnoredAny>(text(&body)?).map_err(|_| FailureClass::Malformed)?;
     }
     Ok(Fetched { body, content_type })
+}
+
+/// Without the byte order mark that some put before JSON though none may (RFC 8259 §8.1): those who
+/// read the value would stumble over it.
+fn without_mark(body: Bytes) -> Bytes {
+    if body.starts_with(b"\xef\xbb\xbf") {
+        body.slice(3..)
+    } else {
+        body
+    }
 }
 
 /// `application/json` or any `+json`, whatever its parameters.
@@ -182,6 +198,18 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_byte_order_mark_before_json_is_left_out_and_elsewhere_kept() {
+        let marked = b"\xef\xbb\xbf{\"a\": 1}";
+        assert_eq!(
+            whole(marked, "application/json").unwrap().body,
+            "{\"a\": 1}"
+        );
+        assert_eq!(select("\u{feff}{\"a\": 1}", &["a"]).unwrap(), "{\"a\":1}");
+        assert_eq!(whole(marked, "text/plain").unwrap().body, &marked[..]);
+        assert!(whole(b"\xef\xbb\xbf", "application/json").is_err());
     }
 
     #[test]

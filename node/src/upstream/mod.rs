@@ -6,9 +6,11 @@
 //! refresh.
 
 pub mod http;
+pub mod tls;
 
+mod bodies;
 mod body;
-mod tls;
+mod coding;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,8 +21,34 @@ use ::http::HeaderMap;
 use bytes::Bytes;
 use holdfast_proto::Key;
 use holdfast_proto::v1::FailureClass;
+use holdfast_raft::Clock;
 
-use self::http::Http;
+use self::bodies::Workers;
+use self::http::{Http, HttpSpec, InvalidHttp, OwnListeners};
+use self::tls::SystemRoots;
+use crate::secret::Secrets;
+
+/// What the configuration says of an upstream: one kind of place.
+#[derive(Debug, Clone)]
+pub enum Spec {
+    Http(HttpSpec),
+}
+
+/// What all upstreams of one node share.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    clock: Clock,
+    own_listeners: OwnListeners,
+    system_roots: SystemRoots,
+    workers: Workers,
+}
+
+/// Why an upstream cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidUpstream {
+    #[error(transparent)]
+    Http(#[from] InvalidHttp),
+}
 
 /// One place where values come from.
 #[derive(Debug)]
@@ -50,7 +78,43 @@ pub struct FetchFailed {
     pub retry_after: Option<Duration>,
 }
 
+impl Spec {
+    /// What it takes from a key: how that is called, and the highest capture in it.
+    pub fn captures(&self) -> Vec<(String, usize)> {
+        match self {
+            Self::Http(http) => http.captures().collect(),
+        }
+    }
+}
+
+impl Shared {
+    pub fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            own_listeners: OwnListeners::default(),
+            system_roots: SystemRoots::default(),
+            workers: Workers::default(),
+        }
+    }
+
+    /// Where this node listens, once it does: nothing an upstream says leads there.
+    pub fn own_listeners(&self) -> &OwnListeners {
+        &self.own_listeners
+    }
+}
+
 impl Upstream {
+    pub fn new(
+        name: String,
+        spec: Spec,
+        secrets: Arc<Secrets>,
+        shared: &Shared,
+    ) -> Result<Self, InvalidUpstream> {
+        Ok(match spec {
+            Spec::Http(spec) => Self::Http(Http::new(name, spec, secrets, shared)?),
+        })
+    }
+
     pub fn name(&self) -> &str {
         match self {
             Self::Http(http) => http.name(),

@@ -2,36 +2,46 @@
 //! takes for a value, and by which class each failure is known.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use holdfast_node::secret::{Secret, Secrets};
 use holdfast_node::template::{TextTemplate, UrlTemplate};
-use holdfast_node::upstream::http::{Http, HttpSpec};
-use holdfast_node::upstream::{FetchFailed, Fetched};
+use holdfast_node::upstream::http::{Http, HttpSpec, Unframed};
+use holdfast_node::upstream::{FetchFailed, Fetched, Shared};
 use holdfast_proto::Key;
 use holdfast_proto::v1::FailureClass;
+use holdfast_raft::Clock;
 use holdfast_tests::origin::{Answer, Behaviour, Gate, Origin};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use tokio::net::TcpStream;
+use url::Host;
 
 const USER_AGENT: &str = concat!("holdfast/", env!("CARGO_PKG_VERSION"));
 /// Long enough that no healthy fetch of these tests reaches it.
 const PATIENT: Duration = Duration::from_secs(60);
+const PLAIN: &[u8] = br#"{"a": 1}"#;
+const GZIPPED: &[u8] = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\x03\xab\x56\x4a\x54\xb2\x52\x30\xac\x05\x00\x97\x8e\xa1\xfb\x08\x00\x00\x00";
+const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd\x20\x08\x41\x00\x00\x7b\x22\x61\x22\x3a\x20\x31\x7d";
+const ZSTD_BOMB: &[u8] = b"\x28\xb5\x2f\xfd\x00\x50\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x02\x00\x10\x00\x03\x00\x10\x00";
 const HASTY: Duration = Duration::from_millis(200);
 
 fn spec(url: &str) -> HttpSpec {
     HttpSpec {
-        url: UrlTemplate::parse(url).unwrap(),
-        headers: Vec::new(),
-        select: Vec::new(),
         fetch_timeout: PATIENT,
         max_body_bytes: 1 << 20,
+        ..HttpSpec::new(UrlTemplate::parse(url).unwrap())
     }
 }
 
 fn build(spec: HttpSpec) -> Http {
+    build_with(spec, &Shared::new(Clock::system()))
+}
+
+fn build_with(spec: HttpSpec, shared: &Shared) -> Http {
     let mut secrets = Secrets::default();
     secrets.insert("token", Secret::new("hunter2"));
-    Http::new("profiles".to_owned(), spec, Arc::new(secrets)).unwrap()
+    Http::new("profiles".to_owned(), spec, Arc::new(secrets), shared).unwrap()
 }
 
 fn headers(pairs: &[(&str, &str)]) -> Vec<(String, TextTemplate)> {
@@ -42,8 +52,11 @@ fn headers(pairs: &[(&str, &str)]) -> Vec<(String, TextTemplate)> {
 }
 
 async fn fetch(spec: HttpSpec) -> Result<Fetched, FetchFailed> {
-    build(spec)
-        .fetch(&Key::new("user/7").unwrap(), &[b"7"], &HeaderMap::new())
+    fetch_by(&build(spec)).await
+}
+
+async fn fetch_by(http: &Http) -> Result<Fetched, FetchFailed> {
+    http.fetch(&Key::new("user/7").unwrap(), &[b"7"], &HeaderMap::new())
         .await
 }
 
@@ -176,8 +189,10 @@ async fn no_proxy_and_no_netrc_is_taken_from_the_environment() {
 }
 
 #[tokio::test]
-async fn any_status_but_a_whole_success_fails() {
-    for status in [206, 300, 304, 400, 401, 404, 410, 429, 500, 503] {
+async fn only_a_status_that_is_wanted_brings_a_value() {
+    for status in [
+        201, 202, 204, 205, 206, 226, 300, 304, 400, 401, 404, 410, 429, 500, 503,
+    ] {
         let failed = outcome(Behaviour::status(status)).await.unwrap_err();
         assert_eq!(
             (failed.class, failed.status),
@@ -185,9 +200,123 @@ async fn any_status_but_a_whole_success_fails() {
         );
         assert_eq!(failed.retry_after, None);
     }
-    for status in [200, 201, 203] {
+    for status in [200, 203] {
         assert!(outcome(Behaviour::status(status)).await.is_ok(), "{status}");
     }
+    let origin = Origin::start().await.unwrap();
+    for (status, is_wanted) in [(202, true), (204, true), (200, false)] {
+        origin.respond(Behaviour::Answer(Answer::new(status, "text/plain", "")));
+        let mut spec = spec(&origin.url("/"));
+        spec.accept_status = [202, 204].map(|s| StatusCode::from_u16(s).unwrap()).into();
+        assert_eq!(fetch(spec).await.is_ok(), is_wanted, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_ends_with_its_connection_is_taken_only_where_that_is_allowed() {
+    let origin = Origin::start().await.unwrap();
+    for (head, is_framed) in [
+        ("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n", false),
+        ("HTTP/1.1 200 OK\r\n\r\n", false),
+        ("HTTP/1.0 200 OK\r\n\r\n", false),
+        ("HTTP/1.0 200 OK\r\ncontent-length: 4\r\n\r\n", true),
+    ] {
+        origin.respond(Behaviour::Raw(format!("{head}half").into()));
+        for unframed in [Unframed::Refuse, Unframed::Allow] {
+            let fetched = fetch(HttpSpec {
+                unframed,
+                ..spec(&origin.url("/"))
+            });
+            let outcome = fetched.await.map(|fetched| fetched.body);
+            if is_framed || unframed == Unframed::Allow {
+                assert_eq!(outcome.unwrap(), "half", "{head}");
+            } else {
+                let class = outcome.unwrap_err().class;
+                assert_eq!(class, FailureClass::Incomplete, "{head}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_used_connection_that_ends_without_an_answer_costs_one_more_try_and_no_failure() {
+    let (mut origin, number) = (Origin::start().await.unwrap(), Arc::new(AtomicU64::new(0)));
+    let http = build(spec(&origin.url("/")));
+    let value = async || fetch_by(&http).await.map(|fetched| fetched.body);
+    let counted = number.clone();
+    origin.respond(Behaviour::per_connection(move |nth| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        if nth == 1 {
+            Behaviour::text("new")
+        } else {
+            Behaviour::Close
+        }
+    }));
+    // Each first request of a connection is answered, each further one ends it.
+    for calls in [1, 3, 5] {
+        assert_eq!(value().await.unwrap(), "new");
+        assert_eq!(
+            (origin.calls(), number.load(Ordering::SeqCst)),
+            (calls, calls)
+        );
+    }
+    // Closed while it was idle: seen without a call.
+    origin.stop().await.unwrap();
+    origin.restart().unwrap();
+    origin.respond(Behaviour::text("again"));
+    assert_eq!(value().await.unwrap(), "again");
+    assert_eq!(origin.calls(), 6);
+    // A new connection is no stale one, and an answer begun is an answer.
+    origin.respond(Behaviour::Close);
+    assert_eq!(value().await.unwrap_err().class, FailureClass::Incomplete);
+    assert_eq!(origin.calls(), 8);
+    origin.respond(Behaviour::text("used"));
+    value().await.unwrap();
+    origin.respond(Behaviour::CutShort {
+        content_length: 9,
+        answer: Answer::text("half"),
+    });
+    assert_eq!(value().await.unwrap_err().class, FailureClass::Incomplete);
+    assert_eq!(origin.calls(), 10);
+}
+
+#[tokio::test]
+async fn a_connection_is_used_again_for_a_minute_and_no_longer() {
+    let (origin, clock) = (Origin::start().await.unwrap(), Clock::system());
+    origin.respond(Behaviour::text("value"));
+    let http = build_with(spec(&origin.url("/")), &Shared::new(clock.clone()));
+    let fetch = async || {
+        fetch_by(&http).await.unwrap();
+        origin.connections()
+    };
+    assert_eq!((fetch().await, fetch().await), (1, 1));
+    clock.advance(Duration::from_secs(30));
+    assert_eq!(fetch().await, 1);
+    clock.advance(Duration::from_secs(30));
+    assert_eq!((fetch().await, fetch().await), (2, 2));
+    // Also after answers that nobody wanted.
+    origin.respond(Behaviour::status(500));
+    for _ in 0..3 {
+        assert!(fetch_by(&http).await.is_err());
+    }
+    assert_eq!(origin.connections(), 2);
+}
+
+#[tokio::test]
+async fn an_address_that_takes_no_connection_ends_at_the_connect_timeout() {
+    // A listener whose backlog is full does not answer.
+    let silent = tokio::net::TcpSocket::new_v4().unwrap();
+    silent.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let silent = silent.listen(0).unwrap();
+    let address = silent.local_addr().unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(Ok(stream)) = tokio::time::timeout(HASTY, TcpStream::connect(address)).await {
+        waiting.push(stream);
+    }
+    let mut spec = spec(&format!("http://{address}/"));
+    spec.connect_timeout = HASTY;
+    let failed = tokio::time::timeout(PATIENT / 2, fetch(spec)).await;
+    assert_eq!(failed.unwrap().unwrap_err().class, FailureClass::Connect);
 }
 
 #[tokio::test]
@@ -204,6 +333,11 @@ async fn retry_after_is_heard_with_429_and_503() {
     assert_eq!(asked(503, "0").await, Some(Duration::ZERO));
     assert_eq!(asked(500, "7").await, None);
     assert_eq!(asked(503, "Fri, 31 Dec 1999 23:59:59 GMT").await, None);
+    let dated = Answer::status(429)
+        .header("retry-after", "Fri, 31 Dec 1999 23:59:59 GMT")
+        .header("date", "Fri, 31 Dec 1999 23:59:49 GMT");
+    let failed = outcome(Behaviour::Answer(dated)).await.unwrap_err();
+    assert_eq!(failed.retry_after, Some(Duration::from_secs(10)));
     assert_eq!(asked(503, "-1").await, None);
 }
 
@@ -344,17 +478,10 @@ async fn a_body_that_says_it_is_json_must_parse() {
         .await,
         FailureClass::Malformed
     );
-    assert_eq!(
-        class(Behaviour::Answer(Answer::new(204, "application/json", ""))).await,
-        FailureClass::Malformed
-    );
-    assert_eq!(
-        outcome(Behaviour::Answer(Answer::new(204, "text/plain", "")))
-            .await
-            .unwrap()
-            .body,
-        ""
-    );
+    assert_eq!(class(Behaviour::json("")).await, FailureClass::Malformed);
+    assert_eq!(outcome(Behaviour::text("")).await.unwrap().body, "");
+    let marked = Behaviour::json("\u{feff}{}");
+    assert_eq!(outcome(marked).await.unwrap().body, "{}");
     assert_eq!(
         outcome(Behaviour::text("{\"a\":")).await.unwrap().body,
         "{\"a\":"
@@ -362,21 +489,29 @@ async fn a_body_that_says_it_is_json_must_parse() {
 }
 
 #[tokio::test]
-async fn a_body_in_a_coding_nobody_asked_for_is_malformed() {
-    assert_eq!(
-        class(Behaviour::Answer(
-            Answer::text("x").header("content-encoding", "gzip")
-        ))
-        .await,
-        FailureClass::Malformed
-    );
-    assert!(
-        outcome(Behaviour::Answer(
-            Answer::text("x").header("content-encoding", "identity")
-        ))
-        .await
-        .is_ok()
-    );
+async fn a_coded_body_is_decoded_whether_or_not_it_was_asked_for_and_bounded_as_any_other() {
+    let coded = |coding: &str, body: &[u8]| {
+        let answer = Answer::json(body.to_vec()).header("content-encoding", coding);
+        outcome(Behaviour::Answer(answer))
+    };
+    for (coding, body) in [("gzip", GZIPPED), ("zstd", ZSTD), ("identity", PLAIN)] {
+        assert_eq!(coded(coding, body).await.unwrap().body, PLAIN, "{coding}");
+    }
+    for (coding, body) in [("gzip", PLAIN), ("gzip, gzip", GZIPPED), ("br", PLAIN)] {
+        let class = coded(coding, body).await.unwrap_err().class;
+        assert_eq!(class, FailureClass::Malformed, "{coding}");
+    }
+    // 2 MiB of zeros where 1 MiB is the most.
+    let bomb = coded("zstd", ZSTD_BOMB).await.unwrap_err();
+    assert_eq!(bomb.class, FailureClass::TooLarge);
+
+    let origin = Origin::start().await.unwrap();
+    let mut spec = spec(&origin.url("/"));
+    spec.headers = headers(&[("accept-encoding", "zstd, gzip")]);
+    fetch(spec).await.unwrap();
+    let asked = origin.last_request().unwrap();
+    assert_eq!(asked.headers["accept-encoding"], "zstd, gzip");
+    assert_eq!(asked.headers.get_all("accept-encoding").iter().count(), 1);
 }
 
 #[tokio::test]
@@ -492,6 +627,44 @@ async fn credentials_never_follow_to_another_origin_nor_come_back() {
     assert_eq!((away.calls(), carries(&abroad)), (1, 0));
     assert!(!format!("{abroad:?}").contains("hunter2"));
     assert_eq!(abroad.headers["user-agent"], USER_AGENT);
+}
+
+#[tokio::test]
+async fn no_redirect_leads_to_another_host_nor_to_this_nodes_own_listeners() {
+    let (home, own) = (
+        Origin::start().await.unwrap(),
+        Origin::start().await.unwrap(),
+    );
+    own.respond(Behaviour::text("internal"));
+    let shared = Shared::new(Clock::system());
+    shared.own_listeners().set([own.address()]);
+    let by_name = own.url("/").replace("127.0.0.1", "localhost");
+    let follow = async |to: String, hosts: &[&str]| {
+        home.respond(Behaviour::redirect(302, to));
+        let mut spec = spec(&home.url("/"));
+        spec.redirects = hosts
+            .iter()
+            .map(|host| Host::parse(host).unwrap())
+            .collect();
+        let fetched = fetch_by(&build_with(spec, &shared)).await;
+        fetched.map(|fetched| fetched.body)
+    };
+    for (to, hosts) in [
+        (by_name.clone(), &[][..]),
+        (by_name.clone(), &["localhost"]),
+        (own.url("/"), &[]),
+        ("http://[::ffff:127.0.0.1]:1/".to_owned(), &[]),
+        ("http://169.254.169.254/latest/meta-data/".to_owned(), &[]),
+        ("http://169.254.169.254/".to_owned(), &["169.254.169.254"]),
+    ] {
+        let failed = follow(to.clone(), hosts).await.unwrap_err();
+        assert_eq!(failed.class, FailureClass::Redirect, "{to} {hosts:?}");
+    }
+    assert_eq!(own.calls(), 0);
+    let other = Origin::start().await.unwrap();
+    other.respond(Behaviour::text("other"));
+    let by_name = other.url("/").replace("127.0.0.1", "localhost");
+    assert_eq!(follow(by_name, &["localhost"]).await.unwrap(), "other");
 }
 
 #[tokio::test]

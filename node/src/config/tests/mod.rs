@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::policy::Window;
+use crate::upstream::http::HttpSpec;
 
 /// A directory with a configuration file in it.
 struct Fixture {
@@ -86,6 +87,11 @@ fn without_places(config: &Config) -> String {
     format!(
         "{node:?} {listen:?} {advertise:?} {cluster:?} {secrets:?} {upstreams:?} {policies:?} {storage:?} {memory:?} {reads:?} {security:?}"
     )
+}
+
+fn http(config: &Config) -> &HttpSpec {
+    let Spec::Http(http) = &config.upstreams[0].spec;
+    http
 }
 
 const UPSTREAM: &str = "upstreams:\n  u:\n    http:\n      url: http://h/{1}\n";
@@ -187,7 +193,7 @@ fn the_documented_examples_load_and_show_the_defaults() {
         (config.storage.max_bytes, config.memory.max_bytes),
         (Some(100 << 30), Some(4 << 30))
     );
-    assert_eq!(config.upstreams[0].http.select, ["name", "plan"]);
+    assert_eq!(http(&config).select, ["name", "plan"]);
     let shown = config.policies.find(b"user/7/profile").unwrap();
     assert_eq!(shown.captures.get(1), Some(b"7".as_slice()));
 
@@ -199,24 +205,21 @@ fn the_documented_examples_load_and_show_the_defaults() {
         format!("{:?}", bare.policies),
         format!("{:?}", config.policies)
     );
-    assert_eq!(
-        bare.upstreams[0].http.fetch_timeout,
-        config.upstreams[0].http.fetch_timeout
-    );
-    assert_eq!(
-        bare.upstreams[0].http.max_body_bytes,
-        config.upstreams[0].http.max_body_bytes
-    );
+    assert_eq!(http(&bare).fetch_timeout, http(&config).fetch_timeout);
+    assert_eq!(http(&bare).max_body_bytes, http(&config).max_body_bytes);
+    assert_eq!(http(&bare).connect_timeout, http(&config).connect_timeout);
+    assert_eq!(http(&bare).accept_status, http(&config).accept_status);
+    assert_eq!(http(&bare).unframed, http(&config).unframed);
 }
 
 #[test]
 fn every_key_is_documented() {
     use super::policies::POLICY;
     use super::sections::*;
-    use super::upstreams::{HTTP, SECRET, UPSTREAM};
+    use super::upstreams::{HTTP, SECRET, TLS, UPSTREAM};
     let sections = [
         TOP, NODE, LISTEN, ADVERTISE, CLUSTER, STORAGE, MEMORY, READS, SECURITY, SECRET, UPSTREAM,
-        HTTP, POLICY,
+        HTTP, TLS, POLICY,
     ];
     for key in sections.iter().flat_map(|keys| keys.built) {
         let documented = DEFAULT_YAML.lines().any(|line| {
@@ -266,7 +269,7 @@ security: {{insecure: true}}
     );
     let matched = config.policies.find(b"user/7/profile").unwrap();
     assert_eq!(matched.policy.stale_if_error, Window::Forever);
-    let header = config.upstreams[0].http.headers[0]
+    let header = http(&config).headers[0]
         .1
         .fill(b"", &[], &config.secrets)
         .unwrap();
@@ -327,10 +330,7 @@ fn variables_reach_names_in_any_case_and_flags_prepend_policies() {
             ),
     );
     let config = fixture.loaded();
-    assert_eq!(
-        config.upstreams[0].http.fetch_timeout,
-        Duration::from_secs(9)
-    );
+    assert_eq!(http(&config).fetch_timeout, Duration::from_secs(9));
     assert_eq!(
         &*config.policies.find(b"user/1").unwrap().policy.upstream,
         "demo"

@@ -32,7 +32,7 @@ use crate::{
     rules::Rules,
     template::UrlTemplate,
     upstream::{
-        Upstream, Upstreams,
+        Shared, Upstream, Upstreams,
         http::{Http, HttpSpec},
     },
 };
@@ -345,12 +345,19 @@ impl Origin {
 
     fn upstream(&self) -> Upstream {
         let spec = HttpSpec {
-            url: UrlTemplate::parse(&format!("http://{}/u/{{1}}", self.address)).unwrap(),
-            headers: Vec::new(),
-            select: Vec::new(),
             fetch_timeout: Duration::from_secs(60),
-            max_body_bytes: 8 << 20,
+            ..HttpSpec::new(
+                UrlTemplate::parse(&format!("http://{}/u/{{1}}", self.address)).unwrap(),
+            )
         };
-        Upstream::Http(Http::new("u".to_owned(), spec, Arc::default()).unwrap())
+        Upstream::Http(
+            Http::new(
+                "u".to_owned(),
+                spec,
+                Arc::default(),
+                &Shared::new(Clock::system()),
+            )
+            .unwrap(),
+        )
     }
 }

@@ -19,6 +19,7 @@ const FOREIGN: [(&str, &[&str]); 4] = [
             "tokio",
             "axum",
             "reqwest",
+            "hyper",
         ],
     ),
     (
@@ -29,6 +30,7 @@ const FOREIGN: [(&str, &[&str]); 4] = [
             "holdfast-tests",
             "axum",
             "reqwest",
+            "hyper",
             "hyper-util",
             "http",
             "clap",
@@ -67,6 +69,7 @@ const FOREIGN: [(&str, &[&str]); 4] = [
             "rocksdb",
             "axum",
             "reqwest",
+            "hyper",
             "opentelemetry",
             "prometheus-client",
             "anyhow",
