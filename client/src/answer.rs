@@ -396,6 +396,21 @@ impl From<v1::MatchedPolicy> for MatchedPolicy {
 }
 
 impl Lookup {
+    /// None on a miss.
+    pub fn value(&self) -> Option<&Bytes> {
+        self.answer.value.as_ref()
+    }
+
+    /// None on a miss, and if the value is not UTF-8.
+    pub fn value_str(&self) -> Option<&str> {
+        std::str::from_utf8(self.value()?).ok()
+    }
+
+    /// None on a miss.
+    pub fn into_value(self) -> Option<Bytes> {
+        self.answer.value
+    }
+
     pub(crate) fn from_wire(response: v1::GetResponse) -> Result<Self, Error> {
         let answer = response
             .answer

@@ -1,13 +1,13 @@
 //! How a client is made. Nothing is connected here: the first call does that.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use holdfast_proto::limits::DEADLINE_DEFAULT;
 
 use crate::{
     client::{Client, Shared},
+    mutation::Mutations,
     route::{InvalidEndpoint, Routes},
-    session::Session,
 };
 
 /// Longer than a handshake around the world takes, and short enough that a dead endpoint leaves
@@ -27,6 +27,7 @@ pub struct Builder {
     /// None: as `retries`.
     unreachable_retries: Option<u32>,
     request_ids: bool,
+    follow_leader: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,6 +48,7 @@ impl Builder {
             retries: RETRIES_DEFAULT,
             unreachable_retries: None,
             request_ids: true,
+            follow_leader: true,
         }
     }
 
@@ -89,19 +91,27 @@ impl Builder {
         self
     }
 
+    /// Whether writes go straight to the leader that answers name, once a connection to its
+    /// advertised address stands. Off where that address means nothing to this client, as behind a
+    /// load balancer: then the node that is asked forwards. On if not said.
+    pub fn follow_leader(mut self, on: bool) -> Self {
+        self.follow_leader = on;
+        self
+    }
+
     /// Connects to nothing yet. The client must be used inside a tokio runtime.
     pub fn build(self) -> Result<Client, BuildError> {
         if self.endpoints.is_empty() {
             return Err(BuildError::NoEndpoint);
         }
-        Ok(Client(Arc::new(Shared {
-            routes: Routes::new(&self.endpoints, self.connect_timeout)?,
-            session: Session::new(),
+        Ok(Client::new(Shared {
+            routes: Routes::new(&self.endpoints, self.connect_timeout, self.follow_leader)?,
+            mutations: Mutations::new(),
             timeout: self.timeout,
             retries: self.retries,
             unreachable_retries: self.unreachable_retries.unwrap_or(self.retries),
             request_ids: self.request_ids,
-        })))
+        }))
     }
 }
 

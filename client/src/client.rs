@@ -12,21 +12,28 @@ use crate::{
     cluster::Cluster,
     deadline::Deadline,
     error::Error,
+    mutation::Mutations,
     read::{BatchGet, Get, Inspect},
     retry::Kind,
     route::Routes,
     scan::Scan,
     session::Session,
+    value::Value,
     write::{Delete, Invalidate, Set},
 };
 
-/// Cheap to clone; clones share connections, session and request ids.
+/// Cheap to clone; clones share connections, session and request ids. [`Client::session`] makes one
+/// that shares all but the session.
 #[derive(Clone)]
-pub struct Client(pub(crate) Arc<Shared>);
+pub struct Client {
+    pub(crate) shared: Arc<Shared>,
+    session: Arc<Session>,
+}
 
+/// What all sessions have in common.
 pub(crate) struct Shared {
     pub(crate) routes: Routes,
-    pub(crate) session: Session,
+    pub(crate) mutations: Mutations,
     pub(crate) timeout: Duration,
     pub(crate) retries: u32,
     /// As `retries`, for rounds in which no node can be connected to.
@@ -39,6 +46,24 @@ impl Client {
         Builder::new()
     }
 
+    pub(crate) fn new(shared: Shared) -> Self {
+        Self {
+            shared: Arc::new(shared),
+            session: Arc::default(),
+        }
+    }
+
+    /// A new session over the same connections: it has seen nothing yet, and what it sees concerns
+    /// no other. A server gives one to each of its users, so that nobody's read waits for what
+    /// somebody else wrote; [`see`](Self::see) continues a session that began elsewhere.
+    #[must_use = "it changes nothing of this client"]
+    pub fn session(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            session: Arc::default(),
+        }
+    }
+
     /// Reads one key. A miss is an answer, not an error.
     pub fn get(&self, key: impl AsRef<[u8]>) -> Get {
         Get::new(self.clone(), key_bytes(key))
@@ -49,9 +74,10 @@ impl Client {
         BatchGet::new(self.clone(), keys.into_iter().map(key_bytes).collect())
     }
 
-    /// Replaces a key's value, times and tags.
-    pub fn set(&self, key: impl AsRef<[u8]>, value: impl Into<Bytes>) -> Set {
-        Set::new(self.clone(), key_bytes(key), value.into())
+    /// Replaces a key's value, times and tags. What owns its bytes is moved; what is borrowed is
+    /// copied.
+    pub fn set(&self, key: impl AsRef<[u8]>, value: impl Into<Value>) -> Set {
+        Set::new(self.clone(), key_bytes(key), value.into().into_bytes())
     }
 
     /// Removes a key. Succeeds on an absent key too, and outranks any fetch that began before it.
@@ -70,7 +96,7 @@ impl Client {
         Inspect::new(self.clone(), key_bytes(key))
     }
 
-    /// Reads one page of keys in order.
+    /// Reads keys in order: awaited one page, or as a stream all of them.
     pub fn scan(&self) -> Scan {
         Scan::new(self.clone())
     }
@@ -80,19 +106,24 @@ impl Client {
         Cluster::new(self)
     }
 
-    /// What this client has seen, from all its answers.
+    /// What this session has seen, from all its answers.
     pub fn token(&self) -> Token {
-        self.0.session.token()
+        self.session.token()
     }
 
-    /// Takes in what another client has seen: session reads from now on see at least that.
+    /// Takes in what another session has seen: session reads from now on see at least that.
     pub fn see(&self, token: &Token) {
-        self.0.session.see(token);
+        self.session.see(token);
+    }
+
+    /// The session's token is from before a restore.
+    pub(crate) fn forget_epoch(&self, epoch: u64) {
+        self.session.forget_epoch(epoch);
     }
 
     /// A call's time begins.
     pub(crate) fn deadline(&self, timeout: Option<Duration>) -> Deadline {
-        Deadline::after(timeout.unwrap_or(self.0.timeout))
+        Deadline::after(timeout.unwrap_or(self.shared.timeout))
     }
 
     pub(crate) async fn call<T, F, S>(
@@ -110,7 +141,7 @@ impl Client {
             retries,
             unreachable_retries,
             ..
-        } = &*self.0;
+        } = &*self.shared;
         Call::new(routes, kind, deadline, *retries, *unreachable_retries)
             .run(send)
             .await
@@ -120,7 +151,7 @@ impl Client {
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client")
-            .field("timeout", &self.0.timeout)
+            .field("timeout", &self.shared.timeout)
             .finish_non_exhaustive()
     }
 }

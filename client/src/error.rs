@@ -30,9 +30,13 @@ pub enum Error {
         field: Option<String>,
         context: Context,
     },
-    /// `if_version` or `if_absent` did not hold.
+    /// `if_version` or `if_absent` did not hold. `version` is the key's now: what the next try may
+    /// name, without another read; 0 if the key has no value.
     #[error("{context}")]
-    Conflict { context: Context },
+    Conflict {
+        version: Option<u64>,
+        context: Context,
+    },
     /// No member of that name.
     #[error("{context}")]
     NoMember { context: Context },
@@ -66,6 +70,8 @@ pub enum Error {
         upstream: Option<String>,
         class: Option<String>,
         status: Option<u16>,
+        /// When the upstream is tried again, as far as the node knows.
+        retry_after: Option<Duration>,
         context: Context,
     },
     /// The call's time ran out.
@@ -139,8 +145,9 @@ impl Context {
 }
 
 impl Error {
-    /// Whether the same call may succeed later. For a mutation whose [`applied`](Self::applied) is
-    /// `Unknown`, trying again may do it twice.
+    /// Whether the same call may succeed later, though nothing about it is changed. This client has
+    /// tried again as often as that made sense; [`retry_after`](Self::retry_after) may say more. For
+    /// a mutation whose [`applied`](Self::applied) is `Unknown`, trying again may do it twice.
     pub fn is_retryable(&self) -> bool {
         matches!(
             self,
@@ -162,6 +169,24 @@ impl Error {
     /// of the wire `CONNECT`, `CONNECTION` (lost) or `NO_ANSWER`.
     pub fn reason(&self) -> &str {
         &self.context().0.reason
+    }
+
+    /// How long to wait before the same call, where the node knew.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Overloaded { retry_after, .. }
+            | Self::Unavailable { retry_after, .. }
+            | Self::UpstreamFailed { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// The key's version, of a precondition that did not hold.
+    pub fn version(&self) -> Option<u64> {
+        match self {
+            Self::Conflict { version, .. } => *version,
+            _ => None,
+        }
     }
 
     /// Where writes go, as far as the answering node knows.
@@ -194,7 +219,7 @@ impl Error {
             Self::InvalidArgument { context, .. }
             | Self::NotBuilt { context, .. }
             | Self::TooLarge { context, .. }
-            | Self::Conflict { context }
+            | Self::Conflict { context, .. }
             | Self::NoMember { context }
             | Self::Membership { context }
             | Self::TokenEpoch { context }
@@ -215,7 +240,7 @@ impl Error {
             Self::InvalidArgument { context, .. }
             | Self::NotBuilt { context, .. }
             | Self::TooLarge { context, .. }
-            | Self::Conflict { context }
+            | Self::Conflict { context, .. }
             | Self::NoMember { context }
             | Self::Membership { context }
             | Self::TokenEpoch { context }
@@ -279,11 +304,12 @@ impl Error {
         );
         context.0.leader = metadata(reason::LEADER).or_else(|| header(status.metadata()));
         let field = metadata(reason::FIELD);
+        let version = metadata(reason::VERSION).and_then(|version| version.parse().ok());
 
         match (why, status.code()) {
             (reason::NOT_BUILT, _) | (_, Code::Unimplemented) => Self::NotBuilt { field, context },
             (reason::TOO_LARGE, _) => Self::TooLarge { field, context },
-            (reason::VERSION_CONFLICT, _) => Self::Conflict { context },
+            (reason::VERSION_CONFLICT, _) => Self::Conflict { version, context },
             (reason::NO_MEMBER, _) => Self::NoMember { context },
             (reason::MEMBERSHIP, _) => Self::Membership { context },
             (reason::TOKEN_EPOCH, _) => Self::TokenEpoch { context },
@@ -296,6 +322,7 @@ impl Error {
                 upstream: metadata(reason::UPSTREAM),
                 class: metadata(reason::CLASS),
                 status: metadata(reason::STATUS).and_then(|status| status.parse().ok()),
+                retry_after,
                 context,
             },
             (reason::INVALID_FIELD, _) | (_, Code::InvalidArgument) => {
@@ -308,7 +335,7 @@ impl Error {
                 retry_after,
                 context,
             },
-            (_, Code::FailedPrecondition | Code::Aborted) => Self::Conflict { context },
+            (_, Code::FailedPrecondition | Code::Aborted) => Self::Conflict { version, context },
             (_, Code::Unauthenticated) => Self::Unauthenticated { context },
             (_, Code::PermissionDenied) => Self::PermissionDenied { context },
             // tonic's own word, before sending, for a message over the size both sides agreed on.
@@ -592,10 +619,17 @@ mod tests {
             &status(
                 Code::FailedPrecondition,
                 reason::VERSION_CONFLICT,
-                &[("applied", "no")],
+                &[("applied", "no"), ("version", "12")],
             ),
             true,
         );
+        assert!(matches!(
+            conflict,
+            Error::Conflict {
+                version: Some(12),
+                ..
+            }
+        ));
         assert_eq!(conflict.after_unknown_try().applied(), Applied::No);
     }
 

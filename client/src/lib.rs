@@ -72,6 +72,7 @@ mod client;
 mod cluster;
 mod deadline;
 mod error;
+mod mutation;
 mod read;
 mod retry;
 mod route;
@@ -79,6 +80,7 @@ mod scan;
 #[cfg(test)]
 mod scripted;
 mod session;
+mod value;
 mod write;
 
 pub use answer::{
@@ -92,6 +94,7 @@ pub use error::{Applied, Context, Error};
 pub use holdfast_proto::{InvalidToken, Revision, Token};
 pub use read::{BatchGet, Get, Inspect};
 pub use route::InvalidEndpoint;
-pub use scan::Scan;
+pub use scan::{Scan, ScanStream};
 pub use tonic::Code;
+pub use value::Value;
 pub use write::{Delete, FOREVER, Invalidate, Set};

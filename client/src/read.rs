@@ -263,7 +263,7 @@ impl Client {
         outcome: Result<T, Error>,
     ) -> Result<T, Error> {
         if let (Err(Error::TokenEpoch { .. }), Some(sent)) = (&outcome, sent) {
-            self.0.session.forget_epoch(sent.epoch());
+            self.forget_epoch(sent.epoch());
         }
         outcome
     }

@@ -66,6 +66,8 @@ impl Kind {
                 retry_after: Some(after),
                 ..
             } if overloaded < OVERLOADED_MAX => Verdict::After(*after),
+            // The node's share of the time; what is left of the call's may do elsewhere.
+            Error::Deadline { .. } if self == Self::Read => Verdict::Elsewhere,
             _ => Verdict::GiveUp,
         }
     }
@@ -178,7 +180,6 @@ mod tests {
             (Code::FailedPrecondition, reason::VERSION_CONFLICT),
             (Code::Internal, reason::INTERNAL),
             (Code::Unavailable, reason::UPSTREAM_FAILED),
-            (Code::DeadlineExceeded, reason::DEADLINE),
         ] {
             for kind in [Kind::Read, Kind::NamedWrite, Kind::Write] {
                 assert_eq!(

@@ -6,6 +6,8 @@
 //! write    leader ─► last good ─► the next ─► … (round over)
 //! ```
 //! A node that could not be connected to rests for a while: it is asked only if no other is left.
+//! After that, as a leader that was only heard of, it is dialled in the background: no call waits
+//! for a connection that may not come while another node could take it.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -28,6 +30,8 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) struct Routes {
     nodes: Vec<Arc<Node>>,
     connect_timeout: Duration,
+    /// Whether writes go to the leader that answers name.
+    follow_leader: bool,
     state: Mutex<State>,
 }
 
@@ -41,6 +45,8 @@ struct State {
 pub(crate) struct Node {
     address: String,
     endpoint: Endpoint,
+    /// Only heard of: it may be an address that cannot be reached from here.
+    learned: bool,
     link: Mutex<Link>,
     /// One connection attempt at a time; the others wait for its outcome.
     dialing: tokio::sync::Mutex<()>,
@@ -53,6 +59,17 @@ struct Link {
     generation: u64,
     failures: u32,
     rests_until: Option<Instant>,
+}
+
+/// What a call can expect of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    /// Connected, or an endpoint that has never failed.
+    AtHand,
+    /// It failed before, or was only heard of.
+    Doubtful,
+    /// It failed just now.
+    Resting,
 }
 
 /// A connection in use.
@@ -71,10 +88,11 @@ impl Routes {
     pub(crate) fn new(
         endpoints: &[String],
         connect_timeout: Duration,
+        follow_leader: bool,
     ) -> Result<Self, InvalidEndpoint> {
         let mut nodes: Vec<Arc<Node>> = Vec::with_capacity(endpoints.len());
         for endpoint in endpoints {
-            let node = Node::new(endpoint, connect_timeout)?;
+            let node = Node::new(endpoint, connect_timeout, false)?;
             if nodes.iter().all(|known| known.address != node.address) {
                 nodes.push(Arc::new(node));
             }
@@ -83,6 +101,7 @@ impl Routes {
         Ok(Self {
             nodes,
             connect_timeout,
+            follow_leader,
             state: Mutex::new(State {
                 preferred: 0,
                 leader: None,
@@ -96,8 +115,16 @@ impl Routes {
     pub(crate) fn pick(&self, kind: Kind, tried: &[Arc<Node>], asked: bool) -> Option<Arc<Node>> {
         let candidates = self.candidates(kind);
         let mut untried = candidates.iter().filter(|node| !contains(tried, node));
-        let ready = untried.clone().find(|node| !node.rests());
-        ready
+        let at_hand = untried.clone().find(|node| match node.reach() {
+            Reach::AtHand => true,
+            Reach::Doubtful => {
+                node.dial_in_background(self.connect_timeout);
+                false
+            }
+            Reach::Resting => false,
+        });
+        at_hand
+            .or_else(|| untried.clone().find(|node| !node.rests()))
             .or_else(|| if asked { None } else { untried.next() })
             .cloned()
     }
@@ -148,6 +175,9 @@ impl Routes {
     /// A node has named the leader by its client address. An address that cannot be one is ignored:
     /// it is advice.
     pub(crate) fn learn_leader(&self, address: &str) {
+        if !self.follow_leader {
+            return;
+        }
         let mut state = self.state.lock();
         if state
             .leader
@@ -162,9 +192,11 @@ impl Routes {
             .chain(&state.learned)
             .find(|node| node.address == address)
             .cloned();
-        let Some(leader) =
-            known.or_else(|| Node::new(address, self.connect_timeout).ok().map(Arc::new))
-        else {
+        let Some(leader) = known.or_else(|| {
+            Node::new(address, self.connect_timeout, true)
+                .ok()
+                .map(Arc::new)
+        }) else {
             return;
         };
         let listed = self
@@ -196,7 +228,7 @@ impl Routes {
 }
 
 impl Node {
-    fn new(text: &str, connect_timeout: Duration) -> Result<Self, InvalidEndpoint> {
+    fn new(text: &str, connect_timeout: Duration, learned: bool) -> Result<Self, InvalidEndpoint> {
         let invalid = || InvalidEndpoint(text.to_owned());
         let address = text
             .strip_prefix("http://")
@@ -226,6 +258,7 @@ impl Node {
         Ok(Self {
             address,
             endpoint,
+            learned,
             link: Mutex::new(Link::default()),
             dialing: tokio::sync::Mutex::new(()),
         })
@@ -299,10 +332,27 @@ impl Node {
     }
 
     fn rests(&self) -> bool {
-        self.link
-            .lock()
-            .rests_until
-            .is_some_and(|until| now() < until)
+        self.reach() == Reach::Resting
+    }
+
+    fn reach(&self) -> Reach {
+        let link = self.link.lock();
+        if link.rests_until.is_some_and(|until| now() < until) {
+            Reach::Resting
+        } else if link.channel.is_some() || (link.failures == 0 && !self.learned) {
+            Reach::AtHand
+        } else {
+            Reach::Doubtful
+        }
+    }
+
+    /// At most one at a time, and no longer than a call would wait.
+    fn dial_in_background(self: &Arc<Self>, limit: Duration) {
+        if self.dialing.try_lock().is_err() {
+            return;
+        }
+        let node = self.clone();
+        tokio::spawn(async move { drop(node.connected(limit).await) });
     }
 
     /// It could not be connected to.
@@ -335,7 +385,7 @@ mod tests {
             .iter()
             .map(|&endpoint| endpoint.to_owned())
             .collect();
-        Routes::new(&endpoints, Duration::from_secs(1)).unwrap()
+        Routes::new(&endpoints, Duration::from_secs(1), true).unwrap()
     }
 
     fn order(routes: &Routes, kind: Kind) -> Vec<String> {
@@ -355,7 +405,7 @@ mod tests {
             "[::1]:7400",
             "holdfast-0.holdfast:7400",
         ] {
-            assert!(Node::new(good, PROBE_EVERY).is_ok(), "{good}");
+            assert!(Node::new(good, PROBE_EVERY, false).is_ok(), "{good}");
         }
         for bad in [
             "",
@@ -371,7 +421,7 @@ mod tests {
             "http://http://a:1",
             "a b:1",
         ] {
-            assert!(Node::new(bad, PROBE_EVERY).is_err(), "{bad}");
+            assert!(Node::new(bad, PROBE_EVERY, false).is_err(), "{bad}");
         }
     }
 
@@ -395,10 +445,13 @@ mod tests {
         assert_eq!(order(&routes, Kind::Read), ["b:1", "c:1", "a:1"]);
     }
 
-    #[test]
-    fn a_leader_beyond_the_endpoints_takes_writes_only() {
+    #[tokio::test]
+    async fn a_leader_beyond_the_endpoints_takes_writes_only_and_once_it_is_connected() {
         let routes = routes(&["a:1"]);
         routes.learn_leader("z:9");
+        assert_eq!(order(&routes, Kind::Write), ["a:1", "z:9"]);
+        let leader = routes.state.lock().leader.clone().unwrap();
+        leader.joined(leader.endpoint.connect_lazy());
         assert_eq!(order(&routes, Kind::Write), ["z:9", "a:1"]);
         assert_eq!(order(&routes, Kind::Read), ["a:1"]);
         routes.learn_leader("not an address");

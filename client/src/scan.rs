@@ -1,10 +1,14 @@
-//! Scan: one page of keys in order. A page comes in several messages; a try that loses one begins
-//! the page anew.
+//! Scan: one page of keys in order, or a stream of all pages. A page comes in several messages; a
+//! try that loses one begins the page anew.
 
-use std::time::Duration;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
+use futures::{Stream, future::BoxFuture};
 use holdfast_proto::{Token, limits::SCAN_LIMIT_MAX, v1};
 use tonic::{Response, Status, Streaming};
 
@@ -16,7 +20,8 @@ use crate::{
     retry::Kind,
 };
 
-/// Reads a page of keys. From [`Client::scan`].
+/// Reads keys in order. From [`Client::scan`]. Awaited it is one page; [`stream`](Self::stream)
+/// gives all of them.
 #[derive(Debug, Clone)]
 #[must_use = "a request is not sent until it is awaited"]
 pub struct Scan {
@@ -76,6 +81,20 @@ impl Scan {
         self
     }
 
+    /// Entry by entry to the end, reading page after page as they are taken; each page has the time
+    /// of a call, and is a read of its own: there is no common snapshot.
+    pub fn stream(self) -> ScanStream {
+        let next = Some(self.request.cursor.clone());
+        ScanStream {
+            scan: self,
+            page: Vec::new().into_iter(),
+            reading: None,
+            began: Bytes::new(),
+            next,
+            failed: false,
+        }
+    }
+
     async fn send(self) -> Result<Page, Error> {
         let Self {
             client,
@@ -96,6 +115,74 @@ impl Scan {
         let page = page(client.session_of(token, response.await)?)?;
         client.see(&page.token);
         Ok(page)
+    }
+}
+
+/// All entries of a scan, in order. From [`Scan::stream`]. Ends after an error.
+#[must_use = "a stream reads nothing until it is polled"]
+pub struct ScanStream {
+    scan: Scan,
+    /// What is left of the page last read.
+    page: std::vec::IntoIter<Scanned>,
+    reading: Option<BoxFuture<'static, Result<Page, Error>>>,
+    /// Where the page last asked for begins.
+    began: Bytes,
+    /// Where the next one does.
+    next: Option<Bytes>,
+    failed: bool,
+}
+
+impl ScanStream {
+    /// Where to go on ([`Scan::cursor`]) after an error, or later: with the first page of which not
+    /// all was taken, so that its entries may come again. Empty at the beginning, none at the end.
+    pub fn cursor(&self) -> Option<&Bytes> {
+        let within = !self.page.as_slice().is_empty() || self.reading.is_some() || self.failed;
+        if within {
+            Some(&self.began)
+        } else {
+            self.next.as_ref()
+        }
+    }
+}
+
+impl Stream for ScanStream {
+    type Item = Result<Scanned, Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(scanned) = self.page.next() {
+                return Poll::Ready(Some(Ok(scanned)));
+            }
+            if let Some(reading) = &mut self.reading {
+                let page = ready!(reading.as_mut().poll(context));
+                self.reading = None;
+                match page {
+                    Ok(page) => {
+                        self.page = page.entries.into_iter();
+                        self.next = page.next_cursor;
+                    }
+                    Err(error) => {
+                        self.failed = true;
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                }
+                continue;
+            }
+            let Some(next) = self.next.take() else {
+                return Poll::Ready(None);
+            };
+            self.began = next.clone();
+            self.reading = Some(self.scan.clone().cursor(next).into_future());
+        }
+    }
+}
+
+impl std::fmt::Debug for ScanStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ScanStream")
+            .field("scan", &self.scan)
+            .field("cursor", &self.cursor())
+            .finish_non_exhaustive()
     }
 }
 

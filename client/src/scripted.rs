@@ -383,10 +383,105 @@ async fn writes_follow_the_leader_named_by_an_answer_and_reads_stay() {
     let leader = Node::start([]).await;
     let a = Node::start([Step::Hint(leader.address.clone())]).await;
     let client = client(&[&a]);
-    client.set("k", "v").await.unwrap();
-    client.set("k", "v").await.unwrap();
+    // Until the connection to an address that was only heard of stands, writes go on as before.
+    let mut writes = 0;
+    while leader.calls() == 0 {
+        client.set("k", "v").await.unwrap();
+        writes += 1;
+        assert!(writes < 10_000, "no write ever went to the leader");
+    }
     client.get("k").await.unwrap();
-    assert_eq!((a.calls(), leader.calls()), (2, 1));
+    assert_eq!((a.calls(), leader.calls()), (writes, 1));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_follow_the_leader_stays_with_its_endpoints() {
+    let leader = Node::start([]).await;
+    let a = Node::start([Step::Hint(leader.address.clone())]).await;
+    let client = builder(&[&a]).follow_leader(false).build().unwrap();
+    for _ in 0..100 {
+        client.set("k", "v").await.unwrap();
+    }
+    assert_eq!((a.calls(), leader.calls()), (100, 0));
+}
+
+/// An address whose packets vanish: a listener that accepts nobody and whose queue is full.
+async fn black_hole() -> (String, Vec<tokio::net::TcpStream>) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    let patience = Duration::from_millis(200);
+    while let Ok(connected) =
+        tokio::time::timeout(patience, tokio::net::TcpStream::connect(address)).await
+    {
+        queued.push(connected.unwrap());
+        assert!(queued.len() < 100, "the queue never fills");
+    }
+    // The listener stays open for as long as the test runs.
+    std::mem::forget(listener);
+    (address.to_string(), queued)
+}
+
+#[tokio::test]
+async fn a_leader_at_an_address_that_swallows_packets_stalls_no_write() {
+    const CONNECT: Duration = Duration::from_secs(30);
+    let (address, _queued) = black_hole().await;
+    let a = Node::start([Step::Hint(address.clone()), Step::Hint(address)]).await;
+    let client = builder(&[&a])
+        .connect_timeout(CONNECT)
+        .timeout(CONNECT)
+        .build()
+        .unwrap();
+    let writes = async {
+        for _ in 0..20 {
+            client.set("k", "v").await.unwrap();
+        }
+    };
+    tokio::time::timeout(CONNECT / 3, writes)
+        .await
+        .expect("a write waited for the connection to the leader");
+    assert_eq!(a.calls(), 20);
+}
+
+#[tokio::test]
+async fn the_next_call_waits_for_no_node_that_failed_before() {
+    let (address, _queued) = black_hole().await;
+    let a = Node::start([]).await;
+    let endpoints = [address, a.address.clone()];
+    let client = Client::builder()
+        .endpoints(endpoints)
+        .connect_timeout(Duration::from_millis(100))
+        .build()
+        .unwrap();
+    client.get("k").await.unwrap();
+    // Its first rest is over, and it is as dead as before.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let read = tokio::time::timeout(Duration::from_millis(90), client.get("k").into_future());
+    read.await.expect("the read waited").unwrap();
+}
+
+#[tokio::test]
+async fn sessions_share_connections_and_request_ids_but_not_what_they_have_seen() {
+    let a = Node::start([]).await;
+    let client = client(&[&a]);
+    let (ada, bob) = (client.session(), client.session());
+    ada.set("k", "v").await.unwrap();
+    bob.get("k").await.unwrap();
+    ada.get("k").await.unwrap();
+    bob.set("k", "v").await.unwrap();
+    let seen = a.seen();
+    assert!(!ada.token().is_empty() && client.token().is_empty());
+    assert_eq!(seen[1].token, Bytes::new(), "Bob has seen nothing");
+    assert_ne!(seen[2].token, Bytes::new());
+    let ids = [0, 3].map(|call| seen[call].request_id.clone().unwrap());
+    assert_eq!(ids[0].client, ids[1].client);
+    assert_eq!((ids[0].seq, ids[1].seq), (1, 2));
+
+    bob.see(&ada.token());
+    bob.get("k").await.unwrap();
+    assert_eq!(a.seen()[4].token, seen[2].token, "one that goes on");
 }
 
 #[tokio::test]
@@ -637,4 +732,45 @@ async fn a_page_is_whole_or_an_error() {
 
     a.page(vec![first]);
     assert!(matches!(client.scan().await, Err(Error::Internal { .. })));
+}
+
+#[tokio::test]
+async fn a_stream_of_a_scan_goes_through_all_pages_and_knows_where_to_go_on() {
+    use futures::{StreamExt as _, TryStreamExt as _};
+
+    let page = |key: &'static str, next_cursor: &'static str| {
+        vec![v1::ScanResponse {
+            entries: vec![v1::ScanEntry {
+                key: key.into(),
+                answer: Some(v1::Answer::default()),
+            }],
+            next_cursor: next_cursor.into(),
+            replica: Some(v1::Replica::default()),
+            token: token(3).encode(),
+        }]
+    };
+    let a = Node::start([]).await;
+    let client = client(&[&a]);
+
+    a.page(page("a", "2"));
+    a.page(page("b", "3"));
+    a.page(page("c", ""));
+    let mut stream = client.scan().stream();
+    let keys: Vec<_> = (&mut stream)
+        .map_ok(|entry| entry.key)
+        .try_collect()
+        .await
+        .unwrap();
+    assert_eq!(
+        (keys, stream.cursor()),
+        (vec!["a".into(), "b".into(), "c".into()], None)
+    );
+
+    // The third page fails.
+    a.page(page("a", "2"));
+    a.page(page("b", "3"));
+    let mut stream = client.scan().stream();
+    let read: Vec<_> = (&mut stream).map(|entry| entry.is_ok()).collect().await;
+    assert_eq!(read, [true, true, false]);
+    assert_eq!(stream.cursor(), Some(&"3".into()));
 }

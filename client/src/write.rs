@@ -12,8 +12,8 @@ use crate::{
     client::{Client, cache, timed},
     deadline::Deadline,
     error::{Applied, Error},
+    mutation::Mutation,
     retry::Kind,
-    session::Mutation,
 };
 
 /// As a stale window: for ever. 10,000 years, the longest duration of the contract.
@@ -251,10 +251,10 @@ impl Client {
     /// A name for a mutation, if this client gives names. Waiting for one is part of the call's
     /// time.
     async fn mutation(&self, deadline: Deadline) -> Result<Option<Mutation<'_>>, Error> {
-        if !self.0.request_ids {
+        if !self.shared.request_ids {
             return Ok(None);
         }
-        let begun = tokio::time::timeout(deadline.left(), self.0.session.begin()).await;
+        let begun = tokio::time::timeout(deadline.left(), self.shared.mutations.begin()).await;
         begun
             .map(Some)
             .map_err(|_| Error::deadline(deadline.total(), Some(Applied::No)))

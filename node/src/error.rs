@@ -14,9 +14,6 @@ use holdfast_proto::{
 };
 use holdfast_raft::{ReadError, WriteError};
 
-/// Metadata: the key's version when `if_version` or `if_absent` did not hold.
-pub const VERSION: &str = "version";
-
 /// The names of metadata that go with an error.
 pub(crate) const METADATA: [&str; 7] = [
     reason::FIELD,
@@ -25,7 +22,7 @@ pub(crate) const METADATA: [&str; 7] = [
     reason::UPSTREAM,
     reason::CLASS,
     reason::STATUS,
-    VERSION,
+    reason::VERSION,
 ];
 
 /// The kinds of outcome that a caller tells apart: `google.rpc.Code`, by its numbers.
@@ -182,7 +179,7 @@ impl Error {
             version => format!("the key's version is {version}"),
         };
         Self::new(reason::VERSION_CONFLICT, message)
-            .with(VERSION, version)
+            .with(reason::VERSION, version)
             .not_applied()
     }
 

@@ -44,6 +44,8 @@ pub const APPLIED: &str = "applied";
 pub const UPSTREAM: &str = "upstream";
 pub const CLASS: &str = "class";
 pub const STATUS: &str = "status";
+/// The key's version, of a precondition that did not hold.
+pub const VERSION: &str = "version";
 
 /// Values of the metadata `applied`.
 pub const APPLIED_NO: &str = "no";
