@@ -22,14 +22,22 @@
 //!
 //! // Only if nobody has changed it meanwhile.
 //! client.set("greeting", "good evening").if_version(found.answer.version).await?;
+//!
+//! // All keys under a prefix, page by page.
+//! use futures::TryStreamExt as _;
+//! let mut users = client.scan().prefix("user/").stream();
+//! while let Some(entry) = users.try_next().await? {
+//!     println!("{:?}", entry.key);
+//! }
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! **What was seen stays seen.** Every answer carries a token of what the answering replica reflects. The client merges them and
-//! sends the result with each [`Consistency::Session`] read, so that it reads its own writes and
-//! never goes backwards, whichever node answers. To carry that to another service, pass the token
-//! on:
+//! **What was seen stays seen.** Every answer carries a token of what the answering replica
+//! reflects. The client merges them and sends the result with each [`Consistency::Session`] read, so
+//! that it reads its own writes and never goes backwards, whichever node answers. A server that acts
+//! for many users gives each a [`Client::session`] of its own. To carry what was seen to another
+//! service, pass the token on:
 //!
 //! ```no_run
 //! # use holdfast_client::{Client, Token};
@@ -37,19 +45,22 @@
 //! here.set("order/7", "paid").await?;
 //! let bytes = here.token().encode();           // into a message, a header, a cookie
 //!
+//! let there = there.session();                 // this user's, not everybody's
 //! there.see(&Token::decode(&bytes)?.unwrap_or_default());
 //! let paid = there.get("order/7").await?;      // never older than that write
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! **What failed says so.** An [`Error`] answers whether the same call may succeed later, and whether a mutation may have happened:
+//! **What failed says so.** An [`Error`] answers whether the same call may succeed later, and
+//! whether a mutation may have happened:
 //!
 //! ```no_run
 //! # use holdfast_client::{Applied, Client, Error};
 //! # async fn example(client: Client) {
 //! match client.delete("order/7").await {
 //!     Ok(done) => println!("existed: {}", done.existed),
+//!     Err(Error::Conflict { version, .. }) => println!("somebody was first: {version:?}"),
 //!     Err(error) if error.applied() == Applied::No => println!("nothing happened: {error}"),
 //!     Err(Error::Deadline { .. }) => println!("it may have happened, or may still"),
 //!     Err(error) => println!("{error} (retryable: {})", error.is_retryable()),
@@ -57,11 +68,12 @@
 //! # }
 //! ```
 //!
-//! **Tries.** A call is tried on further endpoints, and again after a pause, until its time runs out or its rounds are used up.
-//! Reads are tried again when a node is unavailable or its connection is lost. A mutation is tried
-//! again if the node said that it did not happen, if no connection was made, or because it carries
-//! a request id, which makes it happen once however often it is sent; the client gives every
-//! mutation of values one ([`Builder::request_ids`]).
+//! **Tries.** A call is tried on further endpoints, and again after a pause, until its time runs out
+//! or its rounds are used up. Reads are tried again when a node is unavailable or its connection is
+//! lost. A mutation is tried again if the node said that it did not happen, if no connection was
+//! made, or because it carries a request id, which makes it happen once however often it is sent;
+//! the client gives every mutation of values one ([`Builder::request_ids`]). Writes go straight to
+//! the leader that answers name, once a connection to it stands ([`Builder::follow_leader`]).
 
 mod answer;
 mod builder;

@@ -6,12 +6,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD},
+};
 use bytes::Bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::{EXIT_CODES, failure::Failure};
+use super::{EXIT_CODES, failure::Failure, output::OutputFormat};
 use crate::{Consistency, FOREVER, Token};
+
+const ENDPOINT_DEFAULT: &str = "127.0.0.1:7400";
 
 /// Talks to a Holdfast cluster.
 #[derive(Debug, Parser)]
@@ -24,9 +29,9 @@ pub(super) struct Arguments {
         global = true,
         env = "HOLDFAST_ENDPOINTS",
         value_delimiter = ',',
-        default_value = "127.0.0.1:7400"
+        default_value = ENDPOINT_DEFAULT
     )]
-    pub(super) endpoints: Vec<String>,
+    endpoints: Vec<String>,
 
     /// How to print what is answered
     #[arg(short, long, global = true, value_enum, ignore_case = true, default_value_t = OutputFormat::Table)]
@@ -40,18 +45,6 @@ pub(super) struct Arguments {
     pub(super) command: Command,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum OutputFormat {
-    /// For people
-    Table,
-    /// One object
-    Json,
-    /// One object a line
-    Jsonl,
-    /// The bare datum
-    Raw,
-}
-
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Read a key
@@ -60,9 +53,9 @@ pub(super) enum Command {
     Set(Box<SetArguments>),
     /// Remove a key
     #[command(visible_alias = "delete")]
-    Del { key: OsString },
+    Del(KeyArgument),
     /// Make a key stale now: still served, and refreshed from its upstream
-    Invalidate { key: OsString },
+    Invalidate(KeyArgument),
     /// Everything known of a key, and why
     Inspect(InspectArguments),
     /// List keys in order
@@ -85,9 +78,18 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct GetArguments {
+pub(super) struct KeyArgument {
     /// 1 to 1,024 bytes
-    pub(super) key: OsString,
+    key: OsString,
+    /// The key is base64, as `key_base64` in JSON: for keys that cannot be written otherwise
+    #[arg(long)]
+    key_base64: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GetArguments {
+    #[command(flatten)]
+    pub(super) key: KeyArgument,
     /// Print exactly the value's bytes (a newline follows on a terminal); the same as `-o raw`
     #[arg(long)]
     raw: bool,
@@ -97,8 +99,8 @@ pub(super) struct GetArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct SetArguments {
-    /// 1 to 1,024 bytes
-    pub(super) key: OsString,
+    #[command(flatten)]
+    pub(super) key: KeyArgument,
     /// The value; `-` reads it from stdin, `@FILE` from a file
     #[arg(allow_negative_numbers = true)]
     pub(super) value: OsString,
@@ -134,8 +136,8 @@ pub(super) struct SetArguments {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArguments {
-    /// 1 to 1,024 bytes
-    pub(super) key: OsString,
+    #[command(flatten)]
+    pub(super) key: KeyArgument,
     #[command(flatten)]
     pub(super) read: ReadArguments,
 }
@@ -144,7 +146,14 @@ pub(super) struct InspectArguments {
 pub(super) struct ScanArguments {
     /// Only keys that begin with this
     #[arg(default_value = "")]
-    pub(super) prefix: OsString,
+    prefix: OsString,
+    /// The prefix is base64
+    #[arg(long)]
+    prefix_base64: bool,
+    /// End each key with a NUL byte instead of a newline, as `xargs -0` takes them; only with
+    /// `-o raw`, which it stands for
+    #[arg(short = '0', long)]
+    pub(super) null: bool,
     /// Entries a page [default: 100, at most 1000]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) limit: Option<u32>,
@@ -204,16 +213,68 @@ pub(super) enum MemberCommand {
 }
 
 impl Arguments {
-    /// `--raw` and `-o` must not contradict each other.
+    /// The nodes to ask. A variable that is set to nothing, as deployment tools do, is not set, and
+    /// a comma at the end names no node.
+    pub(super) fn endpoints(&self) -> Vec<String> {
+        let mut named = self.endpoints.iter().map(|endpoint| endpoint.trim());
+        let named: Vec<String> = named
+            .by_ref()
+            .filter(|endpoint| !endpoint.is_empty())
+            .map(str::to_owned)
+            .collect();
+        if named.is_empty() {
+            vec![ENDPOINT_DEFAULT.to_owned()]
+        } else {
+            named
+        }
+    }
+
+    /// `--raw`, `--null` and `-o` must not contradict each other.
     pub(super) fn format(&self) -> Result<OutputFormat, Failure> {
+        let contradicted = |name| {
+            let message = format!("--{name} contradicts -o json and -o jsonl");
+            Err(Failure::usage(name, message))
+        };
         match (&self.command, self.output) {
-            (Command::Get(get), OutputFormat::Json | OutputFormat::Jsonl) if get.raw => Err(
-                Failure::usage("raw", "--raw contradicts -o json and -o jsonl"),
-            ),
+            (Command::Get(get), OutputFormat::Json | OutputFormat::Jsonl) if get.raw => {
+                contradicted("raw")
+            }
+            (Command::Scan(scan), OutputFormat::Json | OutputFormat::Jsonl) if scan.null => {
+                contradicted("null")
+            }
             (Command::Get(get), _) if get.raw => Ok(OutputFormat::Raw),
+            (Command::Scan(scan), _) if scan.null => Ok(OutputFormat::Raw),
             (_, output) => Ok(output),
         }
     }
+}
+
+impl KeyArgument {
+    pub(super) fn bytes(self) -> Result<Vec<u8>, Failure> {
+        bytes("key", self.key, self.key_base64)
+    }
+}
+
+impl ScanArguments {
+    pub(super) fn prefix(&self) -> Result<Vec<u8>, Failure> {
+        bytes("prefix", self.prefix.clone(), self.prefix_base64)
+    }
+}
+
+/// As written, or from base64: the standard alphabet that JSON answers use, or the URL's, with or
+/// without padding.
+fn bytes(field: &str, written: OsString, base64: bool) -> Result<Vec<u8>, Failure> {
+    let written = written.into_encoded_bytes();
+    if !base64 {
+        return Ok(written);
+    }
+    let plain = written.trim_ascii_end();
+    let unpadded = plain.strip_suffix(b"==").or(plain.strip_suffix(b"="));
+    let unpadded = unpadded.unwrap_or(plain);
+    let decoded = STANDARD_NO_PAD.decode(unpadded);
+    decoded
+        .or_else(|_| URL_SAFE_NO_PAD.decode(unpadded))
+        .map_err(|_| Failure::usage(field, format!("the {field} is not base64")))
 }
 
 impl ReadArguments {
@@ -343,7 +404,7 @@ mod tests {
             ["get", "k", "-o", "json", "--timeout", "2s", "-e", "a:1,b:2"],
         ] {
             let arguments = parse(&line).unwrap();
-            assert_eq!(arguments.endpoints, ["a:1", "b:2"]);
+            assert_eq!(arguments.endpoints(), ["a:1", "b:2"]);
             assert_eq!(
                 (arguments.output, arguments.timeout),
                 (OutputFormat::Json, Duration::from_secs(2))
@@ -352,10 +413,37 @@ mod tests {
         assert_eq!(
             parse(&["-e", "a:1", "-e", "b:2", "cluster", "status"])
                 .unwrap()
-                .endpoints,
+                .endpoints(),
             ["a:1", "b:2"]
         );
         assert!(parse(&["get", "k", "--consistency", "LINEARIZABLE"]).is_ok());
+    }
+
+    #[test]
+    fn an_empty_list_of_endpoints_is_the_default_and_a_last_comma_names_none() {
+        let endpoints = |list: &str| parse(&["-e", list, "get", "k"]).unwrap().endpoints();
+        assert_eq!(endpoints(""), [ENDPOINT_DEFAULT]);
+        assert_eq!(endpoints(","), [ENDPOINT_DEFAULT]);
+        assert_eq!(endpoints("a:1,"), ["a:1"]);
+        assert_eq!(endpoints("a:1, b:2"), ["a:1", "b:2"]);
+    }
+
+    #[test]
+    fn any_key_can_be_written_in_base64() {
+        let key = |written: &str| {
+            let Command::Del(key) = parse(&["del", "--key-base64", "--", written])
+                .unwrap()
+                .command
+            else {
+                panic!()
+            };
+            key.bytes()
+        };
+        assert_eq!(key("AP8K").unwrap(), b"\x00\xff\n");
+        assert_eq!(key("+/8=").unwrap(), [0xfb, 0xff]);
+        assert_eq!(key("-_8").unwrap(), [0xfb, 0xff]);
+        assert_eq!(key("_w==").unwrap(), [0xff]);
+        assert!(key("no base64!").is_err());
     }
 
     #[test]
@@ -458,7 +546,10 @@ mod tests {
         let Command::Set(set) = parse(&["set", "--", "-k", "--v"]).unwrap().command else {
             panic!()
         };
-        assert_eq!((set.key, set.value), ("-k".into(), "--v".into()));
+        assert_eq!(
+            (set.key.bytes().unwrap(), set.value),
+            (b"-k".to_vec(), "--v".into())
+        );
     }
 
     #[test]

@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::{
     Outcome,
-    arguments::{ClusterCommand, MemberCommand, OutputFormat},
+    arguments::{ClusterCommand, MemberCommand},
     failure::{Failure, say},
     json::{NodeJson, StatusJson},
-    output::{Output, safe},
+    output::{Output, OutputFormat, safe},
 };
 use crate::{Client, ClusterStatus, NodeStatus};
 

@@ -10,10 +10,10 @@ use holdfast_proto::limits::VALUE_BYTES_MAX;
 
 use super::{
     Outcome,
-    arguments::{GetArguments, InspectArguments, OutputFormat, ScanArguments, SetArguments},
+    arguments::{GetArguments, InspectArguments, KeyArgument, ScanArguments, SetArguments},
     failure::{Failure, say},
     json::{self, AnswerJson, DoneJson, GetJson, InspectJson, ReplicaJson, ScannedJson, SetJson},
-    output::{self, Output, safe, shown},
+    output::{self, Output, OutputFormat, safe, shown},
 };
 use crate::{Answer, Client, Done, Inspection, LastError, Page, Replica, State};
 
@@ -22,7 +22,7 @@ pub(super) async fn get(
     arguments: GetArguments,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
-    let key = arguments.key.into_encoded_bytes();
+    let key = arguments.key.bytes()?;
     let mut get = client.get(&key).consistency(arguments.read.consistency());
     if let Some(token) = arguments.read.token {
         get = get.token(token);
@@ -59,7 +59,7 @@ pub(super) async fn set(
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
     let value = value(arguments.value, arguments.literal)?;
-    let mut set = client.set(arguments.key.into_encoded_bytes(), value);
+    let mut set = client.set(arguments.key.bytes()?, value);
     if let Some(ttl) = arguments.ttl {
         set = set.ttl(ttl);
     }
@@ -103,18 +103,18 @@ pub(super) async fn set(
 
 pub(super) async fn delete(
     client: &Client,
-    key: OsString,
+    key: KeyArgument,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
-    done(&client.delete(key.into_encoded_bytes()).await?, output)
+    done(&client.delete(key.bytes()?).await?, output)
 }
 
 pub(super) async fn invalidate(
     client: &Client,
-    key: OsString,
+    key: KeyArgument,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
-    done(&client.invalidate(key.into_encoded_bytes()).await?, output)
+    done(&client.invalidate(key.bytes()?).await?, output)
 }
 
 pub(super) async fn inspect(
@@ -122,7 +122,7 @@ pub(super) async fn inspect(
     arguments: InspectArguments,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
-    let key = arguments.key.into_encoded_bytes();
+    let key = arguments.key.bytes()?;
     let mut inspect = client
         .inspect(&key)
         .consistency(arguments.read.consistency());
@@ -160,18 +160,19 @@ pub(super) async fn scan(
     arguments: ScanArguments,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
+    let mut scan = client
+        .scan()
+        .prefix(arguments.prefix()?)
+        .consistency(arguments.read.consistency());
     let ScanArguments {
-        prefix,
         limit,
         cursor,
         keys_only,
+        null,
         all,
         read,
+        ..
     } = arguments;
-    let mut scan = client
-        .scan()
-        .prefix(prefix.into_encoded_bytes())
-        .consistency(read.consistency());
     scan = limit.into_iter().fold(scan, crate::Scan::limit);
     scan = cursor.into_iter().fold(scan, crate::Scan::cursor);
     scan = read.token.into_iter().fold(scan, crate::Scan::token);
@@ -179,82 +180,124 @@ pub(super) async fn scan(
         scan = scan.keys_only();
     }
     let mut page = scan.clone().await?;
-    if output.format == OutputFormat::Json {
-        output.bytes(b"{\"entries\":[\n")?;
-    }
-    let mut printed = 0;
-    loop {
-        print_page(&page, printed, keys_only, output)?;
-        printed += page.entries.len();
-        let Some(cursor) = page.next_cursor.take_if(|_| all) else {
-            break;
-        };
-        // What is read is shown, and a reader that has gone is noticed, before more is asked for.
-        output.flush()?;
-        page = scan.clone().cursor(cursor).await?;
-    }
-    let cursor = page.next_cursor.as_deref().map(json::url_safe);
-    if output.format == OutputFormat::Json {
-        output.bytes(b"\n],\"next_cursor\":")?;
-        output.object_inline(&cursor)?;
-        output.bytes(b",\"replica\":")?;
-        output.object_inline(&ReplicaJson::from(&page.replica))?;
-        output.bytes(b",\"token\":")?;
-        output.object_inline(&json::token(&page.token))?;
-        output.bytes(b"}\n")?;
-    } else if let Some(cursor) = cursor {
-        output.flush()?;
-        say(&format!("more: --cursor {cursor}"));
-    }
-    Ok(Outcome::Ok)
-}
-
-/// `printed`: how many entries the pages before had.
-fn print_page(page: &Page, printed: usize, keys_only: bool, output: &mut Output) -> io::Result<()> {
-    match output.format {
-        OutputFormat::Table => print_table(page, keys_only, output),
-        OutputFormat::Json => {
-            for (index, entry) in page.entries.iter().enumerate() {
-                if printed + index > 0 {
-                    output.bytes(b",\n")?;
-                }
-                output.object_inline(&ScannedJson::new(entry, keys_only))?;
-            }
-            Ok(())
-        }
-        OutputFormat::Jsonl => page
-            .entries
-            .iter()
-            .try_for_each(|entry| output.object(&ScannedJson::new(entry, keys_only))),
-        // One key a line, as it is.
-        OutputFormat::Raw => page.entries.iter().try_for_each(|entry| {
-            output.bytes(&entry.key)?;
-            output.bytes(b"\n")
-        }),
-    }
-}
-
-fn print_table(page: &Page, keys_only: bool, output: &mut Output) -> io::Result<()> {
-    let row = |entry: &crate::Scanned| {
-        let answer = &entry.answer;
-        let mut row = vec![
-            shown(&entry.key),
-            answer.state.as_str().to_owned(),
-            answer.version.to_string(),
-            output::time(answer.age),
-        ];
-        if !keys_only {
-            let value = answer.value.as_deref();
-            row.extend([
-                value.map_or_else(String::new, |value| value.len().to_string()),
-                value.map_or_else(String::new, output::cell),
-            ]);
-        }
-        row
+    let mut listing = Listing {
+        keys_only,
+        null,
+        printed: 0,
+        output,
     };
-    let header = ["KEY", "STATE", "VERSION", "AGE", "SIZE", "VALUE"];
-    let columns = if keys_only { 4 } else { header.len() };
-    output.table(&header[..columns], page.entries.iter().map(row))
+    listing.begin()?;
+    let ended = loop {
+        listing.page(&page)?;
+        let Some(cursor) = page.next_cursor.clone().filter(|_| all) else {
+            break Ok(Outcome::Ok);
+        };
+        match scan.clone().cursor(cursor).await {
+            Ok(next) => page = next,
+            // What was read stands, complete in its form, and says where to go on.
+            Err(error) => break Err(error.into()),
+        }
+    };
+    listing.end(&page)?;
+    ended
+}
+
+/// The entries of a scan as they are printed, page by page.
+struct Listing<'o> {
+    keys_only: bool,
+    null: bool,
+    /// Entries so far.
+    printed: usize,
+    output: &'o mut Output,
+}
+
+impl Listing<'_> {
+    fn begin(&mut self) -> io::Result<()> {
+        match self.output.format {
+            OutputFormat::Json => self.output.bytes(b"{\"entries\":[\n"),
+            _ => Ok(()),
+        }
+    }
+
+    fn page(&mut self, page: &Page) -> io::Result<()> {
+        match self.output.format {
+            OutputFormat::Table => self.table(page)?,
+            OutputFormat::Json => {
+                for (index, entry) in page.entries.iter().enumerate() {
+                    if self.printed + index > 0 {
+                        self.output.bytes(b",\n")?;
+                    }
+                    self.output
+                        .object_inline(&ScannedJson::new(entry, self.keys_only))?;
+                }
+            }
+            OutputFormat::Jsonl => {
+                for entry in &page.entries {
+                    self.output
+                        .object(&ScannedJson::new(entry, self.keys_only))?;
+                }
+            }
+            // Each key as it is.
+            OutputFormat::Raw => {
+                for entry in &page.entries {
+                    self.output.bytes(&entry.key)?;
+                    self.output.bytes(if self.null { b"\0" } else { b"\n" })?;
+                }
+            }
+        }
+        self.printed += page.entries.len();
+        // What is read is shown, and a reader that has gone is noticed, before more is asked for.
+        self.output.flush()
+    }
+
+    /// `last`: the page that was read last.
+    fn end(&mut self, last: &Page) -> io::Result<()> {
+        let cursor = last.next_cursor.as_deref().map(json::url_safe);
+        if self.output.format == OutputFormat::Json {
+            self.output.bytes(b"\n],\"next_cursor\":")?;
+            self.output.object_inline(&cursor)?;
+            self.output.bytes(b",\"replica\":")?;
+            self.output
+                .object_inline(&ReplicaJson::from(&last.replica))?;
+            self.output.bytes(b",\"token\":")?;
+            self.output.object_inline(&json::token(&last.token))?;
+            self.output.bytes(b"}\n")?;
+        }
+        self.output.flush()?;
+        if let Some(cursor) = cursor.filter(|_| self.output.format != OutputFormat::Json) {
+            say(&format!("more: --cursor {cursor}"));
+        }
+        Ok(())
+    }
+
+    fn table(&mut self, page: &Page) -> io::Result<()> {
+        let keys_only = self.keys_only;
+        let row = |entry: &crate::Scanned| {
+            let answer = &entry.answer;
+            let mut row = vec![
+                shown(&entry.key),
+                answer.state.as_str().to_owned(),
+                answer.version.to_string(),
+                output::time(answer.age),
+            ];
+            if !keys_only {
+                let value = answer.value.as_deref();
+                row.extend([
+                    value.map_or_else(String::new, |value| value.len().to_string()),
+                    value.map_or_else(String::new, output::cell),
+                ]);
+            }
+            row
+        };
+        let header = ["KEY", "STATE", "VERSION", "AGE", "SIZE", "VALUE"];
+        let columns = if keys_only { 4 } else { header.len() };
+        let rows = page.entries.iter().map(row);
+        if self.printed == 0 {
+            self.output.table(&header[..columns], rows)
+        } else {
+            self.output.rows(rows)
+        }
+    }
 }
 
 fn done(done: &Done, output: &mut Output) -> Result<Outcome, Failure> {

@@ -5,7 +5,10 @@ use std::{ffi::OsString, io, io::Write as _, process::ExitCode};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use serde::Serialize;
 
-use super::{arguments::OutputFormat, output::safe};
+use super::{
+    json,
+    output::{OutputFormat, safe, time},
+};
 use crate::{
     Error,
     error::{Applied, word},
@@ -42,6 +45,8 @@ struct ErrorJson<'a> {
     upstream: Option<&'a str>,
     class: Option<&'a str>,
     status: Option<u16>,
+    version: Option<u64>,
+    retry_after_ms: Option<u64>,
 }
 
 impl Failure {
@@ -98,6 +103,8 @@ impl Failure {
             upstream: None,
             class: None,
             status: None,
+            version: None,
+            retry_after_ms: None,
         };
         match self {
             Self::Usage { field, .. } => ErrorJson {
@@ -118,6 +125,8 @@ impl Failure {
                     upstream,
                     class,
                     status,
+                    version: error.version(),
+                    retry_after_ms: error.retry_after().map(json::millis),
                     ..bare
                 }
             }
@@ -145,6 +154,8 @@ impl Failure {
         note("upstream", upstream);
         note("class", class);
         note("status", status.map(|status| status.to_string()).as_deref());
+        let retry_after = error.retry_after().map(time);
+        note("retry after", retry_after.as_deref());
         safe(&format!("error: {error} ({})", words.join(", ")))
     }
 }
@@ -264,7 +275,7 @@ mod tests {
         );
         assert_eq!(
             json_text(&failure.json()),
-            r#"{"code":"UNAVAILABLE","reason":"NO_LEADER","message":"words","field":null,"applied":"no","leader":"a:1","upstream":null,"class":null,"status":null}"#
+            r#"{"code":"UNAVAILABLE","reason":"NO_LEADER","message":"words","field":null,"applied":"no","leader":"a:1","upstream":null,"class":null,"status":null,"version":null,"retry_after_ms":null}"#
         );
     }
 

@@ -332,7 +332,7 @@ impl<'a> From<&'a ShardStatus> for ShardJson<'a> {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 

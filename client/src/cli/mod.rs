@@ -62,11 +62,12 @@ pub fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<Outcome, Failure> {
     let mut output = Output::stdout(arguments.format()?);
+    let endpoints = arguments.endpoints();
     let outcome = match arguments.command {
         Command::Completion { shell } => completion(shell, &mut output),
         command => {
             let client = Client::builder()
-                .endpoints(arguments.endpoints)
+                .endpoints(endpoints)
                 .timeout(arguments.timeout)
                 .unreachable_retries(UNREACHABLE_RETRIES)
                 .build();
@@ -90,8 +91,8 @@ async fn answer(
     match command {
         Command::Get(arguments) => data::get(client, arguments, output).await,
         Command::Set(arguments) => data::set(client, *arguments, output).await,
-        Command::Del { key } => data::delete(client, key, output).await,
-        Command::Invalidate { key } => data::invalidate(client, key, output).await,
+        Command::Del(key) => data::delete(client, key, output).await,
+        Command::Invalidate(key) => data::invalidate(client, key, output).await,
         Command::Inspect(arguments) => data::inspect(client, arguments, output).await,
         Command::Scan(arguments) => data::scan(client, arguments, output).await,
         Command::Cluster { command } => cluster::cluster(client, command, output).await,
@@ -116,12 +117,15 @@ mod tests {
     use crate::scripted::{Node, client, token};
 
     async fn run(node: &Node, line: &[&str]) -> (Outcome, String) {
+        let (outcome, text) = try_run(node, line).await;
+        (outcome.unwrap(), text)
+    }
+
+    async fn try_run(node: &Node, line: &[&str]) -> (Result<Outcome, Failure>, String) {
         let arguments = Arguments::try_parse_from([&["holdfast"], line].concat()).unwrap();
         let (sink, written) = std::sync::mpsc::channel();
         let mut output = Output::for_test(arguments.format().unwrap(), false, sink);
-        let outcome = answer(arguments.command, &client(&[node]), &mut output)
-            .await
-            .unwrap();
+        let outcome = answer(arguments.command, &client(&[node]), &mut output).await;
         output.finish().unwrap();
         (
             outcome,
@@ -232,6 +236,31 @@ mod tests {
             (&json["entries"][0]["key"], &json["entries"][0]["value"]),
             (&"a".into(), &"v".into())
         );
+
+        // The second page fails: what came stands as a document that says where to go on.
+        node.page(vec![page(&["a", "b"], "2")]);
+        let (outcome, text) = try_run(&node, &["scan", "--all", "-o", "json"]).await;
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(matches!(outcome, Err(Failure::Call(_))));
+        assert_eq!(
+            (
+                json["entries"].as_array().unwrap().len(),
+                &json["next_cursor"]
+            ),
+            (2, &"Mg".into())
+        );
+
+        for messages in [vec![page(&["a\n\u{e9}"], "2")], vec![page(&["b"], "")]] {
+            node.page(messages);
+        }
+        let (_, text) = run(&node, &["scan", "--all", "-0"]).await;
+        assert_eq!(text, "a\n\u{e9}\0b\0");
+
+        for messages in [vec![page(&["a"], "2")], vec![page(&["b"], "")]] {
+            node.page(messages);
+        }
+        let (_, text) = run(&node, &["scan", "--all"]).await;
+        assert_eq!(text.matches("KEY").count(), 1, "{text}");
 
         node.page(vec![page(&["a"], "x")]);
         let (_, text) = run(&node, &["scan", "-o", "json", "--keys-only"]).await;

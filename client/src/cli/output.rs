@@ -6,16 +6,28 @@ use std::{
     time::Duration,
 };
 
+use clap::ValueEnum;
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use super::arguments::OutputFormat;
 use crate::Ttl;
 
 /// Characters of a value in a table's cell.
 const CELL_CHARS: usize = 60;
 /// Bytes of a value that a person is shown; `--raw` shows all.
 const SHOWN_BYTES: usize = 16 << 10;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum OutputFormat {
+    /// For people
+    Table,
+    /// One object
+    Json,
+    /// One object a line
+    Jsonl,
+    /// The bare datum
+    Raw,
+}
 
 pub(super) struct Output {
     pub(super) format: OutputFormat,
@@ -107,10 +119,19 @@ impl Output {
         rows: impl IntoIterator<Item = Vec<String>>,
     ) -> io::Result<()> {
         let mut table = Table::new();
-        table
-            .load_style(presets::NOTHING)
-            .set_header(header.to_vec())
-            .add_rows(rows);
+        table.set_header(header.to_vec()).add_rows(rows);
+        self.aligned(table)
+    }
+
+    /// Of a table whose header was printed before.
+    pub(super) fn rows(&mut self, rows: impl IntoIterator<Item = Vec<String>>) -> io::Result<()> {
+        let mut table = Table::new();
+        table.add_rows(rows);
+        self.aligned(table)
+    }
+
+    fn aligned(&mut self, mut table: Table) -> io::Result<()> {
+        table.load_style(presets::NOTHING);
         for column in table.column_iter_mut() {
             column.set_padding((0, 2));
         }
@@ -129,14 +150,21 @@ impl Output {
     }
 }
 
-/// Text that cannot move the cursor, colour the screen or reorder what follows.
+/// Text that cannot move the cursor, colour the screen or reorder what follows. What joins the
+/// parts of one picture or letter to it stays; without one before it, it is hidden text.
 pub(super) fn safe(text: &str) -> String {
+    const JOINER: char = '\u{200d}';
+    const VARIATIONS: std::ops::RangeInclusive<char> = '\u{fe00}'..='\u{fe0f}';
     let mut out = String::with_capacity(text.len());
+    let mut before = ' ';
     for c in text.chars() {
+        let joins = c == JOINER || VARIATIONS.contains(&c);
         match c {
             '"' | '\'' | '\\' => out.push(c),
+            c if joins && !before.is_ascii() && before != JOINER => out.push(c),
             c => out.extend(c.escape_debug()),
         }
+        before = c;
     }
     out
 }
@@ -209,6 +237,13 @@ mod tests {
         let shown = shown("red\x1b[31m\r\n\u{202e}\u{9b}é日\"".as_bytes());
         assert_eq!(shown, "red\\u{1b}[31m\\r\\n\\u{202e}\\u{9b}é日\"");
         assert_eq!(super::shown(b"\xff\x00\x1bA"), "\\xff\\x00\\x1bA");
+    }
+
+    #[test]
+    fn a_picture_of_several_parts_stays_whole() {
+        let family = "\u{1f469}\u{200d}\u{1f467} \u{2764}\u{fe0f}";
+        assert_eq!(safe(family), family);
+        assert_eq!(safe("a\u{200d}b"), "a\\u{200d}b", "hidden in plain text");
     }
 
     #[test]

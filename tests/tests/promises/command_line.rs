@@ -72,7 +72,16 @@ impl Ran {
         );
         let error: Value =
             serde_json::from_str(&self.stderr).with_context(|| format!("no JSON: {self:?}"))?;
-        for name in ["code", "reason", "message", "field", "applied", "leader"] {
+        for name in [
+            "code",
+            "reason",
+            "message",
+            "field",
+            "applied",
+            "leader",
+            "version",
+            "retry_after_ms",
+        ] {
             ensure!(error.get(name).is_some(), "{name} is missing: {error}");
         }
         Ok(error)

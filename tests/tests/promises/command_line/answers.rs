@@ -376,3 +376,49 @@ async fn a_scan_comes_page_by_page_or_whole() -> anyhow::Result<()> {
     assert_eq!(user.done("scan nothing/ -o raw").await?.text(), "");
     cluster.stop().await
 }
+
+#[tokio::test]
+async fn any_key_that_comes_out_of_a_scan_goes_in_again() -> anyhow::Result<()> {
+    let cluster = in_process().nodes(1, 1).start().await?;
+    let (user, client) = (User::of(&cluster, 0), cluster.client(0));
+    let keys: [&[u8]; 4] = [b"\0", b"a\nb", b"plain", b"\xff\x80"];
+    for key in keys {
+        client.set(key, "v").await?;
+    }
+    info!("--- keys that are no text are base64, and are taken as such");
+    let scanned = user.json("scan").await?;
+    for entry in scanned["entries"].as_array().context("entries")? {
+        let read = match (entry["key"].as_str(), entry["key_base64"].as_str()) {
+            (_, Some(key)) => user.json(&format!("get --key-base64 {key}")).await?,
+            (Some("plain"), None) => user.json("get plain").await?,
+            (Some(key), None) => {
+                let key = base64_of(key.as_bytes());
+                user.json(&format!("get --key-base64 {key}")).await?
+            }
+            (None, None) => anyhow::bail!("an entry without a key: {entry}"),
+        };
+        assert_eq!(read["value"], "v", "{entry}");
+    }
+    info!("--- separated by NUL, a newline in a key splits nothing");
+    let listed = user.done("scan -0 --prefix-base64 YQ==").await?;
+    assert_eq!(listed.stdout, b"a\nb\0");
+    info!("--- every command that takes a key takes it so");
+    let key = base64_of(b"\xff\x80");
+    for line in ["set --key-base64 KEY w", "inspect --key-base64 KEY"] {
+        user.done(&line.replace("KEY", &key)).await?;
+    }
+    assert_eq!(
+        client.get(b"\xff\x80").await?.into_value().as_deref(),
+        Some(&b"w"[..])
+    );
+    for line in ["invalidate --key-base64 KEY", "del --key-base64 KEY"] {
+        user.done(&line.replace("KEY", &key)).await?;
+    }
+    ensure!(client.get(b"\xff\x80").await?.value().is_none());
+    cluster.stop().await
+}
+
+fn base64_of(bytes: &[u8]) -> String {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    STANDARD.encode(bytes)
+}
