@@ -4,22 +4,22 @@
 //! Promises to answer only who belongs to the cluster, and never to pass a question on. Must never
 //! know how a value is fetched or a read is answered.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use holdfast_proto::{
     Key,
-    limits::{BATCH_KEYS_MAX, DEADLINE_DEFAULT, PEER_MESSAGE_BYTES_MAX},
+    limits::{BATCH_KEYS_MAX, PEER_MESSAGE_BYTES_MAX},
     peer::{
         FetchRequest, FetchResponse, Header, ReadRequest, ReadResponse, ReportReadsRequest,
         ReportReadsResponse,
         refresh_service_server::{RefreshService, RefreshServiceServer},
     },
 };
-use holdfast_raft::{Peers, Replica, Replicas, deadline};
+use holdfast_raft::{Peers, Replica, Replicas};
 use tonic::{Request, Response, Status};
 
-use crate::{cache::Cache, refresh::Refresher};
+use crate::{cache::Cache, layers::deadline_of, refresh::Refresher};
 
 /// The service that peers call.
 pub struct PeerServer {
@@ -64,7 +64,7 @@ impl RefreshService for PeerServer {
         &self,
         request: Request<FetchRequest>,
     ) -> Result<Response<FetchResponse>, Status> {
-        let timeout = timeout(&request);
+        let deadline = deadline_of(&request, self.replicas.clock());
         let FetchRequest { header, key } = request.into_inner();
         let (peers, replica) = self.checked(header.as_ref())?;
         let key = checked_key(key)?;
@@ -72,7 +72,10 @@ impl RefreshService for PeerServer {
         if owner != Some(replica.shard()) {
             return Err(Status::invalid_argument("the key belongs to another shard"));
         }
-        let result = self.refresher.fetch_for_peer(&key, &replica, timeout).await;
+        let result = self
+            .refresher
+            .fetch_for_peer(&key, &replica, &deadline)
+            .await;
         Ok(Response::new(FetchResponse {
             header: Some(peers.reply(Some(replica.state()))),
             result: Some(result),
@@ -93,7 +96,7 @@ impl RefreshService for PeerServer {
     }
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
-        let timeout = timeout(&request);
+        let deadline = deadline_of(&request, self.replicas.clock());
         let message = request.into_inner();
         let (peers, replica) = self.checked(message.header.as_ref())?;
         let consistency = message.consistency();
@@ -104,17 +107,13 @@ impl RefreshService for PeerServer {
         }
         let response = self
             .cache
-            .read_for_peer(message.keys, consistency, message.token, timeout)
+            .read_for_peer(message.keys, consistency, message.token, &deadline)
             .await?;
         Ok(Response::new(ReadResponse {
             header: Some(peers.reply(Some(replica.state()))),
             response: Some(response),
         }))
     }
-}
-
-fn timeout<T>(request: &Request<T>) -> Duration {
-    deadline::remaining(request.metadata()).unwrap_or(DEADLINE_DEFAULT)
 }
 
 fn checked_key(bytes: Bytes) -> Result<Key, Status> {

@@ -8,6 +8,7 @@
 pub mod limits;
 pub mod reason;
 pub mod timeline;
+pub mod timeout;
 
 mod generated;
 mod key;

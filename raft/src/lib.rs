@@ -20,7 +20,6 @@
 
 mod agreement;
 mod clock;
-pub mod deadline;
 mod error;
 mod events;
 mod forming;
@@ -38,7 +37,7 @@ mod tests;
 mod upkeep;
 
 pub use agreement::{leadership::Leader, log::LogKept};
-pub use clock::Clock;
+pub use clock::{Clock, Deadline};
 pub use error::{ChangeError, ReadError, WriteError};
 pub use events::Events;
 pub use identity::IdentityError;

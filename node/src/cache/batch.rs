@@ -1,6 +1,6 @@
 //! BatchGet: many keys, each answered for itself. Also what a leader answers to a peer's read.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -11,13 +11,13 @@ use holdfast_proto::{
     v1::{self, batch_get_result::Result as Told},
 };
 use holdfast_raft::{
-    Replica,
+    Deadline, Replica,
     state::memory::{Entry, Lookup},
     task,
 };
 
 use super::{
-    Cache, Deadline, answered_within,
+    Cache,
     controls::Controls,
     forward::{Hop, Reached},
     read::{Asked, Settled},
@@ -46,9 +46,8 @@ impl Cache {
     pub async fn batch_get(
         &self,
         request: v1::BatchGetRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
-        let deadline = self.deadline(timeout);
         let controls = check(&request)?;
         self.read_many(request.keys, &controls, Hop::Allowed, deadline)
             .await
@@ -61,9 +60,8 @@ impl Cache {
         keys: Vec<Bytes>,
         consistency: v1::Consistency,
         token: Bytes,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
-        let deadline = self.deadline(answered_within(timeout));
         let request = v1::BatchGetRequest {
             keys,
             consistency: consistency.into(),
@@ -79,7 +77,7 @@ impl Cache {
         keys: Vec<Bytes>,
         controls: &Controls,
         hop: Hop,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
         let (peers, rules) = (self.peers()?, self.rules.load_full());
         let mut told: Vec<Option<Told>> = vec![None; keys.len()];
@@ -170,7 +168,7 @@ impl Cache {
         controls: &Controls,
         rules: &Rules,
         hop: Hop,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<GroupRead, Error> {
         let reached = match self
             .reach(group.replica, &group.keys, controls, hop, deadline)

@@ -1,12 +1,11 @@
 //! Delete: removes a key, and outranks any fetch that began before it.
 
-use std::time::Duration;
-
 use holdfast_proto::{
     Key,
     peer::{Delete, command::Op},
     v1::{self, delete_request::Target},
 };
+use holdfast_raft::Deadline;
 
 use super::{
     Cache,
@@ -18,9 +17,8 @@ impl Cache {
     pub async fn delete(
         &self,
         request: v1::DeleteRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<Acknowledged<v1::DeleteResponse>, Error> {
-        let deadline = self.deadline(timeout);
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
         let op = Op::Delete(Delete {
             key: key.as_bytes().clone(),

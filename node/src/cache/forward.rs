@@ -4,10 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, peer::ReadRequest, reason, v1};
-use holdfast_raft::{Events as _, Leader, ReadError, Replica, Seen};
+use holdfast_raft::{Deadline, Events as _, Leader, ReadError, Replica, Seen};
 use tonic::Request;
 
-use super::{Cache, Deadline, controls::Controls};
+use super::{Cache, controls::Controls};
 use crate::{error::Error, grpc::error_of};
 
 /// How long a read that only the leader can answer waits for there to be one: an election and some.
@@ -40,7 +40,7 @@ impl Cache {
         keys: &[Key],
         controls: &Controls,
         hop: Hop,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<Reached, Error> {
         if !replica.must_catch_up() {
             match self.wait_here(replica, controls, deadline).await {
@@ -61,7 +61,7 @@ impl Cache {
         &self,
         replica: &Replica,
         controls: &Controls,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<(), ReadError> {
         match &controls.seen {
             Seen::Anything => return Ok(()),
@@ -72,11 +72,7 @@ impl Cache {
             Seen::Everything => self.metrics.read_waited("read_index"),
         }
         replica
-            .wait_until_seen(
-                &controls.seen,
-                self.settings.session_wait,
-                self.left(deadline),
-            )
+            .wait_until_seen(&controls.seen, self.settings.session_wait, deadline)
             .await
     }
 
@@ -87,9 +83,9 @@ impl Cache {
         replica: &Arc<Replica>,
         keys: &[Key],
         controls: &Controls,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<Reached, Error> {
-        let give_up = self.within(deadline, LEADER_PATIENCE);
+        let give_up = deadline.at_most(LEADER_PATIENCE);
         loop {
             let failed = match replica.leader().filter(|leader| !leader.is_self) {
                 Some(leader) => tokio::select! {
@@ -105,7 +101,7 @@ impl Cache {
                 },
                 None => Error::no_leader(),
             };
-            let pause = self.left(give_up).min(PAUSE);
+            let pause = give_up.left().min(PAUSE);
             if pause.is_zero() {
                 return Err(self.sent_to_leader(replica, failed));
             }
@@ -120,11 +116,10 @@ impl Cache {
 
     /// Resolves when this replica has seen enough; never, if it does not in time or has not caught
     /// up since it joined.
-    async fn level(&self, replica: &Replica, controls: &Controls, deadline: Deadline) {
-        let left = self.left(deadline);
+    async fn level(&self, replica: &Replica, controls: &Controls, deadline: &Deadline) {
         if replica.must_catch_up()
             || replica
-                .wait_until_seen(&controls.seen, left, left)
+                .wait_until_seen(&controls.seen, deadline.left(), deadline)
                 .await
                 .is_err()
         {
@@ -139,11 +134,11 @@ impl Cache {
         leader: Leader,
         keys: &[Key],
         controls: &Controls,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
         let peers = self.peers()?;
         let member = peers.member(leader.id).ok_or_else(Error::no_leader)?;
-        let left = self.left(deadline);
+        let left = deadline.left();
         let mut request = Request::new(ReadRequest {
             header: Some(peers.header(leader.id, replica.shard(), Some(replica.state()))),
             keys: keys.iter().map(|key| key.as_bytes().clone()).collect(),

@@ -1,8 +1,7 @@
 //! Get: one key.
 
-use std::time::Duration;
-
 use holdfast_proto::{Key, v1};
+use holdfast_raft::Deadline;
 
 use super::{
     Cache,
@@ -16,10 +15,10 @@ impl Cache {
     pub async fn get(
         &self,
         request: v1::GetRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<v1::GetResponse, Error> {
         let (key, controls) = check(request)?;
-        let (deadline, rules) = (self.deadline(timeout), self.rules.load_full());
+        let rules = self.rules.load_full();
         let replica = self.replica_of(&key)?;
         match self
             .reach(

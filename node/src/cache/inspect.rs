@@ -10,7 +10,7 @@ use holdfast_proto::{
     v1::{self, FailureClass, Origin},
 };
 use holdfast_raft::{
-    Replica,
+    Deadline, Replica,
     state::memory::{Entry, Lookup},
     task,
 };
@@ -42,9 +42,8 @@ impl Cache {
     pub async fn inspect(
         &self,
         request: v1::InspectRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<v1::InspectResponse, Error> {
-        let deadline = self.deadline(timeout);
         let key = Key::new(request.key).map_err(|invalid| Error::key("key", invalid))?;
         let controls = Controls::parse(request.consistency, request.token)?;
         let replica = self.replica_of(&key)?;

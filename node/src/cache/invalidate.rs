@@ -1,13 +1,12 @@
 //! Invalidate: a key is stale from now on, still served inside its stale windows, and refreshed
 //! from its upstream.
 
-use std::time::Duration;
-
 use holdfast_proto::{
     Key,
     peer::{Invalidate, command::Op},
     v1::{self, invalidate_request::Target},
 };
+use holdfast_raft::Deadline;
 
 use super::{
     Cache,
@@ -19,9 +18,8 @@ impl Cache {
     pub async fn invalidate(
         &self,
         request: v1::InvalidateRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<Acknowledged<v1::InvalidateResponse>, Error> {
-        let deadline = self.deadline(timeout);
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
         let op = Op::Invalidate(Invalidate {
             key: key.as_bytes().clone(),

@@ -25,7 +25,7 @@ mod write;
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, Token, v1};
-use holdfast_raft::{Clock, Peers, Replica, Replicas};
+use holdfast_raft::{Peers, Replica, Replicas};
 
 use crate::{
     error::{Code, Error},
@@ -35,15 +35,6 @@ use crate::{
 };
 
 pub use self::{scan::ScanStream, write::Acknowledged};
-
-/// Kept back from a caller's time, so that an answer arrives before the caller gives up: an eighth,
-/// and at most this.
-const ANSWER_TIME_MAX: Duration = Duration::from_millis(50);
-
-/// How long a request may take whose caller waits so long.
-pub fn answered_within(given: Duration) -> Duration {
-    given.saturating_sub((given / 8).min(ANSWER_TIME_MAX))
-}
 
 /// What an operator may choose about reading and writing.
 #[derive(Debug, Clone, Copy)]
@@ -59,12 +50,7 @@ pub struct Cache {
     refresher: Arc<Refresher>,
     settings: Settings,
     metrics: Arc<Metrics>,
-    clock: Clock,
 }
-
-/// When the caller stops waiting, by this node's monotonic clock.
-#[derive(Debug, Clone, Copy)]
-struct Deadline(Duration);
 
 impl Cache {
     pub fn new(
@@ -73,7 +59,6 @@ impl Cache {
         refresher: Arc<Refresher>,
         settings: Settings,
         metrics: Arc<Metrics>,
-        clock: Clock,
     ) -> Arc<Self> {
         Arc::new(Self {
             replicas,
@@ -81,21 +66,7 @@ impl Cache {
             refresher,
             settings,
             metrics,
-            clock,
         })
-    }
-
-    fn deadline(&self, timeout: Duration) -> Deadline {
-        Deadline(self.clock.monotonic().saturating_add(timeout))
-    }
-
-    fn left(&self, deadline: Deadline) -> Duration {
-        deadline.0.saturating_sub(self.clock.monotonic())
-    }
-
-    /// The sooner of a deadline and so much from now.
-    fn within(&self, deadline: Deadline, patience: Duration) -> Deadline {
-        Deadline(deadline.0.min(self.deadline(patience).0))
     }
 
     fn peers(&self) -> Result<Arc<Peers>, Error> {

@@ -17,12 +17,12 @@ use holdfast_proto::{
     v1::{self, FailureClass},
 };
 use holdfast_raft::{
-    ReadError, Replica,
+    Deadline, ReadError, Replica,
     state::memory::{Entry, Lookup},
     task,
 };
 
-use super::{Cache, Deadline, answer, answer::Behind, controls::Controls, forward::Hop};
+use super::{Cache, answer, answer::Behind, controls::Controls, forward::Hop};
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
@@ -42,7 +42,7 @@ pub(super) struct Asked<'a> {
     pub(super) controls: &'a Controls,
     pub(super) rules: &'a Rules,
     pub(super) hop: Hop,
-    pub(super) deadline: Deadline,
+    pub(super) deadline: &'a Deadline,
 }
 
 /// One key's answer, and whose it is.
@@ -136,10 +136,10 @@ impl Cache {
         policy: &Policy,
     ) -> Result<Settled, Error> {
         self.metrics.read_waited("soft_timeout");
-        let patience = self.within(asked.deadline, policy.soft_timeout);
+        let patience = asked.deadline.at_most(policy.soft_timeout);
         let outcome = self
             .refresher
-            .fetch(asked.key, policy, self.left(patience))
+            .fetch(asked.key, policy, patience.left())
             .await;
         match outcome {
             FetchOutcome::Unstored {
@@ -156,10 +156,7 @@ impl Cache {
             }
             FetchOutcome::Committed { revision } => {
                 // Late here: the old value is still within its window.
-                let _ = asked
-                    .replica
-                    .wait_for_revision(revision, self.left(patience))
-                    .await;
+                let _ = asked.replica.wait_for_revision(revision, &patience).await;
             }
             _ => {}
         }
@@ -189,11 +186,11 @@ impl Cache {
     /// fetch goes on and is stored whether somebody waits or not.
     async fn fetch(&self, asked: Asked<'_>, policy: &Policy) -> Result<Settled, Error> {
         self.metrics.read_waited("miss");
-        let patience = self.within(asked.deadline, policy.hard_timeout);
+        let patience = asked.deadline.at_most(policy.hard_timeout);
         for _ in 0..FETCHES_MAX {
             let outcome = self
                 .refresher
-                .fetch(asked.key, policy, self.left(patience))
+                .fetch(asked.key, policy, patience.left())
                 .await;
             let revision = match outcome {
                 FetchOutcome::Committed { revision } => revision,
@@ -214,11 +211,11 @@ impl Cache {
                 }
                 failed => {
                     // Whose time it was that ran out, if one did.
-                    let hurried = patience.0 == asked.deadline.0;
+                    let hurried = !patience.is_before(asked.deadline);
                     return self.without_fetch(asked, policy, failed, hurried).await;
                 }
             };
-            if let Some(settled) = self.catch_up_with(asked, revision, patience).await? {
+            if let Some(settled) = self.catch_up_with(asked, revision, &patience).await? {
                 return Ok(settled);
             }
             let entry = self.look_up(asked.replica, asked.key).await?;
@@ -245,9 +242,9 @@ impl Cache {
         &self,
         asked: Asked<'_>,
         revision: Revision,
-        patience: Deadline,
+        patience: &Deadline,
     ) -> Result<Option<Settled>, Error> {
-        let briefly = self.left(self.within(patience, self.settings.session_wait));
+        let briefly = &patience.at_most(self.settings.session_wait);
         if asked
             .replica
             .wait_for_revision(revision, briefly)
@@ -256,9 +253,7 @@ impl Cache {
         {
             return Ok(None);
         }
-        let rest = asked
-            .replica
-            .wait_for_revision(revision, self.left(asked.deadline));
+        let rest = asked.replica.wait_for_revision(revision, asked.deadline);
         let leader = asked
             .replica
             .leader()

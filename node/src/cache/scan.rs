@@ -1,7 +1,7 @@
 //! Scan: one page of keys in order over all shards, in messages of a bounded size. Counts as no
 //! read, starts no fetch.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::{
@@ -15,9 +15,9 @@ use holdfast_proto::{
     timeline::{Millis, Phase, Timeline},
     v1,
 };
-use holdfast_raft::{Replica, Seen, state::memory::Entry, task};
+use holdfast_raft::{Deadline, Replica, Seen, state::memory::Entry, task};
 
-use super::{Cache, Deadline, answer, controls::Controls};
+use super::{Cache, answer, controls::Controls};
 use crate::{error::Error, refresh::is_due, rules::Rules};
 
 /// The messages of one page; the last one carries the cursor of the next page.
@@ -66,9 +66,8 @@ impl Cache {
     pub async fn scan(
         self: &Arc<Self>,
         request: v1::ScanRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<ScanStream, Error> {
-        let deadline = self.deadline(timeout);
         let Checked {
             prefix,
             from,
@@ -92,7 +91,7 @@ impl Cache {
             prefix,
             keys_only,
             controls,
-            deadline,
+            deadline: deadline.clone(),
             left: limit,
             shards,
             ended: false,
@@ -113,7 +112,7 @@ impl Cache {
         &self,
         replica: &Replica,
         controls: &Controls,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<(), Error> {
         if replica.must_catch_up() {
             let error = Error::new(
@@ -123,14 +122,13 @@ impl Cache {
             return Err(self.sent_to_leader(replica, error));
         }
         // A session's revision may be waited for as long as the caller waits: nobody else is asked.
-        let left = self.left(deadline);
         let patience = if matches!(controls.seen, Seen::Token(_)) {
-            left
+            deadline.left()
         } else {
             self.settings.session_wait
         };
         let seen = replica
-            .wait_until_seen(&controls.seen, patience, left)
+            .wait_until_seen(&controls.seen, patience, deadline)
             .await;
         seen.map_err(|error| self.sent_to_leader(replica, error.into()))
     }
@@ -166,7 +164,7 @@ impl Page {
     /// The shard whose first row is the least key over all shards, and the instant it is judged by.
     async fn next_live(&mut self) -> Result<Option<(usize, Millis)>, Error> {
         loop {
-            if self.cache.left(self.deadline).is_zero() {
+            if self.deadline.has_passed() {
                 return Err(Error::deadline());
             }
             let prefix = &self.prefix;

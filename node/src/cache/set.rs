@@ -11,6 +11,7 @@ use holdfast_proto::{
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
 };
+use holdfast_raft::Deadline;
 
 use super::{
     Cache,
@@ -43,9 +44,8 @@ impl Cache {
     pub async fn set(
         &self,
         mut request: v1::SetRequest,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<Acknowledged<v1::SetResponse>, Error> {
-        let deadline = self.deadline(timeout);
         let checked = check(&mut request).map_err(Error::not_applied)?;
         let rules = self.rules.load_full();
         let policy = rules.policy(&checked.key);

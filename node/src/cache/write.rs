@@ -7,8 +7,9 @@ use holdfast_proto::{
     peer::{Outcome, Rejected, command::Op, outcome},
     reason, v1,
 };
+use holdfast_raft::Deadline;
 
-use super::{Cache, Deadline};
+use super::Cache;
 use crate::error::Error;
 
 /// A mutation that a quorum has on disk, and where the next one goes best.
@@ -41,12 +42,12 @@ impl Cache {
         key: &Key,
         op: Op,
         request_id: Option<v1::RequestId>,
-        deadline: Deadline,
+        deadline: &Deadline,
     ) -> Result<Written, Error> {
         let replica = self.replica_of(key).map_err(Error::not_applied)?;
         let peers = self.peers().map_err(Error::not_applied)?;
         let outcome = replica
-            .write(op, request_id, self.left(deadline))
+            .write(op, request_id, deadline)
             .await
             .map_err(|failed| {
                 let named = failed

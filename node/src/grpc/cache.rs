@@ -14,10 +14,11 @@ use holdfast_proto::{
 use holdfast_raft::Clock;
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
-use super::{CodecTold, deadline_of};
+use super::CodecTold;
 use crate::{
     cache::{Acknowledged, Cache},
     error::{Code, Error},
+    layers::deadline_of,
     metrics::Metrics,
 };
 
@@ -92,8 +93,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let read = self.cache.get(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let read = self.cache.get(request.into_inner(), &deadline).await;
         let state = read
             .as_ref()
             .ok()
@@ -106,8 +107,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::BatchGetRequest>,
     ) -> Result<Response<v1::BatchGetResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let read = self.cache.batch_get(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let read = self.cache.batch_get(request.into_inner(), &deadline).await;
         self.end("BatchGet", began, read, "").map(Response::new)
     }
 
@@ -115,8 +116,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::SetRequest>,
     ) -> Result<Response<v1::SetResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let written = self.cache.set(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let written = self.cache.set(request.into_inner(), &deadline).await;
         self.end_write("Set", began, written)
     }
 
@@ -124,8 +125,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::DeleteResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let written = self.cache.delete(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let written = self.cache.delete(request.into_inner(), &deadline).await;
         self.end_write("Delete", began, written)
     }
 
@@ -133,8 +134,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::InvalidateRequest>,
     ) -> Result<Response<v1::InvalidateResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let written = self.cache.invalidate(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let written = self.cache.invalidate(request.into_inner(), &deadline).await;
         self.end_write("Invalidate", began, written)
     }
 
@@ -142,8 +143,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::InspectRequest>,
     ) -> Result<Response<v1::InspectResponse>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let read = self.cache.inspect(request.into_inner(), timeout).await;
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let read = self.cache.inspect(request.into_inner(), &deadline).await;
         self.end("Inspect", began, read, "").map(Response::new)
     }
 
@@ -151,8 +152,8 @@ impl CacheService for CacheServer {
         &self,
         request: Request<v1::ScanRequest>,
     ) -> Result<Response<Self::ScanStream>, Status> {
-        let (began, timeout) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
-        let page = match self.cache.scan(request.into_inner(), timeout).await {
+        let (began, deadline) = (self.clock.monotonic(), deadline_of(&request, &self.clock));
+        let page = match self.cache.scan(request.into_inner(), &deadline).await {
             Ok(page) => page,
             Err(error) => return self.end("Scan", began, Err(error), ""),
         };

@@ -1,17 +1,18 @@
 //! ClusterService over gRPC.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use holdfast_proto::v1::{
     self,
     cluster_service_server::{ClusterService, ClusterServiceServer},
 };
-use holdfast_raft::{ChangeError, Clock, Replicas};
+use holdfast_raft::{ChangeError, Clock, Deadline, Replicas};
 use tonic::{Request, Response, Status};
 
-use super::{CodecTold, deadline_of};
+use super::CodecTold;
 use crate::{
     error::{Code, Error},
+    layers::deadline_of,
     metrics::Metrics,
 };
 
@@ -40,11 +41,11 @@ impl ClusterServer {
     async fn change<T>(
         &self,
         method: &'static str,
-        timeout: Duration,
+        deadline: &Deadline,
         change: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Status> {
         let began = self.clock.monotonic();
-        let ended = tokio::time::timeout(timeout, change).await;
+        let ended = deadline.limit(change).await;
         let result = ended.unwrap_or_else(|_| Err(Error::deadline().maybe_applied()));
         let code = result.as_ref().err().map_or(Code::Ok, Error::code);
         let state = if result.is_ok() { "" } else { "ERROR" };
@@ -92,9 +93,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::AddMemberRequest>,
     ) -> Result<Response<v1::AddMemberResponse>, Status> {
-        let timeout = deadline_of(&request, &self.clock);
+        let deadline = deadline_of(&request, &self.clock);
         let v1::AddMemberRequest { name, peer_address } = request.into_inner();
-        let id = self.change("AddMember", timeout, async {
+        let id = self.change("AddMember", &deadline, async {
             let (name, peer_address) =
                 (named("name", &name)?, named("peer_address", &peer_address)?);
             self.replicas
@@ -109,9 +110,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::PromoteRequest>,
     ) -> Result<Response<v1::PromoteResponse>, Status> {
-        let timeout = deadline_of(&request, &self.clock);
+        let deadline = deadline_of(&request, &self.clock);
         let v1::PromoteRequest { name } = request.into_inner();
-        self.change("Promote", timeout, async {
+        self.change("Promote", &deadline, async {
             self.replicas
                 .promote(named("name", &name)?)
                 .await
@@ -125,9 +126,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::RemoveRequest>,
     ) -> Result<Response<v1::RemoveResponse>, Status> {
-        let timeout = deadline_of(&request, &self.clock);
+        let deadline = deadline_of(&request, &self.clock);
         let v1::RemoveRequest { name } = request.into_inner();
-        self.change("Remove", timeout, async {
+        self.change("Remove", &deadline, async {
             self.replicas
                 .remove(named("name", &name)?)
                 .await
@@ -141,9 +142,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::TransferLeaderRequest>,
     ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
-        let timeout = deadline_of(&request, &self.clock);
+        let deadline = deadline_of(&request, &self.clock);
         let v1::TransferLeaderRequest { to } = request.into_inner();
-        let leader = self.change("TransferLeader", timeout, async {
+        let leader = self.change("TransferLeader", &deadline, async {
             self.replicas.transfer_leader(&to).await.map_err(failed)
         });
         Ok(Response::new(v1::TransferLeaderResponse {

@@ -18,9 +18,11 @@ use std::{
     time::Duration,
 };
 
-use holdfast_proto::limits::{DEADLINE_DEFAULT, FETCH_TIMEOUT_MAX};
-use holdfast_proto::reason;
-use holdfast_raft::Clock;
+use holdfast_proto::{
+    limits::{DEADLINE_DEFAULT, FETCH_TIMEOUT_MAX},
+    reason, timeout,
+};
+use holdfast_raft::{Clock, Deadline};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tower::{Layer, Service};
@@ -33,13 +35,6 @@ const RESERVE_MAX: Duration = Duration::from_millis(50);
 /// Nothing that is asked of us takes longer than the longest fetch.
 const TIMEOUT_MAX: Duration = FETCH_TIMEOUT_MAX;
 
-/// When the handler has to have answered, as monotonic time of the node's clock. In the extensions
-/// of every request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Deadline {
-    pub at: Duration,
-}
-
 #[derive(Debug, Clone)]
 pub struct DeadlineLayer {
     clock: Clock,
@@ -51,18 +46,21 @@ pub struct Timed<S> {
     clock: Clock,
 }
 
-impl Deadline {
-    /// For work that no request asked for, and for tests.
-    pub fn after(clock: &Clock, timeout: Duration) -> Self {
-        Self {
-            at: clock.monotonic() + timeout,
-        }
+/// By when a handler has to have answered: what this layer put into the extensions of the request,
+/// else, on a listener without it, by what the caller says.
+pub fn deadline_of<T>(request: &tonic::Request<T>, clock: &Clock) -> Deadline {
+    match request.extensions().get::<Deadline>() {
+        Some(deadline) => deadline.clone(),
+        None => clock.deadline(
+            timeout::remaining(request.metadata())
+                .map_or(DEADLINE_DEFAULT, |given| given - reserve(given)),
+        ),
     }
+}
 
-    /// What is left; zero once it has passed.
-    pub fn left(&self, clock: &Clock) -> Duration {
-        self.at.saturating_sub(clock.monotonic())
-    }
+/// Kept back of what a caller gives.
+fn reserve(given: Duration) -> Duration {
+    (given / RESERVE_SHARE).min(RESERVE_MAX)
 }
 
 impl DeadlineLayer {
@@ -96,11 +94,11 @@ where
 
     fn call(&mut self, mut request: Request) -> Self::Future {
         let timeout = timeout_of(&request);
-        let reserve = (timeout / RESERVE_SHARE).min(RESERVE_MAX);
+        let reserve = reserve(timeout);
         let is_mutation = is_mutation(request.uri().path());
         request
             .extensions_mut()
-            .insert(Deadline::after(&self.clock, timeout - reserve));
+            .insert(self.clock.deadline(timeout - reserve));
         let answer = self.inner.call(request);
         Box::pin(async move {
             match tokio::time::timeout(timeout - reserve / 2, answer).await {
@@ -118,7 +116,7 @@ pub(super) fn timeout_of(request: &Request) -> Duration {
 
 fn named_timeout(request: &Request) -> Option<Duration> {
     let text = request.headers().get("grpc-timeout")?.to_str().ok()?;
-    Some(holdfast_raft::deadline::parse(text)?.min(TIMEOUT_MAX))
+    Some(timeout::parse(text)?.min(TIMEOUT_MAX))
 }
 
 fn passed(is_mutation: bool) -> Status {
@@ -148,27 +146,25 @@ mod tests {
     }
 
     async fn given(timeout: Option<&str>) -> Duration {
-        let clock = Clock::system();
-        let before = clock.monotonic();
         let handler = service_fn(|request: Request| async move {
-            let deadline = *request.extensions().get::<Deadline>().unwrap();
+            let left = request.extensions().get::<Deadline>().unwrap().left();
             let mut response = Response::new(Body::empty());
-            response.extensions_mut().insert(deadline);
+            response.extensions_mut().insert(left);
             Ok::<_, Infallible>(response)
         });
         let stack = ServiceBuilder::new()
-            .layer(DeadlineLayer::new(clock))
+            .layer(DeadlineLayer::new(Clock::system()))
             .service(handler);
         let response = stack
             .oneshot(request("/holdfast.v1.CacheService/Get", timeout))
             .await
             .unwrap();
-        response.extensions().get::<Deadline>().unwrap().at - before
+        *response.extensions().get::<Duration>().unwrap()
     }
 
     #[tokio::test]
     async fn a_handler_is_given_a_little_less_than_its_caller_has() {
-        let about = |timeout: Duration| timeout..timeout + Duration::from_millis(40);
+        let about = |timeout: Duration| timeout - timeout / 10..=timeout;
         assert!(about(Duration::from_millis(750)).contains(&given(Some("800m")).await));
         assert!(about(Duration::from_millis(70)).contains(&given(Some("80m")).await));
         assert!(about(DEADLINE_DEFAULT).contains(&given(None).await));

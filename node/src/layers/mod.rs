@@ -17,7 +17,7 @@ use tower::layer::util::{Identity, Stack};
 use crate::metrics::Metrics;
 
 pub use self::{
-    deadline::Deadline,
+    deadline::deadline_of,
     load::{Limits, Load},
     trace::TraceLayer,
 };

@@ -173,7 +173,6 @@ impl Node {
             refresher.clone(),
             settings,
             metrics.clone(),
-            clock.clone(),
         );
 
         let readiness = Readiness::new(replicas.clone());

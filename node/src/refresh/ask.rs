@@ -1,19 +1,15 @@
 //! A follower's question for the leader's flight of a key, and the leader's answer.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use holdfast_proto::{
     Key,
     peer::{FetchRequest, fetch_response},
 };
-use holdfast_raft::{Events, Leader, Replica};
+use holdfast_raft::{Deadline, Events, Leader, Replica};
 use tonic::{Code, Request};
 
 use super::{Refresher, join::another_leader, outcome::FetchOutcome};
-
-/// Kept back from a follower's time, so that it hears why there is nothing: an eighth, and at most
-/// this.
-const ANSWER_TIME_MAX: Duration = Duration::from_millis(50);
 
 impl Refresher {
     pub(super) async fn ask_leader(
@@ -22,7 +18,7 @@ impl Refresher {
         upstream: &str,
         replica: &Replica,
         leader: Leader,
-        left: Duration,
+        deadline: &Deadline,
     ) -> FetchOutcome {
         let Ok(_asks) = self.asks.try_acquire() else {
             self.metrics.flight_refused(upstream);
@@ -39,12 +35,12 @@ impl Refresher {
             header,
             key: key.as_bytes().clone(),
         });
-        request.set_timeout(left);
+        request.set_timeout(deadline.left());
         self.metrics.outgoing(request.metadata_mut());
         let mut client = peers.refresh_client(&member.peer_address);
         // A leader that hangs is left as soon as there is another.
         let response = tokio::select! {
-            response = tokio::time::timeout(left, client.fetch(request)) => response,
+            response = deadline.limit(client.fetch(request)) => response,
             () = another_leader(replica, leader) => return FetchOutcome::NotLeading,
         };
         let response = match response {
@@ -70,7 +66,7 @@ impl Refresher {
         self: &Arc<Self>,
         key: &Key,
         replica: &Arc<Replica>,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> fetch_response::Result {
         let rules = self.rules.load_full();
         let Some(term) = replica.leads() else {
@@ -79,8 +75,6 @@ impl Refresher {
         let Some(policy) = rules.policy(key) else {
             return FetchOutcome::NoPolicy.into();
         };
-        let left = timeout.saturating_sub((timeout / 8).min(ANSWER_TIME_MAX));
-        let deadline = self.clock.monotonic() + left;
         let joined = Box::pin(self.join(key, &policy.upstream, replica, term, deadline));
         joined.await.into()
     }

@@ -115,7 +115,8 @@ impl Refresher {
     async fn log_failure(&self, flight: &Flight, commit: CommitFetch) {
         let op = Op::CommitFetch(commit);
         // Without it the next leader tries once too often; not worth more than one try.
-        if let Err(error) = flight.replica.write(op, None, COMMIT_TIMEOUT).await {
+        let deadline = self.clock.deadline(COMMIT_TIMEOUT);
+        if let Err(error) = flight.replica.write(op, None, &deadline).await {
             tracing::debug!(%error, "a failed fetch was not logged");
         }
     }
@@ -242,7 +243,8 @@ impl Refresher {
         let after_miss = round.live.is_none();
         fetched.lifetime = Some(policy.lifetime(rand::random(), queue.usual_fetch(), after_miss));
         let commit = Op::CommitFetch(round.commit(commit_fetch::Result::Fetched(fetched)));
-        let mut write = Box::pin(flight.replica.write(commit, None, COMMIT_TIMEOUT));
+        let deadline = self.clock.deadline(COMMIT_TIMEOUT);
+        let mut write = Box::pin(flight.replica.write(commit, None, &deadline));
         let patience = policy.soft_timeout.max(COMMIT_PATIENCE_MIN);
         let written = match tokio::time::timeout(patience, &mut write).await {
             Ok(written) => written,

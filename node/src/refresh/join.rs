@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, Revision};
-use holdfast_raft::{Leader, Replica, Seen, state::memory::Lookup};
+use holdfast_raft::{Deadline, Leader, Replica, Seen, state::memory::Lookup};
 
 use super::{
     Refresher,
@@ -30,16 +30,15 @@ impl Refresher {
         self: &Arc<Self>,
         key: &Key,
         upstream: &str,
-        deadline: Duration,
+        deadline: &Deadline,
     ) -> FetchOutcome {
         let Some(replica) = self.replicas.of_key(key) else {
             return FetchOutcome::NotLeading;
         };
         loop {
-            let left = deadline.saturating_sub(self.clock.monotonic());
             let leader = match replica.leader() {
                 Some(leader) => leader,
-                None => match some_leader(replica, left.min(ELECTION)).await {
+                None => match some_leader(replica, deadline.left().min(ELECTION)).await {
                     Some(leader) => leader,
                     None => return FetchOutcome::NotLeading,
                 },
@@ -49,13 +48,16 @@ impl Refresher {
                     self.join(key, upstream, replica, term, deadline).await
                 }
                 None if leader.is_self => FetchOutcome::NotLeading,
-                _ => self.ask_leader(key, upstream, replica, leader, left).await,
+                _ => {
+                    self.ask_leader(key, upstream, replica, leader, deadline)
+                        .await
+                }
             };
-            let left = deadline.saturating_sub(self.clock.monotonic());
-            if outcome != FetchOutcome::NotLeading || left.is_zero() {
+            if outcome != FetchOutcome::NotLeading || deadline.has_passed() {
                 return outcome;
             }
-            let _ = tokio::time::timeout(left.min(PAUSE), another_leader(replica, leader)).await;
+            let pause = deadline.at_most(PAUSE);
+            let _ = pause.limit(another_leader(replica, leader)).await;
         }
     }
 
@@ -66,7 +68,7 @@ impl Refresher {
         upstream: &str,
         replica: &Arc<Replica>,
         term: u64,
-        deadline: Duration,
+        deadline: &Deadline,
     ) -> FetchOutcome {
         let queue = self.queue(upstream);
         let question = Question { key, replica, term };
@@ -93,8 +95,7 @@ impl Refresher {
             let Some(mut waiter) = self.join_queue(&queue, key, replica, term, priority) else {
                 return FetchOutcome::Overloaded;
             };
-            let left = deadline.saturating_sub(self.clock.monotonic());
-            match tokio::time::timeout(left, question.wait(&mut waiter, asked_at)).await {
+            match deadline.limit(question.wait(&mut waiter, asked_at)).await {
                 Ok(Some(outcome)) => return outcome,
                 // The flight ended with nothing that holds for this question.
                 Ok(None) => {}
@@ -202,7 +203,7 @@ impl Question<'_> {
     async fn leads_still(&self) -> bool {
         let proven = self
             .replica
-            .wait_until_seen(&Seen::Everything, PROOF, PROOF)
+            .wait_until_seen(&Seen::Everything, PROOF, &self.replica.deadline(PROOF))
             .await;
         let leads = |leader: Leader| leader.is_self && leader.term == self.term;
         proven.is_ok() && self.replica.leader().is_some_and(leads)

@@ -134,9 +134,9 @@ impl Refresher {
         policy: &Policy,
         timeout: Duration,
     ) -> FetchOutcome {
-        let now = self.clock.monotonic();
+        let (now, deadline) = (self.clock.monotonic(), self.clock.deadline(timeout));
         let asked = self.asking.asks(key, self.version(key), now);
-        let fetch = Box::pin(self.fetch_from_leader(key, &policy.upstream, now + timeout));
+        let fetch = Box::pin(self.fetch_from_leader(key, &policy.upstream, &deadline));
         let outcome = tokio::select! {
             outcome = fetch => outcome,
             () = self.stop.cancelled() => FetchOutcome::NotLeading,

@@ -243,7 +243,6 @@ impl Node {
             refresher.clone(),
             settings,
             metrics,
-            clock,
         );
         let server = tonic::transport::Server::builder()
             .add_service(replicas.replica_service())
@@ -298,7 +297,11 @@ impl Node {
     }
 
     pub(super) async fn write(&self, op: Op) -> Revision {
-        let Outcome { result } = self.replica().write(op, None, PATIENCE).await.unwrap();
+        let Outcome { result } = {
+            let replica = self.replica();
+            replica.write(op, None, &replica.deadline(PATIENCE)).await
+        }
+        .unwrap();
         match result {
             Some(outcome::Result::Done(done)) => done.revision,
             other => panic!("{other:?}"),

@@ -112,8 +112,7 @@ impl Changes {
 
     /// Of every shard; the name of shard 0's new leader.
     pub(crate) async fn transfer_leader(&self, to: &str) -> Result<String, ChangeError> {
-        let clock = self.local.clock();
-        let deadline = clock.monotonic() + CHANGE_TIMEOUT;
+        let deadline = self.local.clock().deadline(CHANGE_TIMEOUT);
         let mut leader = String::new();
         // Shard 0 last: it is the one whose leader is told.
         for replica in self.local.replicas().iter().rev() {
@@ -125,7 +124,7 @@ impl Changes {
                 }
                 // The election that a transfer begins was won by a third voter: now that one is
                 // asked.
-                if clock.monotonic() >= deadline {
+                if deadline.has_passed() {
                     return Err(ChangeError::Refused(format!(
                         "`{leader}` was elected in the place of `{to}`"
                     )));
@@ -137,8 +136,7 @@ impl Changes {
 
     /// Carries a change out where the shard is led. The roster's changes are shard 0's.
     pub(crate) async fn run(&self, shard: ShardId, change: Change) -> Result<Changed, ChangeError> {
-        let clock = self.local.clock();
-        let deadline = clock.monotonic() + CHANGE_TIMEOUT;
+        let deadline = self.local.clock().deadline(CHANGE_TIMEOUT);
         loop {
             let (Some(peers), Some(group)) = (self.local.peers(), self.local.replica(shard)) else {
                 return Err(ChangeError::Write(WriteError::NoLeader));
@@ -146,7 +144,7 @@ impl Changes {
             match group.leader() {
                 Some(leader) if leader.is_self => return self.run_here(shard, change).await,
                 Some(leader) => return ask_leader(&peers, shard, leader.id, change).await,
-                None if clock.monotonic() >= deadline => {
+                None if deadline.has_passed() => {
                     return Err(ChangeError::Write(WriteError::NoLeader));
                 }
                 None => tokio::time::sleep(POLL_EVERY).await,
@@ -355,7 +353,11 @@ fn changed(id: u64) -> Changed {
 /// A new leader too: it may not have applied yet what its predecessor's operators did.
 async fn has_seen_everything(first: &Replica) -> Result<(), ChangeError> {
     first
-        .wait_until_seen(&Seen::Everything, CHANGE_TIMEOUT, CHANGE_TIMEOUT)
+        .wait_until_seen(
+            &Seen::Everything,
+            CHANGE_TIMEOUT,
+            &first.deadline(CHANGE_TIMEOUT),
+        )
         .await
         .map_err(|_| WriteError::NoLeader.into())
 }

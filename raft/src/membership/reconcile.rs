@@ -106,7 +106,8 @@ fn group_of(group: &Replica) -> Group {
 async fn reconcile(first: &Replica, group: &Replica) {
     // Another shard's leader may lag behind in shard 0: what it does not know yet must not be
     // undone.
-    let seen = first.wait_until_seen(&Seen::Everything, RECONCILE_TIMEOUT, RECONCILE_TIMEOUT);
+    let deadline = first.deadline(RECONCILE_TIMEOUT);
+    let seen = first.wait_until_seen(&Seen::Everything, RECONCILE_TIMEOUT, &deadline);
     if seen.await.is_err() {
         return;
     }

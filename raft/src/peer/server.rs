@@ -4,9 +4,12 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
-use holdfast_proto::peer::{
-    self as wire, Header, append_response, install_snapshot_request::Part, propose_response,
-    replica_service_server::ReplicaService, stream_append_response,
+use holdfast_proto::{
+    peer::{
+        self as wire, Header, append_response, install_snapshot_request::Part, propose_response,
+        replica_service_server::ReplicaService, stream_append_response,
+    },
+    timeout,
 };
 use openraft::{
     raft::{
@@ -24,7 +27,6 @@ use crate::{
         state_machine::{SnapshotData, snapshot_meta},
         types::{Types, entry_from, log_id_from, log_id_to, vote_from, vote_to},
     },
-    deadline::remaining,
     error::WriteError,
     local::Local,
     replica::Replica,
@@ -255,13 +257,13 @@ impl ReplicaService for ReplicaServer {
         &self,
         request: Request<wire::ProposeRequest>,
     ) -> Result<Response<wire::ProposeResponse>, Status> {
-        let timeout = remaining(request.metadata()).unwrap_or(PROPOSE_TIMEOUT);
+        let given = timeout::remaining(request.metadata()).unwrap_or(PROPOSE_TIMEOUT);
         let message = request.into_inner();
         let replica = self.replica(message.header.as_ref())?;
         let command = message
             .command
             .ok_or_else(|| Status::invalid_argument("the command is missing"))?;
-        let result = match replica.propose_here(command, timeout).await {
+        let result = match replica.propose_here(command, given).await {
             Ok(outcome) => propose_response::Result::Outcome(outcome),
             Err(error) => propose_response::Result::Failed(failed(&error)),
         };

@@ -98,7 +98,11 @@ impl Replica {
             let Ok(index) = self.confirm_leadership().await else {
                 return;
             };
-            if self.wait_for_index(index, ROUND_TIMEOUT).await.is_err() {
+            if self
+                .wait_for_index(index, &self.clock.deadline(ROUND_TIMEOUT))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -107,7 +111,10 @@ impl Replica {
 
     async fn watch_catching_up(&self) {
         if let Some(Ok(index)) = self.read_rounds.join().await
-            && self.wait_for_index(index, ROUND_TIMEOUT).await.is_ok()
+            && self
+                .wait_for_index(index, &self.clock.deadline(ROUND_TIMEOUT))
+                .await
+                .is_ok()
         {
             // It has all that a leader proved to be committed since it started.
             if self.log_is_short() {

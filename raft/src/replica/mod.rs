@@ -39,7 +39,7 @@ use crate::{
         read_rounds::ReadRounds,
         state_machine::StateMachine,
     },
-    clock::Clock,
+    clock::{Clock, Deadline},
     events::Events,
     peer::{Peers, client::Network, snapshot},
     state::{Applied, State, owner, record::DueKind},
@@ -398,6 +398,11 @@ impl Replica {
     #[cfg(test)]
     pub(crate) fn peers_identity(&self) -> &crate::peer::Identity {
         self.peers.identity()
+    }
+
+    /// So much from now, by the clock that this replica goes by.
+    pub fn deadline(&self, timeout: Duration) -> Deadline {
+        self.clock.deadline(timeout)
     }
 
     pub(crate) fn monotonic(&self) -> Duration {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use holdfast_proto::{Revision, Token};
 
 use super::{RETRY_PAUSE, Replica};
-use crate::{agreement::leader_proof::Unproven, error::ReadError};
+use crate::{agreement::leader_proof::Unproven, clock::Deadline, error::ReadError};
 
 /// What a read must have seen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,16 +26,19 @@ impl Replica {
         &self,
         seen: &Seen,
         patience: Duration,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<(), ReadError> {
         match seen {
             Seen::Anything => Ok(()),
-            Seen::Token(token) => self.wait_for_token(token, patience.min(timeout)).await,
-            Seen::Everything => self.wait_for_everything(timeout).await,
+            Seen::Token(token) => {
+                self.wait_for_token(token, &deadline.at_most(patience))
+                    .await
+            }
+            Seen::Everything => self.wait_for_everything(deadline).await,
         }
     }
 
-    async fn wait_for_token(&self, token: &Token, patience: Duration) -> Result<(), ReadError> {
+    async fn wait_for_token(&self, token: &Token, deadline: &Deadline) -> Result<(), ReadError> {
         let epoch = self.peers.identity().epoch;
         if token.epoch() != epoch {
             return Err(ReadError::TokenEpoch {
@@ -47,48 +50,32 @@ impl Replica {
         if self.state.applied().revision >= wanted {
             return Ok(());
         }
-        let mut applied = self.state.watch_applied();
-        let reached = applied.wait_for(|applied| applied.revision >= wanted);
-        match tokio::time::timeout(patience, reached).await {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err(ReadError::Behind {
-                applied: self.state.applied().revision,
-                wanted,
-            }),
-        }
+        self.wait_for_revision(wanted, deadline).await
     }
 
-    async fn wait_for_everything(&self, timeout: Duration) -> Result<(), ReadError> {
-        let deadline = self.clock.monotonic() + timeout;
+    async fn wait_for_everything(&self, deadline: &Deadline) -> Result<(), ReadError> {
         let mut last = ReadError::NoLeader;
-        loop {
-            let left = deadline.saturating_sub(self.clock.monotonic());
-            if left.is_zero() {
-                return Err(last);
-            }
-            match tokio::time::timeout(left, self.read_rounds.join()).await {
+        while !deadline.has_passed() {
+            match deadline.limit(self.read_rounds.join()).await {
                 Err(_) => return Err(last),
                 Ok(None) => return Err(ReadError::Overloaded),
-                Ok(Some(Ok(index))) => {
-                    return self
-                        .wait_for_index(index, deadline.saturating_sub(self.clock.monotonic()))
-                        .await;
-                }
+                Ok(Some(Ok(index))) => return self.wait_for_index(index, deadline).await,
                 Ok(Some(Err(Unproven::NoLeader))) => last = ReadError::NoLeader,
                 Ok(Some(Err(Unproven::NoQuorum))) => last = ReadError::NoQuorum,
             }
-            tokio::time::sleep(RETRY_PAUSE.min(left)).await;
+            tokio::time::sleep(RETRY_PAUSE.min(deadline.left())).await;
         }
+        Err(last)
     }
 
     pub(super) async fn wait_for_index(
         &self,
         index: u64,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<(), ReadError> {
         let mut applied = self.state.watch_applied();
         let reached = applied.wait_for(|applied| applied.index >= index);
-        match tokio::time::timeout(timeout, reached).await {
+        match deadline.limit(reached).await {
             Ok(Ok(_)) => Ok(()),
             _ => Err(ReadError::Deadline),
         }
@@ -98,11 +85,11 @@ impl Replica {
     pub async fn wait_for_revision(
         &self,
         revision: Revision,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<(), ReadError> {
         let mut applied = self.state.watch_applied();
         let reached = applied.wait_for(|applied| applied.revision >= revision);
-        match tokio::time::timeout(timeout, reached).await {
+        match deadline.limit(reached).await {
             Ok(Ok(_)) => Ok(()),
             _ => Err(ReadError::Behind {
                 applied: self.state.applied().revision,

@@ -12,6 +12,7 @@ use tonic::Request;
 use super::{RETRY_PAUSE, Replica};
 use crate::{
     agreement::{LEASE, leadership::Leader},
+    clock::Deadline,
     error::WriteError,
     peer::Purpose,
 };
@@ -28,16 +29,15 @@ impl Replica {
         &self,
         op: Op,
         request_id: Option<RequestId>,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<Outcome, WriteError> {
-        let deadline = self.clock.monotonic() + timeout;
         let command = Command {
             request_id,
             caller: String::new(),
             op: Some(op),
         };
         loop {
-            let left = deadline.saturating_sub(self.clock.monotonic());
+            let left = deadline.left();
             if left.is_zero() {
                 return Err(WriteError::NoLeader);
             }

@@ -15,7 +15,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Clock, LogKept, Membership, Options, Replica, Replicas, Seen,
+    Clock, Deadline, LogKept, Membership, Options, Replica, Replicas, Seen,
     agreement::types::{Types, log_id_from, vote_from},
     store::{Budget, Engine, Stores},
 };
@@ -35,6 +35,10 @@ struct Running {
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
+
+fn patience() -> Deadline {
+    Clock::system().deadline(PATIENCE)
+}
 
 impl Node {
     pub(super) async fn start(&mut self) {
@@ -189,7 +193,7 @@ async fn write_on(replica: &Replica, op: Op) -> Outcome {
     let written = async {
         loop {
             match replica
-                .write(op.clone(), Some(request_id.clone()), PATIENCE)
+                .write(op.clone(), Some(request_id.clone()), &patience())
                 .await
             {
                 Ok(outcome) => return outcome,
@@ -238,7 +242,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     // A write through a follower is forwarded, and every node has it.
     let outcome = nodes[follower]
         .replica()
-        .write(set("greeting", "hello"), None, PATIENCE)
+        .write(set("greeting", "hello"), None, &patience())
         .await
         .expect("written");
     let revision_1 = revision(outcome);
@@ -246,7 +250,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     token.see(0, revision_1);
     for node in &nodes {
         node.replica()
-            .wait_until_seen(&Seen::Token(token.clone()), PATIENCE, PATIENCE)
+            .wait_until_seen(&Seen::Token(token.clone()), PATIENCE, &patience())
             .await
             .expect("seen");
         assert_eq!(
@@ -262,7 +266,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     let other = (leader + 2) % 3;
     nodes[other]
         .replica()
-        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
         .await
         .expect("linearizable on a follower");
     assert_eq!(
@@ -277,7 +281,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     nodes[leader].start().await;
     nodes[leader]
         .replica()
-        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
         .await
         .expect("caught up");
     assert_eq!(
@@ -293,7 +297,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
                 key: Bytes::from_static(b"greeting"),
             }),
             None,
-            PATIENCE,
+            &patience(),
         )
         .await;
     revision(deleted.expect("deleted"));
@@ -305,7 +309,7 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
     }
     nodes[0]
         .replica()
-        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
         .await
         .expect("a quorum again");
     assert_eq!(value(&nodes[0].replica(), "greeting"), None);
@@ -330,7 +334,7 @@ async fn a_lone_node_is_a_cluster_of_three_shards() {
             .clone();
         revision(
             replica
-                .write(set(&key, "v"), None, PATIENCE)
+                .write(set(&key, "v"), None, &patience())
                 .await
                 .expect("written"),
         );
@@ -353,7 +357,7 @@ async fn five_empty_nodes_that_expect_three_form_no_cluster_and_a_fourth_joins_o
     nodes[3].member().await;
     let joined = nodes[3].replica();
     joined
-        .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+        .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
         .await
         .expect("the new node is level");
     assert_eq!(joined.peers_identity().node_id, 4);
@@ -424,7 +428,7 @@ async fn a_leader_that_a_quorum_has_left_proves_nothing() {
         let leader = leader_of(&nodes).await;
         let replica = nodes[leader].replica();
         replica
-            .wait_until_seen(&Seen::Everything, PATIENCE, PATIENCE)
+            .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
             .await
             .expect("it leads");
         let others: Vec<_> = (0..3)

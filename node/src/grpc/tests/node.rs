@@ -185,7 +185,6 @@ impl Node {
             refresher.clone(),
             settings,
             metrics.clone(),
-            clock.clone(),
         );
         let server = Server::builder()
             .add_service(replicas.replica_service())
