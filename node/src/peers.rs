@@ -16,7 +16,7 @@ use holdfast_proto::{
         refresh_service_server::{RefreshService, RefreshServiceServer},
     },
 };
-use holdfast_raft::{Peers, Replica, Replicas};
+use holdfast_raft::{Replica, Replicas};
 use tonic::{Request, Response, Status};
 
 use crate::{cache::Cache, layers::deadline_of, refresh::Refresher};
@@ -45,16 +45,15 @@ pub fn peer_service(
 }
 
 impl PeerServer {
-    fn checked(&self, header: Option<&Header>) -> Result<(Arc<Peers>, Arc<Replica>), Status> {
+    fn checked(&self, header: Option<&Header>) -> Result<Arc<Replica>, Status> {
         let peers = self
             .replicas
             .peers()
             .ok_or_else(|| Status::unavailable("this node does not belong to a cluster yet"))?;
         let shard = peers.check(header)?.shard;
-        let replica = self.replicas.replica(shard).ok_or_else(|| {
+        self.replicas.replica(shard).ok_or_else(|| {
             Status::failed_precondition(format!("this node has no replica of shard {shard}"))
-        })?;
-        Ok((peers, replica))
+        })
     }
 }
 
@@ -66,7 +65,7 @@ impl RefreshService for PeerServer {
     ) -> Result<Response<FetchResponse>, Status> {
         let deadline = deadline_of(&request, self.replicas.clock());
         let FetchRequest { header, key } = request.into_inner();
-        let (peers, replica) = self.checked(header.as_ref())?;
+        let replica = self.checked(header.as_ref())?;
         let key = checked_key(key)?;
         let owner = self.replicas.of_key(&key).map(|owner| owner.shard());
         if owner != Some(replica.shard()) {
@@ -77,7 +76,7 @@ impl RefreshService for PeerServer {
             .fetch_for_peer(&key, &replica, &deadline)
             .await;
         Ok(Response::new(FetchResponse {
-            header: Some(peers.reply(Some(replica.state()))),
+            header: Some(replica.reply()),
             result: Some(result),
         }))
     }
@@ -87,18 +86,18 @@ impl RefreshService for PeerServer {
         request: Request<ReportReadsRequest>,
     ) -> Result<Response<ReportReadsResponse>, Status> {
         let ReportReadsRequest { header, read, due } = request.into_inner();
-        let (peers, replica) = self.checked(header.as_ref())?;
+        let replica = self.checked(header.as_ref())?;
         self.refresher
             .reads_reported(checked_keys(read)?, checked_keys(due)?);
         Ok(Response::new(ReportReadsResponse {
-            header: Some(peers.reply(Some(replica.state()))),
+            header: Some(replica.reply()),
         }))
     }
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
         let deadline = deadline_of(&request, self.replicas.clock());
         let message = request.into_inner();
-        let (peers, replica) = self.checked(message.header.as_ref())?;
+        let replica = self.checked(message.header.as_ref())?;
         let consistency = message.consistency();
         if message.keys.len() > BATCH_KEYS_MAX {
             return Err(Status::invalid_argument(format!(
@@ -110,7 +109,7 @@ impl RefreshService for PeerServer {
             .read_for_peer(message.keys, consistency, message.token, &deadline)
             .await?;
         Ok(Response::new(ReadResponse {
-            header: Some(peers.reply(Some(replica.state()))),
+            header: Some(replica.reply()),
             response: Some(response),
         }))
     }

@@ -10,7 +10,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use holdfast_proto::Key;
 use holdfast_proto::peer::EntryRecord;
-use holdfast_raft::state::memory::{ENTRY_OVERHEAD_BYTES, Entry, Lookup, Memory};
+
+// Nobody outside the crate sees the memory tier; it needs nothing else of the crate.
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "the crate uses all of it"
+)]
+#[path = "../src/state/memory/mod.rs"]
+mod memory;
+
+use memory::{ENTRY_OVERHEAD_BYTES, Entry, Lookup, Memory};
 
 const ENTRIES: u64 = 1_000_000;
 const VALUE_BYTES: usize = 100;

@@ -1,6 +1,8 @@
 //! Why an operation on a shard or on the cluster has no result: one narrow enum per operation, each
 //! of which says whether the operation may have happened. What a node's error table is made from.
 
+use std::io;
+
 use holdfast_proto::{Revision, reason};
 
 /// Why a write has no outcome.
@@ -113,4 +115,13 @@ impl ChangeError {
             Self::Unfinished => reason::DEADLINE,
         }
     }
+}
+
+/// Why one key of many was not read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadManyError {
+    #[error("the values before this one are all that was asked for")]
+    OverBound,
+    #[error(transparent)]
+    Disk(#[from] io::Error),
 }

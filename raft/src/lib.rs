@@ -29,8 +29,12 @@ mod membership;
 mod peer;
 mod replica;
 mod replicas;
-pub mod state;
-pub mod store;
+mod state;
+#[allow(
+    unreachable_pub,
+    reason = "its traits are the engines' face, within this crate"
+)]
+mod store;
 pub mod task;
 #[cfg(test)]
 mod tests;
@@ -38,12 +42,14 @@ mod upkeep;
 
 pub use agreement::{leadership::Leader, log::LogKept};
 pub use clock::{Clock, Deadline};
-pub use error::{ChangeError, ReadError, WriteError};
+pub use error::{ChangeError, ReadError, ReadManyError, WriteError};
 pub use events::Events;
 pub use identity::IdentityError;
 pub use local::{Membership, Options};
 pub use peer::{
     Identity, PeerView, Peers, membership_server::MembershipServer, server::ReplicaServer,
 };
-pub use replica::{Replica, Seen};
+pub use replica::{InMemory, Inspected, Replica, Seen};
 pub use replicas::{OpenError, Replicas};
+pub use state::{Applied, MemoryUse, Scanned, Shown, View};
+pub use store::{Budget, Engine, Stores};

@@ -4,13 +4,11 @@
 use bytes::Bytes;
 use holdfast_proto::{
     peer::FailureRecord,
-    timeline::{FOREVER, Millis, Phase, Timeline},
+    timeline::{FOREVER, Millis, Phase},
     v1,
 };
-use holdfast_raft::state::memory::Entry;
+use holdfast_raft::View;
 use prost_types::Timestamp;
-
-use crate::refresh::is_due;
 
 /// What stands behind a key.
 #[derive(Debug, Clone, Copy, Default)]
@@ -21,21 +19,20 @@ pub(super) struct Behind<'a> {
 }
 
 /// A stored value at an instant.
-pub(super) fn stored(entry: &Entry, now: Millis, behind: Behind<'_>) -> v1::Answer {
-    let (record, timeline) = (&entry.record, Timeline::from(&entry.record));
+pub(super) fn stored(view: &View, now: Millis, behind: Behind<'_>) -> v1::Answer {
     v1::Answer {
-        value: Some(entry.value.clone()),
-        state: state_of(timeline.phase(now)).into(),
-        version: record.version,
-        age_ms: timeline.age(now),
-        ttl_ms: timeline.ttl(now),
-        expires_in_ms: timeline.expires_in(now),
-        refresh_due: !behind.upstream.is_empty() && is_due(record, now),
+        value: view.value().cloned(),
+        state: state_of(view.phase(now)).into(),
+        version: view.version(),
+        age_ms: view.timeline().age(now),
+        ttl_ms: view.timeline().ttl(now),
+        expires_in_ms: view.timeline().expires_in(now),
+        refresh_due: !behind.upstream.is_empty() && view.is_due(now),
         refreshing: behind.refreshing,
         stored: true,
         upstream: behind.upstream.to_owned(),
-        last_error: record.failure.as_ref().map(last_error),
-        content_type: record.content_type.clone(),
+        last_error: view.failure().map(last_error),
+        content_type: view.content_type().to_owned(),
     }
 }
 
@@ -103,8 +100,8 @@ mod tests {
     };
 
     /// Fetched at 1,000; due at 1,800; fresh until 2,000; stale until 3,000; expires at 5,000.
-    fn entry() -> Entry {
-        let record = EntryRecord {
+    fn record() -> EntryRecord {
+        EntryRecord {
             version: 7,
             changed: 9,
             fetched_at_ms: 1_000,
@@ -114,12 +111,15 @@ mod tests {
             stale_if_error_ms: 3_000,
             content_type: "text/plain".into(),
             ..Default::default()
-        };
-        Entry::new(record, b"value".to_vec())
+        }
+    }
+
+    fn view() -> View {
+        View::with_value(record(), b"value".to_vec())
     }
 
     fn at(now: Millis) -> (v1::State, u64, Option<i64>, Option<u64>, bool) {
-        let answer = stored(&entry(), now, BEHIND);
+        let answer = stored(&view(), now, BEHIND);
         (
             answer.state(),
             answer.age_ms,
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn an_answer_carries_what_is_stored() {
         let answer = stored(
-            &entry(),
+            &view(),
             1_500,
             Behind {
                 refreshing: true,
@@ -190,7 +190,7 @@ mod tests {
             ..Default::default()
         };
         let answer = stored(
-            &Entry::new(record, b"v".to_vec()),
+            &View::with_value(record, b"v".to_vec()),
             31_536_001_000,
             Behind::default(),
         );
@@ -204,7 +204,7 @@ mod tests {
         );
 
         // Invalidated, with nobody who could refresh it.
-        let answer = stored(&entry(), 1_900, Behind::default());
+        let answer = stored(&view(), 1_900, Behind::default());
         assert!(!answer.refresh_due);
     }
 
@@ -219,9 +219,9 @@ mod tests {
         };
         let record = EntryRecord {
             failure: Some(failure),
-            ..entry().record
+            ..record()
         };
-        let answer = stored(&entry().with_record(record), 2_600, BEHIND);
+        let answer = stored(&View::with_value(record, b"value".to_vec()), 2_600, BEHIND);
         let told = answer.last_error.unwrap();
         assert_eq!((answer.age_ms, answer.value.is_some()), (1_600, true));
         assert_eq!(

@@ -10,11 +10,7 @@ use holdfast_proto::{
     reason,
     v1::{self, batch_get_result::Result as Told},
 };
-use holdfast_raft::{
-    Deadline, Replica,
-    state::memory::{Entry, Lookup},
-    task,
-};
+use holdfast_raft::{Deadline, ReadManyError, Replica};
 
 use super::{
     Cache,
@@ -196,22 +192,19 @@ impl Cache {
                 seen,
             });
         }
-        let entries = self.look_up_many(group.replica, &group.keys).await;
-        let settled = group
-            .keys
-            .iter()
-            .zip(entries)
-            .map(|(key, entry)| async move {
-                let asked = Asked {
-                    key,
-                    replica: group.replica,
-                    controls,
-                    rules,
-                    hop,
-                    deadline,
-                };
-                self.settle(asked, entry?).await
-            });
+        // No more than one answer can hold.
+        let read = group.replica.read_many(&group.keys, BATCH_BYTES_MAX).await;
+        let settled = group.keys.iter().zip(read).map(|(key, view)| async move {
+            let asked = Asked {
+                key,
+                replica: group.replica,
+                controls,
+                rules,
+                hop,
+                deadline,
+            };
+            self.settle(asked, view.map_err(unread)?).await
+        });
         let mut read = GroupRead::default();
         for settled in join_all(settled).await {
             read.results.push(match settled {
@@ -229,58 +222,6 @@ impl Cache {
             });
         }
         Ok(read)
-    }
-
-    /// As `look_up`, with one trip to the disk for all that memory does not know.
-    async fn look_up_many(
-        &self,
-        replica: &Replica,
-        keys: &[Key],
-    ) -> Vec<Result<Option<Arc<Entry>>, Error>> {
-        let mut unknown = Vec::new();
-        let mut found: Vec<Result<Option<Arc<Entry>>, Error>> = keys
-            .iter()
-            .enumerate()
-            .map(|(place, key)| match replica.state().lookup(key) {
-                Lookup::Found(entry) => Ok(Some(entry)),
-                Lookup::Absent => Ok(None),
-                Lookup::Unknown(_) => {
-                    unknown.push((place, key.clone()));
-                    Ok(None)
-                }
-            })
-            .collect();
-        if unknown.is_empty() {
-            return found;
-        }
-        let places: Vec<usize> = unknown.iter().map(|&(place, _)| place).collect();
-        let state = replica.state().clone();
-        let read = task::blocking(move || {
-            let mut bytes = 0;
-            let read = unknown.iter().map(|(_, key)| {
-                // No more than one answer can hold.
-                if bytes > BATCH_BYTES_MAX {
-                    return Err(over_the_bound());
-                }
-                let entry = state.get(key).map_err(|error| Error::disk(&error))?;
-                bytes += entry.as_ref().map_or(0, |entry| entry.value.len());
-                Ok(entry)
-            });
-            read.collect::<Vec<_>>()
-        });
-        match read.await {
-            Ok(read) => places
-                .into_iter()
-                .zip(read)
-                .for_each(|(place, entry)| found[place] = entry),
-            Err(ended) => {
-                let error = Error::internal("a disk read was cut off", ended);
-                places
-                    .into_iter()
-                    .for_each(|place| found[place] = Err(error.clone()));
-            }
-        }
-        found
     }
 }
 
@@ -301,6 +242,13 @@ fn invalid_key(invalid: InvalidKey) -> Told {
 
 fn missing() -> Told {
     Told::Error(Error::internal("a key of a batch was not answered", "its place is empty").into())
+}
+
+fn unread(error: ReadManyError) -> Error {
+    match error {
+        ReadManyError::OverBound => over_the_bound(),
+        ReadManyError::Disk(error) => Error::disk(&error),
+    }
 }
 
 fn over_the_bound() -> Error {

@@ -140,7 +140,7 @@ impl Cache {
         let member = peers.member(leader.id).ok_or_else(Error::no_leader)?;
         let left = deadline.left();
         let mut request = Request::new(ReadRequest {
-            header: Some(peers.header(leader.id, replica.shard(), Some(replica.state()))),
+            header: Some(replica.header(leader.id)),
             keys: keys.iter().map(|key| key.as_bytes().clone()).collect(),
             consistency: controls.consistency.into(),
             token: controls.token.clone(),

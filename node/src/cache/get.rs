@@ -33,7 +33,8 @@ impl Cache {
             Reached::Here => {}
             Reached::Leader(response) => return only_answer(response),
         }
-        let entry = self.look_up(replica, &key).await?;
+        let view = replica.read(&key).await;
+        let view = view.map_err(|error| Error::disk(&error))?;
         let asked = Asked {
             key: &key,
             replica,
@@ -42,7 +43,7 @@ impl Cache {
             hop: Hop::Allowed,
             deadline,
         };
-        match self.settle(asked, entry).await? {
+        match self.settle(asked, view).await? {
             Settled::Leader(response) => only_answer(response),
             Settled::Here(answer) => {
                 let (replica, token) = self.position(&*self.peers()?, &[replica]);

@@ -1,37 +1,26 @@
 //! Inspect: everything known of a key and why, without side effects: no use counted, no hint given,
 //! no fetch begun.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use holdfast_proto::{
     Key, Slot,
-    peer::{EntryRecord, TombstoneRecord},
-    timeline::{FOREVER, Millis, Phase, Timeline},
+    peer::TombstoneRecord,
+    timeline::{FOREVER, Millis, Phase},
     v1::{self, FailureClass, Origin},
 };
-use holdfast_raft::{
-    Deadline, Replica,
-    state::memory::{Entry, Lookup},
-    task,
-};
+use holdfast_raft::{Deadline, Inspected, View};
 
 use super::{
     Cache,
     answer::{self, timestamp},
     controls::Controls,
 };
-use crate::{error::Error, policy::Policy, refresh::is_due};
-
-/// What there is of a key, wherever it lies.
-struct Found {
-    entry: Option<Arc<Entry>>,
-    in_memory: bool,
-    tombstone: Option<TombstoneRecord>,
-}
+use crate::{error::Error, policy::Policy};
 
 /// What `why` tells from.
 struct Known<'a> {
-    record: Option<&'a EntryRecord>,
+    view: Option<&'a View>,
     tombstone: Option<&'a TombstoneRecord>,
     policy: Option<&'a Policy>,
     refreshing: bool,
@@ -49,29 +38,27 @@ impl Cache {
         let replica = self.replica_of(&key)?;
         self.seen_here(replica, &controls, deadline).await?;
 
-        let Found {
-            entry,
+        let inspected = replica.inspect(&key).await;
+        let Inspected {
+            view,
             in_memory,
             tombstone,
-        } = find(replica, &key).await?;
+        } = inspected.map_err(|error| Error::disk(&error))?;
         let now = controls.now(replica);
         let rules = self.rules.load_full();
         let matched = rules.matched(&key);
         let policy = matched.as_ref().map(|matched| matched.policy);
         let behind = self.behind(&key, true, policy);
-        let live = entry
-            .as_deref()
-            .filter(|entry| Timeline::from(&entry.record).phase(now) != Phase::Expired);
+        let live = view.as_ref().filter(|view| view.is_live(now));
         let answer = live.map_or_else(
             || answer::miss(behind),
-            |entry| v1::Answer {
+            |view| v1::Answer {
                 value: None,
-                ..answer::stored(entry, now, behind)
+                ..answer::stored(view, now, behind)
             },
         );
-        let record = entry.as_deref().map(|entry| &entry.record);
         let known = Known {
-            record,
+            view: view.as_ref(),
             tombstone: tombstone.as_ref(),
             policy,
             refreshing: behind.refreshing,
@@ -86,7 +73,7 @@ impl Cache {
             shard: replica.shard(),
             slot: Slot::of(&key).0.into(),
             now: timestamp(now),
-            entry: record.map(|record| stored_entry(record, in_memory)),
+            entry: view.as_ref().map(|view| stored_entry(view, in_memory)),
             tombstone_revision: tombstone.map(|tombstone| tombstone.revision),
             policy: matched.as_ref().map(|matched| v1::MatchedPolicy {
                 r#match: matched.policy.pattern.as_str().to_owned(),
@@ -102,51 +89,20 @@ impl Cache {
     }
 }
 
-/// Looks without touching: what is read from disk stays there.
-async fn find(replica: &Replica, key: &Key) -> Result<Found, Error> {
-    let peeked = replica.state().peek(key);
-    let (state, key) = (replica.state().clone(), key.clone());
-    let read = task::blocking(move || {
-        let tombstone = state.tombstone(&key)?;
-        let (entry, in_memory) = match peeked {
-            Lookup::Found(entry) => (Some(entry), true),
-            Lookup::Absent => (None, false),
-            // A scan of this one key: it brings nothing into memory.
-            Lookup::Unknown(_) => {
-                let first = state.scan(&key, &key, 1)?.entries.pop();
-                (
-                    first
-                        .filter(|(found, _)| *found == key)
-                        .map(|(_, entry)| Arc::new(entry)),
-                    false,
-                )
-            }
-        };
-        std::io::Result::Ok(Found {
-            entry,
-            in_memory,
-            tombstone,
-        })
-    });
-    read.await
-        .map_err(|ended| Error::internal("a disk read was cut off", ended))?
-        .map_err(|error| Error::disk(&error))
-}
-
-fn stored_entry(record: &EntryRecord, in_memory: bool) -> v1::StoredEntry {
-    let timeline = Timeline::from(record);
+fn stored_entry(view: &View, in_memory: bool) -> v1::StoredEntry {
+    let timeline = view.timeline();
     v1::StoredEntry {
-        version: record.version,
-        changed: record.changed,
-        origin: record.origin,
-        size_bytes: record.size_bytes,
-        tags: record.tags.clone(),
+        version: view.version(),
+        changed: view.changed(),
+        origin: view.origin().into(),
+        size_bytes: view.size_bytes(),
+        tags: view.tags().to_vec(),
         fetched_at: timestamp(timeline.fetched_at),
         refresh_at: timestamp(timeline.refresh_at),
         fresh_until: timestamp(timeline.fresh_until),
         stale_until: timestamp(timeline.stale_until()),
         expires_at: timestamp(timeline.expires_at()),
-        content_hash: record.content_hash,
+        content_hash: view.content_hash(),
         in_memory,
     }
 }
@@ -154,15 +110,14 @@ fn stored_entry(record: &EntryRecord, in_memory: bool) -> v1::StoredEntry {
 /// In words for people, the most telling first.
 fn why(known: &Known<'_>) -> Vec<String> {
     let mut why = Vec::new();
-    match known.record {
-        Some(record) => {
-            let timeline = Timeline::from(record);
-            why.push(phase(&timeline, known.now));
-            why.push(origin(record, known.policy.is_some()).to_owned());
-            if known.policy.is_some() && timeline.phase(known.now) != Phase::Expired {
-                why.push(refresh(record, known.now));
+    match known.view {
+        Some(view) => {
+            why.push(phase(view, known.now));
+            why.push(origin(view.origin(), known.policy.is_some()).to_owned());
+            if known.policy.is_some() && view.is_live(known.now) {
+                why.push(refresh(view, known.now));
             }
-            why.extend(record.failure.as_ref().map(|failure| {
+            why.extend(view.failure().map(|failure| {
                 let class = class_name(failure.class());
                 let status = if failure.status == 0 { String::new() } else { format!(" {}", failure.status) };
                 let next = until(known.now, failure.next_attempt_ms);
@@ -194,8 +149,9 @@ fn why(known: &Known<'_>) -> Vec<String> {
     why
 }
 
-fn phase(timeline: &Timeline, now: Millis) -> String {
-    match timeline.phase(now) {
+fn phase(view: &View, now: Millis) -> String {
+    let timeline = view.timeline();
+    match view.phase(now) {
         Phase::Fresh if timeline.fresh_until == FOREVER => "fresh for ever".into(),
         Phase::Fresh => format!("fresh, until {}", until(now, timeline.fresh_until)),
         Phase::Stale => format!("stale, served until {}", until(now, timeline.stale_until())),
@@ -209,22 +165,23 @@ fn phase(timeline: &Timeline, now: Millis) -> String {
     }
 }
 
-fn refresh(record: &EntryRecord, now: Millis) -> String {
-    match is_due(record, now) {
+fn refresh(view: &View, now: Millis) -> String {
+    let timeline = view.timeline();
+    match view.is_due(now) {
         true => "past its refresh point: the next read lets the leader refresh it".into(),
-        false if record.origin() == Origin::Plain => "never refreshed by itself".into(),
-        false if record.refresh_at_ms == FOREVER => {
+        false if view.origin() == Origin::Plain => "never refreshed by itself".into(),
+        false if timeline.refresh_at == FOREVER => {
             format!(
                 "not refreshed ahead: due once it is stale, {}",
-                until(now, record.fresh_until_ms)
+                until(now, timeline.fresh_until)
             )
         }
-        false => format!("a refresh is due {}", until(now, record.refresh_at_ms)),
+        false => format!("a refresh is due {}", until(now, timeline.refresh_at)),
     }
 }
 
-fn origin(record: &EntryRecord, has_upstream: bool) -> &'static str {
-    match (record.origin(), has_upstream) {
+fn origin(origin: Origin, has_upstream: bool) -> &'static str {
+    match (origin, has_upstream) {
         (Origin::Fetched, _) => "the value is from the upstream",
         (Origin::Set, _) => "a client set the value; its upstream refreshes it in time",
         (Origin::Plain, true) => "a client set the value before the key had an upstream",
@@ -250,13 +207,13 @@ fn until(now: Millis, instant: Millis) -> String {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_proto::peer::FailureRecord;
+    use holdfast_proto::peer::{EntryRecord, FailureRecord};
 
     use super::*;
 
-    fn told(record: Option<&EntryRecord>, now: Millis) -> Vec<String> {
+    fn told(record: &EntryRecord, now: Millis) -> Vec<String> {
         why(&Known {
-            record,
+            view: Some(&View::from(record.clone())),
             tombstone: None,
             policy: None,
             refreshing: false,
@@ -275,13 +232,10 @@ mod tests {
             origin: Origin::Fetched.into(),
             ..Default::default()
         };
-        assert_eq!(told(Some(&record), 1_500)[0], "fresh, until in 500ms");
-        assert_eq!(
-            told(Some(&record), 2_500)[0],
-            "stale, served until in 500ms"
-        );
-        assert!(told(Some(&record), 3_500)[0].starts_with("past stale_while_revalidate"));
-        assert!(told(Some(&record), 5_000)[0].starts_with("expired"));
+        assert_eq!(told(&record, 1_500)[0], "fresh, until in 500ms");
+        assert_eq!(told(&record, 2_500)[0], "stale, served until in 500ms");
+        assert!(told(&record, 3_500)[0].starts_with("past stale_while_revalidate"));
+        assert!(told(&record, 5_000)[0].starts_with("expired"));
         let plain = EntryRecord {
             fresh_until_ms: FOREVER,
             refresh_at_ms: FOREVER,
@@ -289,7 +243,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            told(Some(&plain), 1),
+            told(&plain, 1),
             [
                 "fresh for ever",
                 "a client set the value",
@@ -312,7 +266,7 @@ mod tests {
             failure: Some(failure),
             ..Default::default()
         };
-        let lines = told(Some(&record), 1_000);
+        let lines = told(&record, 1_000);
         assert!(
             lines.contains(&"the last 4 fetches failed, most lately with STATUS 503; the next attempt is due in 2s".to_owned()),
             "{lines:?}"
@@ -323,7 +277,7 @@ mod tests {
             expires_at_ms: 601_000,
         };
         let lines = why(&Known {
-            record: None,
+            view: None,
             tombstone: Some(&tombstone),
             policy: None,
             refreshing: false,
@@ -347,7 +301,7 @@ mod tests {
             stale_if_error_ms: 1_000,
             ..Default::default()
         };
-        let entry = stored_entry(&record, true);
+        let entry = stored_entry(&View::from(record), true);
         assert_eq!(
             (entry.version, entry.changed, entry.in_memory),
             (3, 5, true)

@@ -100,7 +100,7 @@ impl Cache {
         let identity = peers.identity();
         let mut token = Token::new(identity.epoch);
         for replica in replicas {
-            token.see(replica.shard(), replica.state().visible());
+            token.see(replica.shard(), replica.visible());
         }
         let lag = replicas
             .iter()

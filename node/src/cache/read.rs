@@ -10,23 +10,17 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{
-    Key, Revision,
-    peer::EntryRecord,
-    reason,
-    timeline::{Millis, Phase, Timeline},
+    Key, Revision, reason,
+    timeline::{Millis, Phase},
     v1::{self, FailureClass},
 };
-use holdfast_raft::{
-    Deadline, ReadError, Replica,
-    state::memory::{Entry, Lookup},
-    task,
-};
+use holdfast_raft::{Deadline, ReadError, Replica, View};
 
 use super::{Cache, answer, answer::Behind, controls::Controls, forward::Hop};
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
-    refresh::{FetchOutcome, is_due},
+    refresh::FetchOutcome,
     rules::Rules,
 };
 
@@ -53,46 +47,26 @@ pub(super) enum Settled {
 }
 
 impl Cache {
-    /// What this replica has of a key: from memory, or by one disk read if memory cannot know.
-    pub(super) async fn look_up(
-        &self,
-        replica: &Replica,
-        key: &Key,
-    ) -> Result<Option<Arc<Entry>>, Error> {
-        match replica.state().lookup(key) {
-            Lookup::Found(entry) => Ok(Some(entry)),
-            Lookup::Absent => Ok(None),
-            Lookup::Unknown(_) => {
-                let (state, key) = (replica.state().clone(), key.clone());
-                let read = task::blocking(move || state.get(&key)).await;
-                read.map_err(|ended| Error::internal("a disk read was cut off", ended))?
-                    .map_err(|error| Error::disk(&error))
-            }
-        }
-    }
-
     /// Turns what was looked up into an answer, waiting only where DESIGN says so.
     pub(super) async fn settle(
         &self,
         asked: Asked<'_>,
-        entry: Option<Arc<Entry>>,
+        view: Option<View>,
     ) -> Result<Settled, Error> {
         let now = asked.controls.now(asked.replica);
         let policy = asked.rules.policy(asked.key);
-        match (&entry, policy) {
-            (Some(entry), policy) => match (Timeline::from(&entry.record).phase(now), policy) {
+        match (&view, policy) {
+            (Some(view), policy) => match (view.phase(now), policy) {
                 (Phase::Fresh | Phase::Stale, policy) => {
-                    Ok(Settled::Here(self.serve(asked.key, entry, now, policy)))
+                    Ok(Settled::Here(self.serve(asked.key, view, now, policy)))
                 }
                 (Phase::StaleOnError, Some(policy))
-                    if !self
-                        .refresher
-                        .should_not_wait(asked.key, &entry.record, policy) =>
+                    if !self.refresher.should_not_wait(asked.key, view, policy) =>
                 {
-                    Box::pin(self.wait_softly(asked, entry.clone(), policy)).await
+                    Box::pin(self.wait_softly(asked, view.clone(), policy)).await
                 }
                 (Phase::StaleOnError, policy) => {
-                    Ok(Settled::Here(self.serve(asked.key, entry, now, policy)))
+                    Ok(Settled::Here(self.serve(asked.key, view, now, policy)))
                 }
                 (Phase::Expired, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
                 (Phase::Expired, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
@@ -119,12 +93,12 @@ impl Cache {
     }
 
     /// Answers with what is stored, and lets the refresher know of the read.
-    fn serve(&self, key: &Key, entry: &Entry, now: Millis, policy: Option<&Policy>) -> v1::Answer {
-        let due = is_due(&entry.record, now);
+    fn serve(&self, key: &Key, view: &View, now: Millis, policy: Option<&Policy>) -> v1::Answer {
+        let due = view.is_due(now);
         if policy.is_some() {
             self.refresher.note_read(key, due);
         }
-        answer::stored(entry, now, self.behind(key, due, policy))
+        answer::stored(view, now, self.behind(key, due, policy))
     }
 
     /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in
@@ -132,7 +106,7 @@ impl Cache {
     async fn wait_softly(
         &self,
         asked: Asked<'_>,
-        old: Arc<Entry>,
+        old: View,
         policy: &Policy,
     ) -> Result<Settled, Error> {
         self.metrics.read_waited("soft_timeout");
@@ -160,25 +134,24 @@ impl Cache {
             }
             _ => {}
         }
-        match self.look_up(asked.replica, asked.key).await {
-            Ok(Some(entry)) => {
+        match read(asked).await? {
+            Some(view) => {
                 let now = asked.controls.now(asked.replica);
-                match Timeline::from(&entry.record).phase(now) {
+                match view.phase(now) {
                     // It ran out in these milliseconds; it was being served when the reader came.
-                    Phase::Expired if entry.record.changed == old.record.changed => Ok(
-                        Settled::Here(self.serve(asked.key, &old, now, Some(policy))),
-                    ),
+                    Phase::Expired if view.changed() == old.changed() => Ok(Settled::Here(
+                        self.serve(asked.key, &old, now, Some(policy)),
+                    )),
                     Phase::Expired => self.fetch(asked, policy).await,
                     _ => Ok(Settled::Here(self.serve(
                         asked.key,
-                        &entry,
+                        &view,
                         now,
                         Some(policy),
                     ))),
                 }
             }
-            Ok(None) => self.fetch(asked, policy).await,
-            Err(error) => Err(error),
+            None => self.fetch(asked, policy).await,
         }
     }
 
@@ -218,12 +191,12 @@ impl Cache {
             if let Some(settled) = self.catch_up_with(asked, revision, &patience).await? {
                 return Ok(settled);
             }
-            let entry = self.look_up(asked.replica, asked.key).await?;
+            let view = read(asked).await?;
             let now = asked.controls.now(asked.replica);
-            if let Some(entry) = entry.filter(|entry| is_fetched(&entry.record, revision, now)) {
+            if let Some(view) = view.filter(|view| is_fetched(view, revision, now)) {
                 return Ok(Settled::Here(self.serve(
                     asked.key,
-                    &entry,
+                    &view,
                     now,
                     Some(policy),
                 )));
@@ -287,12 +260,12 @@ impl Cache {
         outcome: FetchOutcome,
         hurried: bool,
     ) -> Result<Settled, Error> {
-        if let Some(entry) = self.look_up(asked.replica, asked.key).await? {
+        if let Some(view) = read(asked).await? {
             let now = asked.controls.now(asked.replica);
-            if Timeline::from(&entry.record).phase(now) != Phase::Expired {
+            if view.is_live(now) {
                 return Ok(Settled::Here(self.serve(
                     asked.key,
-                    &entry,
+                    &view,
                     now,
                     Some(policy),
                 )));
@@ -303,11 +276,16 @@ impl Cache {
     }
 }
 
+/// What this replica has of the key.
+async fn read(asked: Asked<'_>) -> Result<Option<View>, Error> {
+    let read = asked.replica.read(asked.key).await;
+    read.map_err(|error| Error::disk(&error))
+}
+
 /// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched
 /// since, however short its life.
-fn is_fetched(record: &EntryRecord, revision: Revision, now: Millis) -> bool {
-    let servable = Timeline::from(record).phase(now) != Phase::Expired;
-    servable || (record.version >= revision && record.changed == record.version)
+fn is_fetched(view: &View, revision: Revision, now: Millis) -> bool {
+    view.is_live(now) || (view.version() >= revision && view.changed() == view.version())
 }
 
 /// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may
@@ -340,31 +318,32 @@ fn no_value(outcome: FetchOutcome, upstream: &str, now: Millis, hurried: bool) -
 
 #[cfg(test)]
 mod tests {
+    use holdfast_proto::peer::EntryRecord;
 
     use super::*;
     use crate::error::Code;
     use crate::refresh::Failure;
 
-    fn record(version: u64, changed: u64, fresh_until_ms: Millis) -> EntryRecord {
-        EntryRecord {
+    fn view(version: u64, changed: u64, fresh_until_ms: Millis) -> View {
+        View::from(EntryRecord {
             version,
             changed,
             fresh_until_ms,
             ..Default::default()
-        }
+        })
     }
 
     #[test]
     fn a_waiter_gets_what_its_fetch_brought_even_if_that_expired_at_once() {
-        assert!(is_fetched(&record(5, 5, 2_000), 5, 1_000));
+        assert!(is_fetched(&view(5, 5, 2_000), 5, 1_000));
         assert!(
-            is_fetched(&record(5, 5, 2_000), 5, 2_000),
+            is_fetched(&view(5, 5, 2_000), 5, 2_000),
             "expired, but its own"
         );
-        assert!(is_fetched(&record(6, 6, 2_000), 5, 2_000), "a newer one");
-        assert!(!is_fetched(&record(4, 4, 2_000), 5, 2_000), "from before");
+        assert!(is_fetched(&view(6, 6, 2_000), 5, 2_000), "a newer one");
+        assert!(!is_fetched(&view(4, 4, 2_000), 5, 2_000), "from before");
         assert!(
-            !is_fetched(&record(5, 6, 2_000), 5, 2_000),
+            !is_fetched(&view(5, 6, 2_000), 5, 2_000),
             "invalidated since"
         );
     }

@@ -12,19 +12,21 @@ use futures::{
 use holdfast_proto::{
     Key,
     limits::{KEY_BYTES_MAX, SCAN_LIMIT_DEFAULT, SCAN_LIMIT_MAX, SCAN_MESSAGE_BYTES},
-    timeline::{Millis, Phase, Timeline},
+    timeline::Millis,
     v1,
 };
-use holdfast_raft::{Deadline, Replica, Seen, state::memory::Entry, task};
+use holdfast_raft::{Deadline, Replica, Seen, Shown, View};
 
 use super::{Cache, answer, controls::Controls};
-use crate::{error::Error, refresh::is_due, rules::Rules};
+use crate::{error::Error, rules::Rules};
 
 /// The messages of one page; the last one carries the cursor of the next page.
 pub type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Error>>;
 
-/// Entries read ahead of each shard: a few values of the largest size must not weigh.
+/// Entries read ahead of each shard: a few values of the largest size must not weigh, …
 const READ_AHEAD: usize = 16;
+/// … records without them do not.
+const KEYS_AHEAD: usize = 256;
 /// First byte of a cursor, so that it can change.
 const CURSOR_FORMAT: u8 = 1;
 /// What an entry's answer takes beside its key and value.
@@ -36,7 +38,7 @@ struct Checked {
     prefix: Bytes,
     from: Bytes,
     limit: u32,
-    keys_only: bool,
+    shown: Shown,
     controls: Controls,
 }
 
@@ -45,7 +47,7 @@ struct Page {
     cache: Arc<Cache>,
     rules: Arc<Rules>,
     prefix: Bytes,
-    keys_only: bool,
+    shown: Shown,
     controls: Controls,
     deadline: Deadline,
     /// Entries it may still carry.
@@ -57,7 +59,7 @@ struct Page {
 /// What comes next of one shard.
 struct ShardRows {
     replica: Arc<Replica>,
-    ahead: VecDeque<(Key, Entry)>,
+    ahead: VecDeque<(Key, View)>,
     /// Where reading goes on; `None` after the last row.
     from: Option<Bytes>,
 }
@@ -72,7 +74,7 @@ impl Cache {
             prefix,
             from,
             limit,
-            keys_only,
+            shown,
             controls,
         } = check(request)?;
         self.peers()?;
@@ -89,7 +91,7 @@ impl Cache {
             cache: self.clone(),
             rules: self.rules.load_full(),
             prefix,
-            keys_only,
+            shown,
             controls,
             deadline: deadline.clone(),
             left: limit,
@@ -142,20 +144,19 @@ impl Page {
             let Some((shard, now)) = self.next_live().await? else {
                 return self.end(message, Bytes::new());
             };
-            let Some((key, entry)) = self.shards[shard].ahead.front() else {
+            let Some((key, view)) = self.shards[shard].ahead.front() else {
                 continue;
             };
             if self.left == 0 {
                 let cursor = encode_cursor(key);
                 return self.end(message, cursor);
             }
-            let size =
-                key.len() + ANSWER_BYTES + if self.keys_only { 0 } else { entry.value.len() };
+            let size = key.len() + ANSWER_BYTES + view.value().map_or(0, Bytes::len);
             if bytes > 0 && bytes + size > SCAN_MESSAGE_BYTES {
                 return Ok(message);
             }
             bytes += size;
-            message.entries.push(self.row(key, entry, now));
+            message.entries.push(self.row(key, view, now));
             self.left -= 1;
             self.shards[shard].ahead.pop_front();
         }
@@ -167,8 +168,9 @@ impl Page {
             if self.deadline.has_passed() {
                 return Err(Error::deadline());
             }
-            let prefix = &self.prefix;
-            try_join_all(self.shards.iter_mut().map(|shard| shard.read_ahead(prefix))).await?;
+            let (prefix, shown) = (&self.prefix, self.shown);
+            let shards = self.shards.iter_mut();
+            try_join_all(shards.map(|shard| shard.read_ahead(prefix, shown))).await?;
             let Some(first) = least(
                 self.shards
                     .iter()
@@ -178,26 +180,23 @@ impl Page {
             };
             let rows = &mut self.shards[first];
             let now = self.controls.now(&rows.replica);
-            let expired = |(_, entry): &(Key, Entry)| {
-                Timeline::from(&entry.record).phase(now) == Phase::Expired
-            };
-            if !rows.ahead.front().is_some_and(expired) {
+            if rows
+                .ahead
+                .front()
+                .is_some_and(|(_, view)| view.is_live(now))
+            {
                 return Ok(Some((first, now)));
             }
             rows.ahead.pop_front();
         }
     }
 
-    fn row(&self, key: &Key, entry: &Entry, now: Millis) -> v1::ScanEntry {
-        let due = is_due(&entry.record, now);
-        let behind = self.cache.behind(key, due, self.rules.policy(key));
-        let mut answer = answer::stored(entry, now, behind);
-        if self.keys_only {
-            answer.value = None;
-        }
+    fn row(&self, key: &Key, view: &View, now: Millis) -> v1::ScanEntry {
+        let policy = self.rules.policy(key);
+        let behind = self.cache.behind(key, view.is_due(now), policy);
         v1::ScanEntry {
             key: key.as_bytes().clone(),
-            answer: Some(answer),
+            answer: Some(answer::stored(view, now, behind)),
         }
     }
 
@@ -217,16 +216,17 @@ impl Page {
 }
 
 impl ShardRows {
-    async fn read_ahead(&mut self, prefix: &Bytes) -> Result<(), Error> {
+    async fn read_ahead(&mut self, prefix: &Bytes, shown: Shown) -> Result<(), Error> {
         // Every entry of a batch may be gone again: only where the rows end does the shard.
         while self.ahead.is_empty()
             && let Some(from) = self.from.take()
         {
-            let (state, prefix) = (self.replica.state().clone(), prefix.clone());
-            let read = task::blocking(move || state.scan(&prefix, &from, READ_AHEAD)).await;
-            let read = read
-                .map_err(|ended| Error::internal("a disk read was cut off", ended))?
-                .map_err(|error| Error::disk(&error))?;
+            let limit = match shown {
+                Shown::Records => KEYS_AHEAD,
+                Shown::Values => READ_AHEAD,
+            };
+            let read = self.replica.scan(prefix.clone(), from, limit, shown).await;
+            let read = read.map_err(|error| Error::disk(&error))?;
             self.from = read.next;
             self.ahead = read.entries.into();
         }
@@ -274,7 +274,11 @@ fn check(request: v1::ScanRequest) -> Result<Checked, Error> {
         prefix,
         from,
         limit,
-        keys_only,
+        shown: if keys_only {
+            Shown::Records
+        } else {
+            Shown::Values
+        },
         controls: Controls::parse(consistency, token)?,
     })
 }

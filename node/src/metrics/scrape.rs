@@ -195,17 +195,15 @@ impl Gauges {
         self.clock_skewed
             .get_or_create(&shard)
             .set(i64::from(replica.clock_is_skewed()));
-        let generation = replica.state().generation();
-        self.memory
-            .get_or_create(&shard)
-            .set(signed(generation.memory.bytes()));
+        let memory = replica.memory_use();
+        self.memory.get_or_create(&shard).set(signed(memory.bytes));
         self.memory_entries
             .get_or_create(&shard)
-            .set(signed(generation.memory.entries()));
+            .set(signed(memory.entries));
         self.memory_evicted
             .get_or_create(&shard)
-            .inc_by(generation.memory.evicted_total());
-        match replica.state().disk_bytes() {
+            .inc_by(memory.evicted);
+        match replica.disk_bytes() {
             Ok(bytes) => _ = self.state_disk.get_or_create(&shard).set(signed(bytes)),
             Err(error) => {
                 tracing::warn!(%error, shard = replica.shard(), "measuring the state on disk failed")

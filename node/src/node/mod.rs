@@ -13,8 +13,7 @@ mod tests;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use holdfast_raft::{
-    Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas,
-    store::{self, Budget, Stores},
+    Budget, Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas, Stores,
 };
 use hyper::body::Incoming;
 use prost::Message as _;
@@ -130,7 +129,8 @@ impl Node {
         let engine = engine(&config)?;
         let shared = Shared::new(clock.clone());
         let upstreams = upstreams(&config, &shared)?;
-        if engine == store::Engine::Rocksdb || !matches!(config.places.data_dir, Place::Default(_))
+        if engine == holdfast_raft::Engine::Rocksdb
+            || !matches!(config.places.data_dir, Place::Default(_))
         {
             config.check_data_dir()?;
         }
@@ -443,12 +443,12 @@ pub(crate) fn upstreams(config: &Config, shared: &Shared) -> Result<Upstreams, C
 }
 
 /// The engine that was asked for, if this build has it; where nobody asked, the best that it has.
-fn engine(config: &Config) -> Result<store::Engine, ConfigError> {
+fn engine(config: &Config) -> Result<holdfast_raft::Engine, ConfigError> {
     match config.storage.engine {
-        Engine::Memory => Ok(store::Engine::Memory),
-        Engine::Rocksdb if cfg!(feature = "rocksdb") => Ok(store::Engine::Rocksdb),
+        Engine::Memory => Ok(holdfast_raft::Engine::Memory),
+        Engine::Rocksdb if cfg!(feature = "rocksdb") => Ok(holdfast_raft::Engine::Rocksdb),
         Engine::Rocksdb if matches!(config.places.engine, Place::Default(_)) => {
-            Ok(store::Engine::DEFAULT)
+            Ok(holdfast_raft::Engine::DEFAULT)
         }
         Engine::Rocksdb => {
             let reason =
@@ -458,13 +458,17 @@ fn engine(config: &Config) -> Result<store::Engine, ConfigError> {
     }
 }
 
-fn options(config: &Config, engine: store::Engine, addresses: Addresses) -> io::Result<Options> {
+fn options(
+    config: &Config,
+    engine: holdfast_raft::Engine,
+    addresses: Addresses,
+) -> io::Result<Options> {
     let disk_bytes_max = match (config.storage.max_bytes, engine) {
         (Some(bytes), _) => bytes,
-        (None, store::Engine::Rocksdb) => {
+        (None, holdfast_raft::Engine::Rocksdb) => {
             resources::disk_bytes(&config.node.data_dir)? / 100 * DISK_SHARE_PERCENT
         }
-        (None, store::Engine::Memory) => u64::MAX,
+        (None, holdfast_raft::Engine::Memory) => u64::MAX,
     };
     Ok(Options {
         name: config.node.name.clone(),
@@ -524,8 +528,8 @@ fn not_opened(config: &Config, error: OpenError) -> StartError {
 }
 
 /// Says what an operator should know; true if a listener is open to others without TLS and auth.
-fn warn_of_risks(config: &Config, engine: store::Engine) -> bool {
-    if engine == store::Engine::Memory {
+fn warn_of_risks(config: &Config, engine: holdfast_raft::Engine) -> bool {
+    if engine == holdfast_raft::Engine::Memory {
         tracing::warn!("storage.engine is memory: this node keeps nothing when it stops");
     }
     let listen = &config.listen;

@@ -30,7 +30,7 @@ impl Refresher {
         let Some(member) = peers.member(leader.id) else {
             return FetchOutcome::NotLeading;
         };
-        let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
+        let header = Some(replica.header(leader.id));
         let mut request = Request::new(FetchRequest {
             header,
             key: key.as_bytes().clone(),

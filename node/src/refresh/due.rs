@@ -52,6 +52,10 @@ impl Cursor {
         Self { from, rows: ROWS }
     }
 
+    async fn rows(&self, replica: &Replica, until: Millis) -> io::Result<Vec<(Millis, Key)>> {
+        replica.due_for_refresh(self.from, until, self.rows).await
+    }
+
     /// Goes on behind what was read up to `until`. True if there is more up to there.
     fn advance(&mut self, until: Millis, found: &[(Millis, Key)]) -> bool {
         let last = found.last().map_or(self.from, |&(at, _)| at);
@@ -123,7 +127,7 @@ impl Refresher {
         watch.due.from = watch.due.from.min(now.saturating_add(1));
         let mut more = watch.due.from <= now;
         while more {
-            let due = rows(replica, watch.due, now).await?;
+            let due = watch.due.rows(replica, now).await?;
             more = watch.due.advance(now, &due);
             due.iter().for_each(|(_, key)| self.refresh_if_read(key));
         }
@@ -145,7 +149,7 @@ impl Refresher {
         };
         cursor.rows = cursor.rows.max(10 * ROWS);
         let until = watch.began.saturating_sub(1);
-        let overdue = rows(replica, cursor, until).await?;
+        let overdue = cursor.rows(replica, until).await?;
         let more = cursor.advance(until, &overdue);
         for (_, key) in overdue {
             if watch.spread.len() < OVERDUE_MAX && self.marks.is_marked(Hashed::of(&key)) {
@@ -165,17 +169,6 @@ impl Refresher {
             self.ask(key, Priority::Due);
         }
     }
-}
-
-async fn rows(
-    replica: &Arc<Replica>,
-    cursor: Cursor,
-    until: Millis,
-) -> io::Result<Vec<(Millis, Key)>> {
-    let replica = replica.clone();
-    holdfast_raft::task::blocking(move || replica.due_for_refresh(cursor.from, until, cursor.rows))
-        .await
-        .map_err(io::Error::other)?
 }
 
 #[cfg(test)]

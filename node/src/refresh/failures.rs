@@ -12,10 +12,11 @@ use std::collections::{BTreeSet, HashMap};
 
 use holdfast_proto::{
     Key, Revision,
-    peer::{EntryRecord, FailureRecord},
+    peer::FailureRecord,
     timeline::{Millis, after},
     v1::FailureClass,
 };
+use holdfast_raft::View;
 use parking_lot::Mutex;
 
 use crate::{policy::Policy, upstream::FetchFailed};
@@ -74,8 +75,8 @@ impl Failures {
     /// Failures of the key in a row so far: what is remembered here or what the log says of the
     /// entry, whichever is later. The log knows less of the failures of one term, and more once
     /// another node has led.
-    pub(crate) fn last(&self, key: &Key, record: Option<&EntryRecord>) -> Option<Failure> {
-        let version = record.map_or(0, |record| record.version);
+    pub(crate) fn last(&self, key: &Key, view: Option<&View>) -> Option<Failure> {
+        let version = view.map_or(0, View::version);
         let known = self
             .known
             .lock()
@@ -83,9 +84,7 @@ impl Failures {
             .get(key)
             .filter(|held| held.version == version)
             .map(|held| held.failure);
-        let logged = record
-            .and_then(|record| record.failure.as_ref())
-            .map(Failure::from);
+        let logged = view.and_then(View::failure).map(Failure::from);
         [logged, known]
             .into_iter()
             .flatten()
@@ -93,13 +92,8 @@ impl Failures {
     }
 
     /// The failure because of which the key is left alone at `now`.
-    pub(crate) fn backoff(
-        &self,
-        key: &Key,
-        record: Option<&EntryRecord>,
-        now: Millis,
-    ) -> Option<Failure> {
-        self.last(key, record)
+    pub(crate) fn backoff(&self, key: &Key, view: Option<&View>, now: Millis) -> Option<Failure> {
+        self.last(key, view)
             .filter(|failure| now < failure.next_attempt_ms)
     }
 
@@ -109,15 +103,15 @@ impl Failures {
     pub(crate) fn note(
         &self,
         key: &Key,
-        record: Option<&EntryRecord>,
+        view: Option<&View>,
         policy: &Policy,
         failed: &FetchFailed,
         now: Millis,
         random: f64,
     ) -> Noted {
-        let before = self.last(key, record);
+        let before = self.last(key, view);
         let count = before.map_or(0, |before| before.count).saturating_add(1);
-        let delay = if record.is_some() {
+        let delay = if view.is_some() {
             policy.retry_delay(count, random)
         } else {
             policy.error_ttl
@@ -138,7 +132,7 @@ impl Failures {
             key,
             Held {
                 failure,
-                version: record.map_or(0, |record| record.version),
+                version: view.map_or(0, View::version),
             },
             self.keys_max,
         );
@@ -146,7 +140,7 @@ impl Failures {
             count.is_power_of_two() || before.is_none_or(|before| before.class != failed.class);
         Noted {
             failure,
-            is_logged: record.is_some() && is_news,
+            is_logged: view.is_some() && is_news,
         }
     }
 
@@ -193,6 +187,8 @@ impl Known {
 mod tests {
     use std::time::Duration;
 
+    use holdfast_proto::peer::EntryRecord;
+
     use super::*;
     use crate::refresh::testing::policy;
 
@@ -206,6 +202,13 @@ mod tests {
         Key::new(format!("k{n}")).unwrap()
     }
 
+    fn value(version: Revision) -> View {
+        View::from(EntryRecord {
+            version,
+            ..Default::default()
+        })
+    }
+
     fn status(status: u32, retry_after: Option<u64>) -> FetchFailed {
         FetchFailed {
             class: FailureClass::Status,
@@ -216,14 +219,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_logged_on_the_first_on_each_doubling_and_on_a_change_of_class() {
-        let (failures, policy, record) = (
-            Failures::default(),
-            policy(),
-            EntryRecord {
-                version: 7,
-                ..Default::default()
-            },
-        );
+        let (failures, policy, record) = (Failures::default(), policy(), value(7));
         let logged = |failed: &FetchFailed| {
             let noted = failures.note(&key(0), Some(&record), &policy, failed, 0, 1.0);
             noted.is_logged.then_some(noted.failure.count)
@@ -243,11 +239,11 @@ mod tests {
             next_attempt_ms: 9_000,
             ..Default::default()
         };
-        let record = EntryRecord {
+        let record = View::from(EntryRecord {
             version: 7,
             failure: Some(failure),
             ..Default::default()
-        };
+        });
         let failures = Failures::default();
         assert!(failures.backoff(&key(0), Some(&record), 8_999).is_some());
         assert!(failures.backoff(&key(0), Some(&record), 9_000).is_none());
@@ -265,11 +261,11 @@ mod tests {
                 next_attempt_ms: at_ms + 9_000,
                 ..Default::default()
             };
-            EntryRecord {
+            View::from(EntryRecord {
                 version: 7,
                 failure: Some(failure),
                 ..Default::default()
-            }
+            })
         };
         let failures = Failures::default();
         failures.note(
@@ -303,14 +299,7 @@ mod tests {
 
     #[test]
     fn retry_after_is_the_least_and_retry_cap_the_most_of_it() {
-        let (failures, policy, record) = (
-            Failures::default(),
-            policy(),
-            EntryRecord {
-                version: 7,
-                ..Default::default()
-            },
-        );
+        let (failures, policy, record) = (Failures::default(), policy(), value(7));
         let next = |retry_after| {
             failures
                 .note(
@@ -340,29 +329,12 @@ mod tests {
         assert_eq!(failures.backoff(&key(0), None, 5_999), Some(noted.failure));
         assert_eq!(failures.backoff(&key(0), None, 6_000), None);
         // A value came by another way: its refresh did not fail.
-        assert_eq!(
-            failures.backoff(
-                &key(0),
-                Some(&EntryRecord {
-                    version: 7,
-                    ..Default::default()
-                }),
-                5_999
-            ),
-            None
-        );
+        assert_eq!(failures.backoff(&key(0), Some(&value(7)), 5_999), None);
     }
 
     #[test]
     fn success_resets_the_count() {
-        let (failures, policy, record) = (
-            Failures::default(),
-            policy(),
-            EntryRecord {
-                version: 7,
-                ..Default::default()
-            },
-        );
+        let (failures, policy, record) = (Failures::default(), policy(), value(7));
         (0..5).for_each(|_| _ = failures.note(&key(0), Some(&record), &policy, &REFUSED, 0, 1.0));
         failures.forget(&key(0));
         assert_eq!(

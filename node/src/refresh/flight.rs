@@ -14,14 +14,11 @@ use std::{io, sync::Arc, time::Duration};
 use holdfast_proto::{
     Key, Revision,
     limits::{FETCH_TIMEOUT_MAX, TAG_BYTES_MAX, VALUE_BYTES_MAX},
-    peer::{self, CommitFetch, EntryRecord, command::Op, commit_fetch, outcome},
-    timeline::{FOREVER, Millis, Phase, Timeline},
-    v1::{FailureClass, Origin},
+    peer::{self, CommitFetch, command::Op, commit_fetch, outcome},
+    timeline::Millis,
+    v1::FailureClass,
 };
-use holdfast_raft::{
-    Replica,
-    state::memory::{Entry, Lookup},
-};
+use holdfast_raft::View;
 use tracing::Instrument;
 
 use super::{
@@ -131,7 +128,7 @@ impl Refresher {
             // Before anything is looked at: whatever happens to the key from here on wins over what
             // is fetched.
             let started = flight.replica.applied().revision;
-            let live = match live_record(&flight.replica, &flight.key).await {
+            let live = match live(flight).await {
                 Ok(live) if flight.replica.leads() == Some(flight.term) => live,
                 Ok(_) => return FetchOutcome::NotLeading.into(),
                 Err(error) => {
@@ -171,7 +168,7 @@ impl Refresher {
                     return FetchOutcome::Committed { revision }.into();
                 }
                 CommitOutcome::Unstored(class)
-                    if !changed_after(&flight.replica, &flight.key, started).await =>
+                    if !flight.replica.changed_since(&flight.key, started).await =>
                 {
                     // With an entry it must not be tried again at once; without one the next reader
                     // may.
@@ -184,9 +181,9 @@ impl Refresher {
                 CommitOutcome::Unstored(_) | CommitOutcome::Fenced => {}
             }
         }
-        match live_record(&flight.replica, &flight.key).await {
+        match live(flight).await {
             Ok(Some(live)) => FetchOutcome::Committed {
-                revision: live.changed,
+                revision: live.changed(),
             }
             .into(),
             _ => FetchOutcome::Overloaded.into(),
@@ -283,7 +280,7 @@ struct Round<'a> {
     queue: &'a Queue,
     policy: &'a Policy,
     started: Revision,
-    live: Option<&'a EntryRecord>,
+    live: Option<&'a View>,
 }
 
 impl Round<'_> {
@@ -348,12 +345,12 @@ fn source<'a>(
 pub(super) fn needless(
     queue: &Queue,
     key: &Key,
-    live: Option<&EntryRecord>,
+    live: Option<&View>,
     now: Millis,
 ) -> Option<FetchOutcome> {
     match live {
-        Some(record) if !is_due(record, now) => Some(FetchOutcome::Committed {
-            revision: record.changed,
+        Some(view) if !view.is_due(now) => Some(FetchOutcome::Committed {
+            revision: view.changed(),
         }),
         _ => queue
             .gate
@@ -362,59 +359,11 @@ pub(super) fn needless(
     }
 }
 
-/// Past its refresh point, which may come after its lifetime (`min_refresh_interval`), or stale
-/// where nothing is refreshed ahead. A plain entry is nobody's to refresh.
-pub(crate) fn is_due(record: &EntryRecord, now: Millis) -> bool {
-    let due_at = if record.refresh_at_ms == FOREVER {
-        record.fresh_until_ms
-    } else {
-        record.refresh_at_ms
-    };
-    record.origin() != Origin::Plain && now >= due_at
-}
-
-/// The record, if its value may still be served.
-pub(super) fn if_live(entry: &Entry, now: Millis) -> Option<&EntryRecord> {
-    Some(&entry.record).filter(|record| Timeline::from(*record).phase(now) != Phase::Expired)
-}
-
-/// Whether the key changed in any way after a revision, as far as this replica has applied. If that
-/// cannot be read, it did.
-pub(super) async fn changed_after(replica: &Arc<Replica>, key: &Key, revision: Revision) -> bool {
-    if replica.applied().revision <= revision {
-        return false;
-    }
-    if let Lookup::Found(entry) = replica.state().peek(key) {
-        // An entry is newer than any tombstone of its key.
-        return entry.record.changed > revision;
-    }
-    let (state, key) = (replica.state().clone(), key.clone());
-    let read = holdfast_raft::task::blocking(move || -> io::Result<Revision> {
-        let entry = state.get(&key)?.map_or(0, |entry| entry.record.changed);
-        let tombstone = state
-            .tombstone(&key)?
-            .map_or(0, |tombstone| tombstone.revision);
-        Ok(entry.max(tombstone))
-    });
-    match read.await {
-        Ok(Ok(changed)) => changed > revision,
-        _ => true,
-    }
-}
-
-async fn live_record(replica: &Arc<Replica>, key: &Key) -> io::Result<Option<EntryRecord>> {
-    let entry = match replica.state().peek(key) {
-        Lookup::Found(entry) => Some(entry),
-        Lookup::Absent => None,
-        Lookup::Unknown(_) => {
-            let (state, key) = (replica.state().clone(), key.clone());
-            holdfast_raft::task::blocking(move || state.get(&key))
-                .await
-                .map_err(io::Error::other)??
-        }
-    };
-    let now = replica.now();
-    Ok(entry.and_then(|entry| if_live(&entry, now).cloned()))
+/// What is stored and may still be served.
+async fn live(flight: &Flight) -> io::Result<Option<View>> {
+    let view = flight.replica.peek(&flight.key).await?;
+    let now = flight.replica.now();
+    Ok(view.filter(|view| view.is_live(now)))
 }
 
 /// A key whose tags do not fit is refused before any call, as one that makes no URL is.
@@ -435,30 +384,5 @@ fn code(called: &Result<Fetched, FetchFailed>) -> String {
         Ok(_) => "200".to_owned(),
         Err(failed) if failed.status != 0 => failed.status.to_string(),
         Err(failed) => failed.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(origin: Origin, refresh_at_ms: Millis, fresh_until_ms: Millis) -> EntryRecord {
-        EntryRecord {
-            origin: origin.into(),
-            refresh_at_ms,
-            fresh_until_ms,
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn a_value_is_due_at_its_refresh_point_or_else_when_it_is_stale() {
-        assert!(!is_due(&record(Origin::Fetched, 1_800, 2_000), 1_799));
-        assert!(is_due(&record(Origin::Fetched, 1_800, 2_000), 1_800));
-        assert!(!is_due(&record(Origin::Fetched, FOREVER, 2_000), 1_999));
-        assert!(is_due(&record(Origin::Fetched, FOREVER, 2_000), 2_000));
-        // min_refresh_interval is longer than the lifetime.
-        assert!(!is_due(&record(Origin::Fetched, 5_000, 2_000), 2_000));
-        assert!(!is_due(&record(Origin::Plain, 1_800, 2_000), 2_000));
     }
 }

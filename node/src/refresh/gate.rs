@@ -6,7 +6,8 @@
 
 use std::time::Duration;
 
-use holdfast_proto::{Key, peer::EntryRecord, timeline::Millis};
+use holdfast_proto::{Key, timeline::Millis};
+use holdfast_raft::View;
 use parking_lot::Mutex;
 
 use super::failures::{Failure, Failures, Noted};
@@ -32,25 +33,20 @@ struct Logged {
 
 impl Gate {
     /// The failure because of which the key is left alone at `now`.
-    pub(crate) fn closed_by(
-        &self,
-        key: &Key,
-        record: Option<&EntryRecord>,
-        now: Millis,
-    ) -> Option<Failure> {
-        self.failures.backoff(key, record, now)
+    pub(crate) fn closed_by(&self, key: &Key, view: Option<&View>, now: Millis) -> Option<Failure> {
+        self.failures.backoff(key, view, now)
     }
 
     pub(crate) fn failed(
         &self,
         key: &Key,
-        record: Option<&EntryRecord>,
+        view: Option<&View>,
         policy: &Policy,
         failed: &FetchFailed,
         now: Millis,
         random: f64,
     ) -> Noted {
-        let noted = self.failures.note(key, record, policy, failed, now, random);
+        let noted = self.failures.note(key, view, policy, failed, now, random);
         Noted {
             is_logged: noted.is_logged && self.logged.lock().may_log(now),
             ..noted
@@ -75,7 +71,7 @@ impl Logged {
 
 #[cfg(test)]
 mod tests {
-    use holdfast_proto::v1::FailureClass;
+    use holdfast_proto::{peer::EntryRecord, v1::FailureClass};
 
     use super::*;
     use crate::refresh::testing::policy;
@@ -83,10 +79,10 @@ mod tests {
     #[test]
     fn failures_of_many_keys_are_logged_at_a_bounded_rate_and_all_of_them_are_remembered() {
         let (gate, policy) = (Gate::default(), policy());
-        let record = EntryRecord {
+        let view = View::from(EntryRecord {
             version: 7,
             ..Default::default()
-        };
+        });
         let key = |n: u64| Key::new(format!("k{n}")).unwrap();
         let failed = FetchFailed::from(FailureClass::Connect);
         for second in [5, 6] {
@@ -95,7 +91,7 @@ mod tests {
                 .filter(|&n| {
                     gate.failed(
                         &key(second * 1_000 + n),
-                        Some(&record),
+                        Some(&view),
                         &policy,
                         &failed,
                         now,
@@ -106,7 +102,7 @@ mod tests {
                 .count();
             assert_eq!(logged, LOGGED_PER_SECOND as usize);
             let is_closed = |n| {
-                gate.closed_by(&key(second * 1_000 + n), Some(&record), now)
+                gate.closed_by(&key(second * 1_000 + n), Some(&view), now)
                     .is_some()
             };
             assert!((0..1_000).all(is_closed));

@@ -8,11 +8,11 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, Revision};
-use holdfast_raft::{Deadline, Leader, Replica, Seen, state::memory::Lookup};
+use holdfast_raft::{Deadline, InMemory, Leader, Replica, Seen};
 
 use super::{
     Refresher,
-    flight::{changed_after, if_live, is_due, needless},
+    flight::needless,
     outcome::FetchOutcome,
     queue::{Priority, Queue, Waiter},
 };
@@ -76,12 +76,12 @@ impl Refresher {
             // Whatever was acknowledged before this question is in here.
             let asked_at = replica.applied().revision;
             let now = replica.now();
-            let found = replica.state().peek(key);
+            let found = replica.in_memory(key);
             let live = match &found {
-                Lookup::Found(entry) => if_live(entry, now),
-                Lookup::Absent | Lookup::Unknown(_) => None,
+                InMemory::Found(view) => Some(view).filter(|view| view.is_live(now)),
+                InMemory::Absent | InMemory::Unknown => None,
             };
-            if !matches!(found, Lookup::Unknown(_))
+            if !matches!(found, InMemory::Unknown)
                 && let Some(outcome) = needless(&queue, key, live, now)
                 && let Some(outcome) = question.holding(outcome, asked_at).await
             {
@@ -114,13 +114,15 @@ impl Refresher {
         let Some(term) = replica.leads() else { return };
         let queue = self.queue(&policy.upstream);
         let now = replica.now();
-        let wanted = match replica.state().peek(key) {
-            Lookup::Found(entry) => if_live(&entry, now).is_some_and(|record| {
-                is_due(record, now) && queue.gate.closed_by(key, Some(record), now).is_none()
-            }),
+        let wanted = match replica.in_memory(key) {
+            InMemory::Found(view) => {
+                view.is_live(now)
+                    && view.is_due(now)
+                    && queue.gate.closed_by(key, Some(&view), now).is_none()
+            }
             // Deleted since: whoever wants it reads it, and waits.
-            Lookup::Absent => false,
-            Lookup::Unknown(_) => true,
+            InMemory::Absent => false,
+            InMemory::Unknown => true,
         };
         if wanted {
             // Dropped under pressure: the next reader asks again.
@@ -195,7 +197,7 @@ impl Question<'_> {
     }
 
     async fn changed_after(&self, revision: Revision) -> bool {
-        changed_after(self.replica, self.key, revision).await
+        self.replica.changed_since(self.key, revision).await
     }
 
     /// Proven by a round that begins after the question. What was acknowledged before it is applied

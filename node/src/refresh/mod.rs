@@ -29,13 +29,12 @@ mod tests;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use holdfast_proto::{Key, Revision, ShardId, peer::EntryRecord};
-use holdfast_raft::{Clock, Membership, Replica, Replicas};
+use holdfast_proto::{Key, Revision, ShardId};
+use holdfast_raft::{Clock, InMemory, Membership, Replica, Replicas, View};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
-pub(crate) use self::flight::is_due;
 use self::{
     asking::Asking,
     marks::{Hashed, Marks, own_key},
@@ -175,7 +174,7 @@ impl Refresher {
 
     /// Whether a reader whose value is past stale-while-revalidate must not wait: nobody leads, the
     /// key is known to fail, or its fetch is older than a reader waits.
-    pub fn should_not_wait(&self, key: &Key, record: &EntryRecord, policy: &Policy) -> bool {
+    pub fn should_not_wait(&self, key: &Key, view: &View, policy: &Policy) -> bool {
         let Some(replica) = self.replicas.of_key(key) else {
             return true;
         };
@@ -186,12 +185,12 @@ impl Refresher {
             || self
                 .queue(&policy.upstream)
                 .gate
-                .closed_by(key, Some(record), replica.now())
+                .closed_by(key, Some(view), replica.now())
                 .is_some()
             || self.in_flight_since(key, policy).is_some_and(is_slow)
             || self
                 .asking
-                .since(key, record.version, now)
+                .since(key, view.version(), now)
                 .is_some_and(is_slow)
     }
 
@@ -223,13 +222,9 @@ impl Refresher {
 
     /// Of the value in memory, 0 if there is none.
     fn version(&self, key: &Key) -> Revision {
-        use holdfast_raft::state::memory::Lookup;
-        match self
-            .replicas
-            .of_key(key)
-            .map(|replica| replica.state().peek(key))
-        {
-            Some(Lookup::Found(entry)) => entry.record.version,
+        let replica = self.replicas.of_key(key);
+        match replica.map(|replica| replica.in_memory(key)) {
+            Some(InMemory::Found(view)) => view.version(),
             _ => 0,
         }
     }

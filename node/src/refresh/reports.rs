@@ -113,7 +113,7 @@ impl Refresher {
         let Some(member) = peers.member(leader.id) else {
             return false;
         };
-        let header = Some(peers.header(leader.id, replica.shard(), Some(replica.state())));
+        let header = Some(replica.header(leader.id));
         let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
         let mut request = Request::new(ReportReadsRequest {
             header,

@@ -11,12 +11,10 @@ use axum::{Router, extract::State, http::StatusCode, http::Uri};
 use futures::future::join_all;
 use holdfast_proto::{
     Key, Revision,
-    peer::{EntryRecord, Outcome, command::Op, outcome},
+    peer::{Outcome, command::Op, outcome},
 };
 use holdfast_raft::{
-    Clock, LogKept, Membership, Options, Replica, Replicas,
-    state::memory::{Entry, Lookup},
-    store::Stores,
+    Clock, InMemory, LogKept, Membership, Options, Replica, Replicas, Stores, View,
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -276,24 +274,24 @@ impl Node {
         self.refresher.is_refreshing(key, &self.policy)
     }
 
-    pub(super) fn should_not_wait(&self, key: &Key, record: &EntryRecord) -> bool {
+    pub(super) fn should_not_wait(&self, key: &Key, view: &View) -> bool {
         let policy = Policy {
             soft_timeout: PATIENCE,
             ..self.policy.clone()
         };
-        self.refresher.should_not_wait(key, record, &policy)
+        self.refresher.should_not_wait(key, view, &policy)
     }
 
-    pub(super) fn entry(&self, key: &Key) -> Option<Arc<Entry>> {
-        match self.replica().state().peek(key) {
-            Lookup::Found(entry) => Some(entry),
-            Lookup::Absent | Lookup::Unknown(_) => None,
+    pub(super) fn view(&self, key: &Key) -> Option<View> {
+        match self.replica().in_memory(key) {
+            InMemory::Found(view) => Some(view),
+            InMemory::Absent | InMemory::Unknown => None,
         }
     }
 
     pub(super) fn value(&self, key: &Key) -> Option<String> {
-        self.entry(key)
-            .map(|entry| String::from_utf8(entry.value.to_vec()).unwrap())
+        self.view(key)
+            .map(|view| String::from_utf8(view.value().unwrap().to_vec()).unwrap())
     }
 
     pub(super) async fn write(&self, op: Op) -> Revision {
@@ -327,7 +325,7 @@ impl Node {
 
     /// Waits until what is applied here makes it so.
     pub(super) async fn applied(&self, so: impl Fn(&Self) -> bool) {
-        let mut applied = self.replica().state().watch_applied();
+        let mut applied = self.replica().watch_applied();
         let reached = applied.wait_for(|_| so(self));
         tokio::time::timeout(PATIENCE, reached)
             .await

@@ -254,20 +254,20 @@ async fn a_failed_refresh_changes_nothing_is_known_to_all_and_success_resets_it(
     origin.answers(404);
     node.advance(&clock, Duration::from_secs(50)).await;
     node.refresher.note_read(&key("a"), true);
-    node.applied(|node| node.entry(&key("a")).unwrap().record.failure.is_some())
+    node.applied(|node| node.view(&key("a")).unwrap().failure().is_some())
         .await;
-    let entry = node.entry(&key("a")).unwrap();
-    let failure = entry.record.failure.unwrap();
+    let view = node.view(&key("a")).unwrap();
+    let failure = view.failure().unwrap();
     assert_eq!(
         (
-            entry.value.as_ref(),
+            view.value().unwrap().as_ref(),
             failure.class(),
             failure.status,
             failure.count
         ),
         (b"good".as_slice(), FailureClass::Status, 404, 1)
     );
-    assert!(node.should_not_wait(&key("a"), &entry.record));
+    assert!(node.should_not_wait(&key("a"), &view));
     assert!(matches!(
         node.fetch(&key("a"), PATIENCE).await,
         FetchOutcome::Failed(_)
@@ -276,14 +276,14 @@ async fn a_failed_refresh_changes_nothing_is_known_to_all_and_success_resets_it(
 
     origin.answers(200);
     node.advance(&clock, Duration::from_secs(4)).await;
-    assert!(!node.should_not_wait(&key("a"), &entry.record));
+    assert!(!node.should_not_wait(&key("a"), &view));
     assert!(matches!(
         node.fetch(&key("a"), PATIENCE).await,
         FetchOutcome::Committed { .. }
     ));
-    let entry = node.entry(&key("a")).unwrap();
+    let view = node.view(&key("a")).unwrap();
     assert_eq!(
-        (entry.value.as_ref(), entry.record.failure.is_none()),
+        (view.value().unwrap().as_ref(), view.failure().is_none()),
         (b"a#2".as_slice(), true)
     );
     node.stop().await;

@@ -3,6 +3,7 @@
 //! for (`read.rs`); the rest is what a replica does by itself for as long as it is open.
 
 mod duties;
+mod look_up;
 mod purge;
 mod read;
 mod sweep;
@@ -18,7 +19,7 @@ use std::{
 };
 
 use holdfast_proto::{
-    Key, ShardId,
+    Revision, ShardId,
     peer::{self, Header, ReplyHeader},
     timeline::Millis,
     v1::Role,
@@ -27,7 +28,10 @@ use openraft::{Instant as _, ServerState, type_config::async_runtime::watch::Wat
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::read::Seen;
+pub use self::{
+    look_up::{InMemory, Inspected},
+    read::Seen,
+};
 use crate::{
     agreement::{
         self, LEASE, RaftHandle,
@@ -42,7 +46,7 @@ use crate::{
     clock::{Clock, Deadline},
     events::Events,
     peer::{Peers, client::Network, snapshot},
-    state::{Applied, State, owner, record::DueKind},
+    state::{Applied, MemoryUse, State, owner},
     store::{Lost, Stores},
 };
 
@@ -234,22 +238,30 @@ impl Replica {
         self.shard
     }
 
-    pub fn state(&self) -> &Arc<State> {
+    pub(crate) fn state(&self) -> &Arc<State> {
         &self.state
-    }
-
-    /// Keys and instants of one kind of the due index, oldest first.
-    pub fn due_for_refresh(
-        &self,
-        from: Millis,
-        until: Millis,
-        limit: usize,
-    ) -> io::Result<Vec<(Millis, Key)>> {
-        self.state.due(DueKind::Refresh, from, until, limit)
     }
 
     pub fn applied(&self) -> Applied {
         self.state.applied()
+    }
+
+    pub fn watch_applied(&self) -> watch::Receiver<Applied> {
+        self.state.watch_applied()
+    }
+
+    /// For tokens: no answer shows more than this, if it is asked for after the look-up.
+    pub fn visible(&self) -> Revision {
+        self.state.visible()
+    }
+
+    pub fn memory_use(&self) -> MemoryUse {
+        self.state.memory_use()
+    }
+
+    /// Of the state, without the log.
+    pub fn disk_bytes(&self) -> io::Result<u64> {
+        self.state.disk_bytes()
     }
 
     /// What a read on this replica judges by.
@@ -419,7 +431,13 @@ impl Replica {
         &self.snapshots
     }
 
-    pub(crate) fn reply(&self) -> ReplyHeader {
+    /// What a message to a peer about this shard begins with.
+    pub fn header(&self, to: u64) -> Header {
+        self.peers.header(to, self.shard, Some(&self.state))
+    }
+
+    /// What an answer to a peer about this shard begins with.
+    pub fn reply(&self) -> ReplyHeader {
         self.peers.reply(Some(&self.state))
     }
 

@@ -8,10 +8,7 @@ use holdfast_proto::{
 };
 
 use super::Replica;
-use crate::{
-    state::{memory::Lookup, record::DueKind},
-    task::every,
-};
+use crate::{state::record::DueKind, task::every};
 
 const SWEEP_EVERY: Duration = Duration::from_millis(1000);
 /// The due index is read from its beginning again this often: rows may be written behind the broom.
@@ -98,15 +95,7 @@ impl Replica {
         };
         let mut keys = Vec::new();
         for (_, key) in expired {
-            let entry = match self.state.peek(&key) {
-                Lookup::Found(entry) => Some(entry),
-                Lookup::Absent => None,
-                Lookup::Unknown(_) => {
-                    crate::state::read_entry(self.state.generation().store.as_ref(), &key)?
-                        .map(Arc::new)
-                }
-            };
-            if let Some(entry) = entry {
+            if let Some(entry) = self.state.record(&key)? {
                 keys.push(SweepKey {
                     key: key.into(),
                     changed: entry.record.changed,

@@ -31,7 +31,7 @@ use super::{
 use crate::store::{Family, StateBatch, StateStore};
 
 /// The newest feature level this version speaks.
-pub const FEATURE_LEVEL: u32 = 1;
+pub(crate) const FEATURE_LEVEL: u32 = 1;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -58,7 +58,7 @@ impl From<record::BadRecord> for ApplyError {
 }
 
 /// One run of committed entries on its way into the state.
-pub struct Run<'a> {
+pub(crate) struct Run<'a> {
     store: &'a dyn StateStore,
     memory: &'a Memory,
     clients: &'a mut Clients,
@@ -70,14 +70,14 @@ pub struct Run<'a> {
 }
 
 /// What a run came to.
-pub struct Finished {
+pub(crate) struct Finished {
     pub batch: StateBatch,
     pub changes: HashMap<Key, Option<Arc<Entry>>>,
     pub applied: AppliedRecord,
 }
 
 impl<'a> Run<'a> {
-    pub fn new(
+    pub(crate) fn new(
         store: &'a dyn StateStore,
         memory: &'a Memory,
         clients: &'a mut Clients,
@@ -97,17 +97,21 @@ impl<'a> Run<'a> {
 
     /// A log entry without commands: a blank one, or a membership (kept by the caller in the
     /// applied record).
-    pub fn apply_empty(&mut self, log_id: LogId) {
+    pub(crate) fn apply_empty(&mut self, log_id: LogId) {
         self.applied.last_applied = Some(log_id);
     }
 
-    pub fn applied_mut(&mut self) -> &mut AppliedRecord {
+    pub(crate) fn applied_mut(&mut self) -> &mut AppliedRecord {
         &mut self.applied
     }
 
     /// Applies one log entry, `encoded` as the leader wrote it, and tells what each of its commands
     /// came to.
-    pub fn apply(&mut self, log_id: LogId, encoded: &Bytes) -> Result<Vec<Outcome>, ApplyError> {
+    pub(crate) fn apply(
+        &mut self,
+        log_id: LogId,
+        encoded: &Bytes,
+    ) -> Result<Vec<Outcome>, ApplyError> {
         let index = log_id.index;
         let entry = LogEntry::decode(encoded.clone()).map_err(|error| ApplyError::Damaged {
             index,
@@ -133,7 +137,7 @@ impl<'a> Run<'a> {
         Ok(outcomes)
     }
 
-    pub fn finish(mut self) -> Finished {
+    pub(crate) fn finish(mut self) -> Finished {
         if let Some(roster) = &self.roster {
             self.batch.put(
                 Family::System,
@@ -476,7 +480,7 @@ impl Run<'_> {
         match self.memory.peek(key) {
             Lookup::Found(entry) => Ok(Some(entry)),
             Lookup::Absent => Ok(None),
-            Lookup::Unknown(_) => Ok(super::read_entry(self.store, key)?.map(Arc::new)),
+            Lookup::Unknown(_) => Ok(super::read::read_entry(self.store, key)?.map(Arc::new)),
         }
     }
 

@@ -25,7 +25,7 @@ const FORGET_PER_ENTRY: usize = 64;
 
 /// The heads of all clients, in memory; their outcomes are in the store.
 #[derive(Default)]
-pub struct Clients {
+pub(crate) struct Clients {
     heads: HashMap<ClientId, ClientRecord>,
     by_last_seen: BTreeSet<(Millis, ClientId)>,
     /// Outcomes of the run that is being applied: not yet in the store.
@@ -33,7 +33,7 @@ pub struct Clients {
 }
 
 /// What is known of a request.
-pub enum Recall {
+pub(crate) enum Recall {
     New,
     Done(Outcome),
     /// Answered once, long ago.
@@ -41,7 +41,7 @@ pub enum Recall {
 }
 
 impl Clients {
-    pub fn load(store: &dyn StateStore) -> io::Result<Self> {
+    pub(crate) fn load(store: &dyn StateStore) -> io::Result<Self> {
         let mut clients = Self::default();
         for row in store.scan(Family::Client, b"h", Some(b"i")) {
             let (key, bytes) = row?;
@@ -60,7 +60,7 @@ impl Clients {
     }
 
     /// Looks a request up and notes that its client is alive.
-    pub fn recall(
+    pub(crate) fn recall(
         &mut self,
         store: &dyn StateStore,
         request: &RequestId,
@@ -91,7 +91,12 @@ impl Clients {
         }
     }
 
-    pub fn remember(&mut self, request: &RequestId, outcome: &Outcome, batch: &mut StateBatch) {
+    pub(crate) fn remember(
+        &mut self,
+        request: &RequestId,
+        outcome: &Outcome,
+        batch: &mut StateBatch,
+    ) {
         let Some(client) = client_id(request) else {
             return;
         };
@@ -121,7 +126,7 @@ impl Clients {
     }
 
     /// Forgets clients that have been silent too long, a bounded number at a time.
-    pub fn forget_idle(&mut self, now: Millis, batch: &mut StateBatch) {
+    pub(crate) fn forget_idle(&mut self, now: Millis, batch: &mut StateBatch) {
         for _ in 0..FORGET_PER_ENTRY {
             let Some(&(last_seen, client)) = self.by_last_seen.first() else {
                 return;
@@ -134,7 +139,7 @@ impl Clients {
     }
 
     /// The run's batch is in the store.
-    pub fn written(&mut self) {
+    pub(crate) fn written(&mut self) {
         self.unwritten.clear();
     }
 

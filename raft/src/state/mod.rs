@@ -12,13 +12,17 @@
 //! A snapshot swaps store and (empty) memory together, as one [`Generation`]: a reader holds one of
 //! them throughout. Must never know: openraft, the network, a clock.
 
-pub mod apply;
+pub(crate) mod apply;
 mod clients;
-pub mod memory;
+mod closed;
+#[allow(dead_code, reason = "cleared no more: a generation goes as a whole")]
+pub(crate) mod memory;
 pub(crate) mod owner;
-pub mod record;
+mod read;
+pub(crate) mod record;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::{
     io,
@@ -32,23 +36,26 @@ use std::{
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use holdfast_proto::{
-    Key, Revision, ShardId, content_hash,
-    peer::{
-        AppliedRecord, EntryRecord, LogId, Member, Membership, Outcome, RosterRecord,
-        TombstoneRecord,
-    },
+    Revision, ShardId,
+    peer::{AppliedRecord, LogId, Member, Membership, Outcome, RosterRecord},
     timeline::Millis,
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+pub(crate) use self::memory::Lookup;
 use self::{
     apply::{ApplyError, Run},
     clients::Clients,
-    memory::{Entry, Loaded, Lookup, Memory},
-    record::{BadRecord, DueKind},
+    closed::Closed,
+    memory::{Loaded, Memory},
+    read::read_entry,
 };
-use crate::store::{Family, Scan, StateBatch, StateStore, Stores};
+pub use self::{
+    read::{Scanned, Shown},
+    view::View,
+};
+use crate::store::{Family, StateStore, Stores};
 
 /// How far a replica is: what can be seen by a read that starts now.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -70,6 +77,15 @@ const HASH_EVERY: u64 = 256;
 /// Hashes kept for comparison with peers that are ahead or behind.
 const HASHES_KEPT: usize = 64;
 
+/// What the memory tier holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryUse {
+    pub bytes: u64,
+    pub entries: u64,
+    /// Since the start.
+    pub evicted: u64,
+}
+
 /// One committed log entry, ready to be applied.
 pub struct Committed {
     pub log_id: LogId,
@@ -81,14 +97,6 @@ pub enum CommittedPayload {
     /// An encoded `LogEntry`.
     Commands(Bytes),
     Membership(Membership),
-}
-
-/// A part of the entries, in key order.
-#[derive(Default)]
-pub struct Scanned {
-    pub entries: Vec<(Key, Entry)>,
-    /// Where the next part begins; `None` at the end.
-    pub next: Option<Bytes>,
 }
 
 pub struct State {
@@ -112,7 +120,7 @@ struct Writer {
 }
 
 /// A store and the memory in front of it; replaced together by a snapshot.
-pub struct Generation {
+pub(crate) struct Generation {
     pub store: Arc<dyn StateStore>,
     pub memory: Memory,
 }
@@ -144,100 +152,10 @@ impl State {
         self.shard
     }
 
-    // ---- reading ----
+    // ---- reading: `read.rs` ----
 
-    pub fn generation(&self) -> Arc<Generation> {
+    pub(crate) fn generation(&self) -> Arc<Generation> {
         self.generation.load_full()
-    }
-
-    /// What is in memory, without touching the disk. The usual case, and lock-free.
-    pub fn lookup(&self, key: &[u8]) -> Lookup {
-        self.generation.load().memory.get(key)
-    }
-
-    /// Like `lookup`, without counting as a use.
-    pub fn peek(&self, key: &[u8]) -> Lookup {
-        self.generation.load().memory.peek(key)
-    }
-
-    /// From memory or disk; what came from disk is kept in memory if nothing overtook it. Blocks
-    /// for one disk read at most.
-    pub fn get(&self, key: &Key) -> io::Result<Option<Arc<Entry>>> {
-        let generation = self.generation.load_full();
-        match generation.memory.get(key) {
-            Lookup::Found(entry) => Ok(Some(entry)),
-            Lookup::Absent => Ok(None),
-            Lookup::Unknown(ticket) => {
-                let entry = read_entry(generation.store.as_ref(), key)?.map(Arc::new);
-                if let Some(entry) = &entry {
-                    generation.memory.fill(key, ticket, entry.clone());
-                }
-                Ok(entry)
-            }
-        }
-    }
-
-    pub fn tombstone(&self, key: &Key) -> io::Result<Option<TombstoneRecord>> {
-        let bytes = self.generation().store.get(Family::Tombstone, key)?;
-        Ok(bytes
-            .map(|bytes| record::decode("tombstone", &bytes))
-            .transpose()?)
-    }
-
-    /// Stored entries under `prefix`, from `from` on, in key order: those of `limit` rows.
-    pub fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> io::Result<Scanned> {
-        let generation = self.generation();
-        let mut scanned = Scanned::default();
-        let mut looked_at = 0;
-        for row in generation
-            .store
-            .scan(Family::Entry, from.max(prefix), None)
-            .take(limit)
-        {
-            let (key, _) = row?;
-            if !key.starts_with(prefix) {
-                return Ok(scanned);
-            }
-            looked_at += 1;
-            if looked_at == limit {
-                scanned.next = Some(after(&key));
-            }
-            let Ok(key) = Key::new(key) else { continue };
-            // The row shows the moment the scan began; the entry may have gone since.
-            if let Some(entry) = read_entry(generation.store.as_ref(), &key)? {
-                scanned.entries.push((key, entry));
-            }
-        }
-        Ok(scanned)
-    }
-
-    /// Rows of the due index of one kind in `[from, until]`, oldest first.
-    pub fn due(
-        &self,
-        kind: DueKind,
-        from: Millis,
-        until: Millis,
-        limit: usize,
-    ) -> io::Result<Vec<(Millis, Key)>> {
-        let generation = self.generation();
-        let (start, end) = (
-            record::due_key(kind, from, b""),
-            record::due_key(kind, until.saturating_add(1), b""),
-        );
-        let mut due = Vec::new();
-        for row in generation
-            .store
-            .scan(Family::Due, &start, Some(&end))
-            .take(limit)
-        {
-            let (row, _) = row?;
-            if let Some((at, key)) = record::parse_due_key(&row)
-                && let Ok(key) = Key::new(key)
-            {
-                due.push((at, key));
-            }
-        }
-        Ok(due)
     }
 
     pub fn roster(&self) -> io::Result<RosterRecord> {
@@ -248,6 +166,15 @@ impl State {
         {
             Some(bytes) => Ok(record::decode("roster", &bytes)?),
             None => Ok(founding_roster(&self.applied_record())),
+        }
+    }
+
+    pub(crate) fn memory_use(&self) -> MemoryUse {
+        let generation = self.generation.load();
+        MemoryUse {
+            bytes: generation.memory.bytes(),
+            entries: generation.memory.entries(),
+            evicted: generation.memory.evicted_total(),
         }
     }
 
@@ -453,55 +380,6 @@ fn load_all(generation: &Generation, replaced: impl Fn() -> bool) -> io::Result<
     Ok(())
 }
 
-/// The least key that is greater.
-fn after(key: &[u8]) -> Bytes {
-    Bytes::from([key, &[0]].concat())
-}
-
-/// What is left of a state that was closed.
-struct Closed;
-
-fn closed<T>() -> io::Result<T> {
-    Err(io::Error::new(
-        io::ErrorKind::NotConnected,
-        "the state is closed",
-    ))
-}
-
-impl StateStore for Closed {
-    fn get(&self, _: Family, _: &[u8]) -> io::Result<Option<Bytes>> {
-        closed()
-    }
-
-    fn get_many(&self, _: Family, _: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>> {
-        closed()
-    }
-
-    fn scan<'a>(&'a self, _: Family, _: &[u8], _: Option<&[u8]>) -> Scan<'a> {
-        Box::new(std::iter::once(closed()))
-    }
-
-    fn write(&self, _: StateBatch) -> io::Result<()> {
-        closed()
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        closed()
-    }
-
-    fn checkpoint(&self, _: &Path) -> io::Result<()> {
-        closed()
-    }
-
-    fn disk_bytes(&self) -> io::Result<u64> {
-        closed()
-    }
-
-    fn compact(&self) -> io::Result<()> {
-        closed()
-    }
-}
-
 impl Writer {
     fn load(store: &dyn StateStore) -> io::Result<Self> {
         let applied = store.get(Family::System, record::APPLIED)?;
@@ -547,28 +425,4 @@ fn founding_roster(applied: &AppliedRecord) -> RosterRecord {
         members,
         voters,
     }
-}
-
-/// Both records of a key. They are read one after the other: a value that does not have the entry's
-/// hash was written between the two reads, or is damaged.
-pub(crate) fn read_entry(store: &dyn StateStore, key: &[u8]) -> io::Result<Option<Entry>> {
-    const TRIES: usize = 16;
-    for _ in 0..TRIES {
-        let Some(entry) = store.get(Family::Entry, key)? else {
-            return Ok(None);
-        };
-        let Some(value) = store.get(Family::Value, key)? else {
-            continue;
-        };
-        let entry: EntryRecord = record::decode("entry", &entry)?;
-        let value = record::decode_value(&value)?;
-        if content_hash(&value) == entry.content_hash {
-            return Ok(Some(Entry::new(entry, value.as_ref())));
-        }
-    }
-    Err(BadRecord::Damaged {
-        what: "value",
-        reason: "its hash is not its entry's".into(),
-    }
-    .into())
 }

@@ -26,13 +26,13 @@ use holdfast_proto::{
 use prost::Message;
 
 /// The format of every record so far.
-pub const FORMAT: u8 = 1;
+pub(crate) const FORMAT: u8 = 1;
 
-pub const APPLIED: &[u8] = b"applied";
-pub const ROSTER: &[u8] = b"roster";
-pub const CLUSTER: &[u8] = b"cluster";
+pub(crate) const APPLIED: &[u8] = b"applied";
+pub(crate) const ROSTER: &[u8] = b"roster";
+pub(crate) const CLUSTER: &[u8] = b"cluster";
 
-pub type ClientId = [u8; CLIENT_ID_BYTES];
+pub(crate) type ClientId = [u8; CLIENT_ID_BYTES];
 
 #[derive(Debug, thiserror::Error)]
 pub enum BadRecord {
@@ -51,7 +51,7 @@ impl From<BadRecord> for std::io::Error {
 /// What a `Due` row announces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub enum DueKind {
+pub(crate) enum DueKind {
     /// The entry may be refreshed from here on.
     Refresh = b'r',
     /// The entry is served no more.
@@ -60,14 +60,17 @@ pub enum DueKind {
     Tombstone = b't',
 }
 
-pub fn encode<M: Message>(record: &M) -> Bytes {
+pub(crate) fn encode<M: Message>(record: &M) -> Bytes {
     let mut out = BytesMut::with_capacity(1 + record.encoded_len());
     out.put_u8(FORMAT);
     record.encode(&mut out).expect("a BytesMut grows as needed");
     out.freeze()
 }
 
-pub fn decode<M: Message + Default>(what: &'static str, bytes: &Bytes) -> Result<M, BadRecord> {
+pub(crate) fn decode<M: Message + Default>(
+    what: &'static str,
+    bytes: &Bytes,
+) -> Result<M, BadRecord> {
     let body = body(what, bytes)?;
     M::decode(body).map_err(|error| BadRecord::Damaged {
         what,
@@ -75,14 +78,14 @@ pub fn decode<M: Message + Default>(what: &'static str, bytes: &Bytes) -> Result
     })
 }
 
-pub fn encode_value(value: &[u8]) -> Bytes {
+pub(crate) fn encode_value(value: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(1 + value.len());
     out.put_u8(FORMAT);
     out.put_slice(value);
     out.freeze()
 }
 
-pub fn decode_value(bytes: &Bytes) -> Result<Bytes, BadRecord> {
+pub(crate) fn decode_value(bytes: &Bytes) -> Result<Bytes, BadRecord> {
     body("value", bytes)
 }
 
@@ -97,7 +100,7 @@ fn body(what: &'static str, bytes: &Bytes) -> Result<Bytes, BadRecord> {
     }
 }
 
-pub fn due_key(kind: DueKind, at: Millis, key: &[u8]) -> Bytes {
+pub(crate) fn due_key(kind: DueKind, at: Millis, key: &[u8]) -> Bytes {
     let mut out = BytesMut::with_capacity(9 + key.len());
     out.put_u8(kind as u8);
     out.put_u64(at);
@@ -106,16 +109,16 @@ pub fn due_key(kind: DueKind, at: Millis, key: &[u8]) -> Bytes {
 }
 
 /// The instant and the key of a `Due` row.
-pub fn parse_due_key(row: &Bytes) -> Option<(Millis, Bytes)> {
+pub(crate) fn parse_due_key(row: &Bytes) -> Option<(Millis, Bytes)> {
     let at = row.get(1..9)?.try_into().ok()?;
     Some((u64::from_be_bytes(at), row.slice(9..)))
 }
 
-pub fn client_head_key(client: &ClientId) -> Bytes {
+pub(crate) fn client_head_key(client: &ClientId) -> Bytes {
     [b"h".as_slice(), client].concat().into()
 }
 
-pub fn client_outcome_key(client: &ClientId, seq: u64) -> Bytes {
+pub(crate) fn client_outcome_key(client: &ClientId, seq: u64) -> Bytes {
     [b"o".as_slice(), client, &seq.to_be_bytes()]
         .concat()
         .into()
@@ -123,7 +126,7 @@ pub fn client_outcome_key(client: &ClientId, seq: u64) -> Bytes {
 
 /// When the entry may next be refreshed: its refresh point, or the next attempt after a failure.
 /// `FOREVER` for a plain one.
-pub fn refresh_at(record: &EntryRecord) -> Millis {
+pub(crate) fn refresh_at(record: &EntryRecord) -> Millis {
     if record.origin() == Origin::Plain {
         return FOREVER;
     }
@@ -136,7 +139,7 @@ pub fn refresh_at(record: &EntryRecord) -> Millis {
 
 /// The rows of the due index that an entry has: functions of its record alone, so that apply can
 /// remove what it wrote.
-pub fn due_rows(key: &[u8], record: &EntryRecord) -> impl Iterator<Item = Bytes> {
+pub(crate) fn due_rows(key: &[u8], record: &EntryRecord) -> impl Iterator<Item = Bytes> {
     let expires_at = Timeline::from(record).expires_at();
     [
         (DueKind::Refresh, refresh_at(record)),

@@ -1,51 +1,10 @@
-//! What applied commands leave behind, and what a scan shows of it.
+//! What applied commands leave behind, what a scan shows of it, and what is read from disk for it.
+
+mod reads;
 
 use holdfast_proto::peer;
-use proptest::prelude::*;
 
 use super::*;
-
-/// Its rows were there when a scan began, and are gone when they are looked up.
-struct Leaving(&'static [&'static str]);
-
-impl StateStore for Leaving {
-    fn get(&self, _: Family, _: &[u8]) -> io::Result<Option<Bytes>> {
-        Ok(None)
-    }
-
-    fn get_many(&self, family: Family, keys: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>> {
-        Closed.get_many(family, keys)
-    }
-
-    fn scan<'a>(&'a self, _: Family, from: &[u8], _: Option<&[u8]>) -> Scan<'a> {
-        let from = from.to_vec();
-        let rows = self
-            .0
-            .iter()
-            .filter(move |key| key.as_bytes() >= from.as_slice());
-        Box::new(rows.map(|key| Ok((Bytes::from_static(key.as_bytes()), Bytes::new()))))
-    }
-
-    fn write(&self, batch: StateBatch) -> io::Result<()> {
-        Closed.write(batch)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        closed()
-    }
-
-    fn checkpoint(&self, dir: &Path) -> io::Result<()> {
-        Closed.checkpoint(dir)
-    }
-
-    fn disk_bytes(&self) -> io::Result<u64> {
-        closed()
-    }
-
-    fn compact(&self) -> io::Result<()> {
-        closed()
-    }
-}
 
 /// Applies one command in a term of its own, to a state of its own.
 fn applied(
@@ -142,28 +101,4 @@ async fn a_sweep_removes_what_it_was_meant_for() {
         applied(&state, 1, 9_000, sweep(2)),
         Some(peer::outcome::Result::Done(_))
     ));
-}
-
-#[tokio::test]
-async fn a_scan_goes_on_behind_rows_that_have_gone_since() {
-    let state = empty();
-    state.generation.store(Arc::new(Generation {
-        store: Arc::new(Leaving(&["a", "b", "c"])),
-        memory: Memory::new(1 << 20),
-    }));
-    let first = state.scan(b"", b"", 2).unwrap();
-    assert_eq!(
-        (first.entries.len(), first.next),
-        (0, Some(after(b"b"))),
-        "the rows go on behind those that are gone"
-    );
-    let last = state.scan(b"", &after(b"b"), 2).unwrap();
-    assert_eq!((last.entries.len(), last.next), (0, None));
-}
-
-proptest! {
-    #[test]
-    fn nothing_lies_between_a_key_and_what_comes_after(a in proptest::collection::vec(any::<u8>(), 1..8), b in proptest::collection::vec(any::<u8>(), 1..8)) {
-        prop_assert_eq!(b > a, b.as_slice() >= &after(&a)[..]);
-    }
 }

@@ -179,7 +179,7 @@ fn value(replica: &Replica, key: &str) -> Option<Bytes> {
         .state()
         .get(&Key::new(key.to_owned()).expect("a key"))
         .expect("reads")
-        .map(|entry| entry.value.clone())
+        .and_then(|entry| entry.value.clone())
 }
 
 /// Writes again until somebody says what it came to, as a client does: the request id makes it

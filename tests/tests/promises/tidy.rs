@@ -79,6 +79,23 @@ fn apply_knows_no_clock_no_chance_and_no_files() {
     );
 }
 
+/// What covers an entry from outside its record is settled in one place, for every reader.
+#[test]
+fn the_node_judges_no_bare_record() {
+    let knows = |line: &str| {
+        ["EntryRecord", "Timeline"]
+            .iter()
+            .any(|word| source::names(line, word))
+    };
+    none(
+        "the node is given views, which raft has settled",
+        sources()
+            .iter()
+            .filter(|source| source.is_in(&["node/src/"]) && !source.is_test())
+            .flat_map(|source| source.found_outside_tests(knows)),
+    );
+}
+
 #[test]
 fn every_file_says_what_it_is_for() {
     none(

@@ -12,7 +12,7 @@ use std::{
 use axum::{Router, extract::State, http::StatusCode, http::Uri};
 use futures::future::{join_all, select_all};
 use holdfast_proto::v1::{self, Consistency, cache_service_client::CacheServiceClient};
-use holdfast_raft::{Clock, LogKept, Membership, Options, Replicas, store::Stores};
+use holdfast_raft::{Clock, LogKept, Membership, Options, Replicas, Stores};
 use parking_lot::Mutex;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -245,7 +245,7 @@ impl Node {
 
     /// Looks again after everything that is applied here.
     pub(super) async fn until<'n, F: Future<Output = bool>>(&'n self, so: impl Fn(&'n Self) -> F) {
-        let mut applied = self.replicas.replicas()[0].state().watch_applied();
+        let mut applied = self.replicas.replicas()[0].watch_applied();
         let reached = async {
             while !so(self).await {
                 applied.changed().await.unwrap();

@@ -11,11 +11,11 @@ const STRIPES: usize = 4096;
 /// Stands for the moment it was taken at: what is read from the store afterwards may be put while
 /// nothing changed since.
 #[derive(Debug, Clone, Copy)]
-pub struct FillTicket(u64);
+pub(crate) struct FillTicket(u64);
 
 /// The tickets of all keys at one moment, for a page of the store's entries whose keys are not
 /// known before.
-pub struct FillTickets {
+pub(crate) struct FillTickets {
     counters: Box<[u64]>,
     hasher: RandomState,
 }
@@ -30,7 +30,7 @@ pub(super) struct Changes {
 }
 
 impl FillTickets {
-    pub fn of(&self, key: &[u8]) -> FillTicket {
+    pub(crate) fn of(&self, key: &[u8]) -> FillTicket {
         FillTicket(self.counters[stripe(self.hasher.hash_one(key))])
     }
 }

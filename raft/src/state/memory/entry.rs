@@ -7,32 +7,42 @@ use holdfast_proto::peer::EntryRecord;
 /// and its share of the table, the entry itself, its place in the queues and in the ghost, and what
 /// the allocator adds. `examples/memory` measures 485 on Linux with glibc; the rest is for tables
 /// that have just doubled and for the ghost.
-pub const ENTRY_OVERHEAD_BYTES: u64 = 640;
+pub(crate) const ENTRY_OVERHEAD_BYTES: u64 = 640;
 
 /// Shared, never changed in place.
 #[allow(
     clippy::manual_non_exhaustive,
     reason = "the attribute says nothing inside the crate, where entries are made"
 )]
-pub struct Entry {
+pub(crate) struct Entry {
     pub record: EntryRecord,
-    pub value: Bytes,
+    /// `None` if only the record was read; memory holds no such entry.
+    pub value: Option<Bytes>,
     /// Entries are made by `new`, so that no value is a slice that keeps a whole message alive.
     _owns_its_value: (),
 }
 
 impl Entry {
     /// Copies a slice; takes a `Vec<u8>` over without copying if it has no spare capacity.
-    pub fn new(record: EntryRecord, value: impl Into<Box<[u8]>>) -> Self {
+    pub(crate) fn new(record: EntryRecord, value: impl Into<Box<[u8]>>) -> Self {
         Self {
             record,
-            value: Bytes::from(value.into()),
+            value: Some(Bytes::from(value.into())),
+            _owns_its_value: (),
+        }
+    }
+
+    /// What the store's record alone says.
+    pub(crate) fn without_value(record: EntryRecord) -> Self {
+        Self {
+            record,
+            value: None,
             _owns_its_value: (),
         }
     }
 
     /// The same value with new times: a Revalidate, an Invalidate, a failure.
-    pub fn with_record(&self, record: EntryRecord) -> Self {
+    pub(crate) fn with_record(&self, record: EntryRecord) -> Self {
         Self {
             record,
             value: self.value.clone(),
@@ -48,7 +58,7 @@ impl Entry {
             .iter()
             .map(|tag| tag.len() + size_of::<String>())
             .sum();
-        (key.len() + self.value.len() + self.record.content_type.len() + tags) as u64
-            + ENTRY_OVERHEAD_BYTES
+        let value = self.value.as_ref().map_or(0, Bytes::len);
+        (key.len() + value + self.record.content_type.len() + tags) as u64 + ENTRY_OVERHEAD_BYTES
     }
 }

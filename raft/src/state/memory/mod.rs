@@ -52,9 +52,13 @@ use holdfast_proto::Key;
 use parking_lot::{Mutex, MutexGuard};
 
 use self::changes::{Changes, stripe};
-pub use self::changes::{FillTicket, FillTickets};
+pub(crate) use self::changes::{FillTicket, FillTickets};
 use self::completeness::Completeness;
-pub use self::entry::{ENTRY_OVERHEAD_BYTES, Entry};
+#[allow(
+    unused_imports,
+    reason = "`examples/memory` compares it with what it measures"
+)]
+pub(crate) use self::entry::{ENTRY_OVERHEAD_BYTES, Entry};
 use self::queue::{FREQUENCY_MAX, NodeId, Queues};
 
 /// One segment for so many bytes of budget, …
@@ -62,7 +66,7 @@ const SEGMENT_BYTES: u64 = 4 << 20;
 /// … up to so many: enough that fillers seldom meet.
 const SEGMENTS_MAX: u64 = 64;
 /// What memory knows of a key.
-pub enum Lookup {
+pub(crate) enum Lookup {
     Found(Arc<Entry>),
     /// Certainly not in the state.
     Absent,
@@ -72,13 +76,13 @@ pub enum Lookup {
 
 /// One pass over the store that puts everything into memory. Void after `Memory::clear`.
 #[derive(Debug, Clone, Copy)]
-pub struct Loading {
+pub(crate) struct Loading {
     generation: u64,
 }
 
 /// What became of one entry that was loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Loaded {
+pub(crate) enum Loaded {
     /// In memory, now or already: what was there is at least as new.
     Kept,
     /// Something changed since the ticket: take a new one, read this key again and load what is
@@ -90,7 +94,7 @@ pub enum Loaded {
     Void,
 }
 
-pub struct Memory {
+pub(crate) struct Memory {
     bytes_max: u64,
     map: papaya::HashMap<Key, Slot, RandomState>,
     segments: Box<[Segment]>,
@@ -121,7 +125,7 @@ struct Slot {
 
 impl Memory {
     /// Empty and not loaded yet.
-    pub fn new(bytes_max: u64) -> Self {
+    pub(crate) fn new(bytes_max: u64) -> Self {
         let hasher = RandomState::new();
         let segments = (bytes_max / SEGMENT_BYTES)
             .clamp(1, SEGMENTS_MAX)
@@ -145,7 +149,7 @@ impl Memory {
     }
 
     /// A reader's look-up: lock-free, and counts as a read for eviction.
-    pub fn get(&self, key: &[u8]) -> Lookup {
+    pub(crate) fn get(&self, key: &[u8]) -> Lookup {
         self.look_up(key, |slot| {
             let frequency = slot.frequency.load(Ordering::Relaxed);
             // Written only when it changes, so that a hot key's cache line stays shared; a lost
@@ -157,14 +161,14 @@ impl Memory {
     }
 
     /// A look-up that does not count as a read.
-    pub fn peek(&self, key: &[u8]) -> Lookup {
+    pub(crate) fn peek(&self, key: &[u8]) -> Lookup {
         self.look_up(key, |_| ())
     }
 
     /// Takes over the changes of one run; `None` is a removal. One run at a time, each key once
     /// with its last change, after the run's batch is in the store and before `applied` is
     /// published.
-    pub fn apply(&self, changes: impl IntoIterator<Item = (Key, Option<Arc<Entry>>)>) {
+    pub(crate) fn apply(&self, changes: impl IntoIterator<Item = (Key, Option<Arc<Entry>>)>) {
         for (key, entry) in changes {
             match entry {
                 Some(entry) => self.put(&key, entry),
@@ -175,7 +179,7 @@ impl Memory {
 
     /// Puts what a reader found in the store, making room for it, unless the key is there or its
     /// stripe changed since the ticket. Returns whether it was put.
-    pub fn fill(&self, key: &[u8], ticket: FillTicket, entry: Arc<Entry>) -> bool {
+    pub(crate) fn fill(&self, key: &[u8], ticket: FillTicket, entry: Arc<Entry>) -> bool {
         let hash = self.changes.hash(key);
         let cost = entry.cost(key);
         // Before making room for nothing.
@@ -193,24 +197,24 @@ impl Memory {
     }
 
     /// The ticket for a read of the store that begins after this.
-    pub fn ticket(&self, key: &[u8]) -> FillTicket {
+    pub(crate) fn ticket(&self, key: &[u8]) -> FillTicket {
         self.changes.ticket(self.changes.hash(key))
     }
 
     /// As `ticket`, for every key. Costs some 10 µs: once per page.
-    pub fn tickets(&self) -> FillTickets {
+    pub(crate) fn tickets(&self) -> FillTickets {
         self.changes.tickets()
     }
 
     /// Begins a pass over the store. Take it before the store's handle.
-    pub fn loading(&self) -> Loading {
+    pub(crate) fn loading(&self) -> Loading {
         Loading {
             generation: self.completeness.generation(),
         }
     }
 
     /// As `fill`, but never evicts, and says why not.
-    pub fn load(
+    pub(crate) fn load(
         &self,
         loading: Loading,
         key: &[u8],
@@ -241,13 +245,13 @@ impl Memory {
     /// Ends a pass that put every entry of the store: from now on what is not in memory is
     /// `Absent`, unless something did not fit, was evicted, or memory was cleared since the pass
     /// began. Returns whether it is so.
-    pub fn loaded(&self, loading: Loading) -> bool {
+    pub(crate) fn loaded(&self, loading: Loading) -> bool {
         self.completeness.complete(loading.generation)
     }
 
     /// Empties memory for another state: back to not loaded, every ticket and pass void. Swap the
     /// store's handle first: who takes a ticket after this then reads the new state.
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         let mut locked: Vec<MutexGuard<'_, Queues>> = self
             .segments
             .iter()
@@ -267,25 +271,25 @@ impl Memory {
     }
 
     /// Whether a look-up that finds nothing is certain.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.completeness.observe().is_complete()
     }
 
     /// What the entries count for, room reserved by fills under way included.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::SeqCst)
     }
 
-    pub fn bytes_max(&self) -> u64 {
+    pub(crate) fn bytes_max(&self) -> u64 {
         self.bytes_max
     }
 
-    pub fn entries(&self) -> u64 {
+    pub(crate) fn entries(&self) -> u64 {
         self.entries.load(Ordering::Relaxed)
     }
 
     /// Entries evicted since the start.
-    pub fn evicted_total(&self) -> u64 {
+    pub(crate) fn evicted_total(&self) -> u64 {
         self.evicted.load(Ordering::Relaxed)
     }
 

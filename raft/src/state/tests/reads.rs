@@ -1,0 +1,155 @@
+//! What a state reads from its store, and what it spares the disk.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use holdfast_proto::Key;
+use parking_lot::Mutex;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    state::read::after,
+    store::{Scan, StateBatch},
+};
+
+/// A store that counts what is read of each family, key by key.
+struct Counted {
+    store: Arc<dyn StateStore>,
+    reads: Mutex<HashMap<Family, usize>>,
+    /// Rows that were there when a scan began, and are gone when they are looked up.
+    gone: &'static [&'static str],
+}
+
+impl Counted {
+    fn reads(&self, family: Family) -> usize {
+        self.reads.lock().get(&family).copied().unwrap_or(0)
+    }
+
+    fn count(&self, family: Family, keys: usize) {
+        *self.reads.lock().entry(family).or_default() += keys;
+    }
+}
+
+impl StateStore for Counted {
+    fn get(&self, family: Family, key: &[u8]) -> io::Result<Option<Bytes>> {
+        self.count(family, 1);
+        self.store.get(family, key)
+    }
+
+    fn get_many(&self, family: Family, keys: &[&[u8]]) -> io::Result<Vec<Option<Bytes>>> {
+        self.count(family, keys.len());
+        self.store.get_many(family, keys)
+    }
+
+    fn scan<'a>(&'a self, family: Family, from: &[u8], end: Option<&[u8]>) -> Scan<'a> {
+        let from = from.to_vec();
+        if self.gone.is_empty() {
+            return self.store.scan(family, &from, end);
+        }
+        let rows = self
+            .gone
+            .iter()
+            .filter(move |key| key.as_bytes() >= from.as_slice());
+        Box::new(rows.map(|key| Ok((Bytes::from_static(key.as_bytes()), Bytes::new()))))
+    }
+
+    fn write(&self, batch: StateBatch) -> io::Result<()> {
+        self.store.write(batch)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.store.flush()
+    }
+
+    fn checkpoint(&self, dir: &Path) -> io::Result<()> {
+        self.store.checkpoint(dir)
+    }
+
+    fn disk_bytes(&self) -> io::Result<u64> {
+        self.store.disk_bytes()
+    }
+
+    fn compact(&self) -> io::Result<()> {
+        self.store.compact()
+    }
+}
+
+/// Puts a counted store under a state, with so much memory in front of it.
+fn counted(state: &State, memory_bytes: u64, gone: &'static [&'static str]) -> Arc<Counted> {
+    let store = Arc::new(Counted {
+        store: state.generation().store.clone(),
+        reads: Mutex::default(),
+        gone,
+    });
+    state.generation.store(Arc::new(Generation {
+        store: store.clone(),
+        memory: Memory::new(memory_bytes),
+    }));
+    store
+}
+
+fn set(key: &str) -> peer::command::Op {
+    peer::command::Op::Set(peer::Set {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        value: format!("value of {key}").into(),
+        lifetime: Some(peer::Lifetime::default()),
+        ..Default::default()
+    })
+}
+
+#[tokio::test]
+async fn a_scan_goes_on_behind_rows_that_have_gone_since() {
+    let state = empty();
+    counted(&state, 1 << 20, &["a", "b", "c"]);
+    let first = state.scan(b"", b"", 2, Shown::Values).unwrap();
+    assert_eq!(
+        (first.entries.len(), first.next),
+        (0, Some(after(b"b"))),
+        "the rows go on behind those that are gone"
+    );
+    let last = state.scan(b"", &after(b"b"), 2, Shown::Values).unwrap();
+    assert_eq!((last.entries.len(), last.next), (0, None));
+}
+
+#[tokio::test]
+async fn a_scan_of_keys_reads_no_values_and_one_of_values_reads_each_once() {
+    let state = empty();
+    for key in ["a", "b", "c"] {
+        applied(&state, 1, 1_000, set(key));
+    }
+    let store = counted(&state, 1 << 20, &[]);
+    let keys = state.scan(b"", b"", 10, Shown::Records).unwrap();
+    assert_eq!(keys.entries.len(), 3);
+    assert!(keys.entries.iter().all(|(_, view)| view.value().is_none()));
+    assert_eq!(
+        (store.reads(Family::Entry), store.reads(Family::Value)),
+        (0, 0),
+        "the rows of the scan say all"
+    );
+
+    let values = state.scan(b"", b"", 10, Shown::Values).unwrap();
+    let values: Vec<_> = values
+        .entries
+        .iter()
+        .map(|(_, view)| view.value().unwrap().clone())
+        .collect();
+    assert_eq!(values, ["value of a", "value of b", "value of c"]);
+    assert_eq!(
+        (store.reads(Family::Entry), store.reads(Family::Value)),
+        (0, 3),
+    );
+
+    // What is in memory is not read again.
+    let before = store.reads(Family::Value);
+    state.get(&Key::new("b").unwrap()).unwrap();
+    state.scan(b"", b"", 10, Shown::Values).unwrap();
+    assert_eq!(store.reads(Family::Value) - before, 1 + 2);
+}
+
+proptest! {
+    #[test]
+    fn nothing_lies_between_a_key_and_what_comes_after(a in proptest::collection::vec(any::<u8>(), 1..8), b in proptest::collection::vec(any::<u8>(), 1..8)) {
+        prop_assert_eq!(b > a, b.as_slice() >= &after(&a)[..]);
+    }
+}
