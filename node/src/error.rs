@@ -220,11 +220,10 @@ impl Error {
         Self::internal("reading the state failed", error)
     }
 
-    pub fn not_ready() -> Self {
-        Self::new(
-            reason::NOT_READY,
-            "this node does not belong to a cluster yet",
-        )
+    /// `why` is what the node itself says of it.
+    pub fn not_ready(why: Option<String>) -> Self {
+        let why = why.unwrap_or_else(|| "this node does not belong to a cluster yet".to_owned());
+        Self::new(reason::NOT_READY, why)
     }
 
     pub fn no_leader() -> Self {

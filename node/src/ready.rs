@@ -64,7 +64,9 @@ impl Readiness {
             .then(|| "the node is stopping".to_owned());
         let member = match &*self.replicas.membership().borrow() {
             Membership::Member => None,
-            Membership::Forming(why) | Membership::Failed(why) => Some(why.clone()),
+            Membership::Forming(why) | Membership::Retired(why) | Membership::Failed(why) => {
+                Some(why.clone())
+            }
         };
         let behind = self.shards_where(Replica::must_catch_up);
         let caught_up = (!behind.is_empty())

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use holdfast_proto::peer::{ClusterRecord, Formation, IdentityRecord};
+use holdfast_proto::peer::{ClusterRecord, Formation, IdentityRecord, Retired};
 use parking_lot::Mutex;
 
 use crate::state::record;
@@ -27,6 +27,11 @@ pub enum IdentityError {
     },
     #[error("the data directory {} is in use by another process", dir.display())]
     InUse { dir: PathBuf },
+    #[error(
+        "the data directory {} has data in `{found}` and no `identity`: whose data it is cannot be known. Restore the file, or remove all of the directory's content to join as a new node",
+        dir.display()
+    )]
+    NoIdentity { dir: PathBuf, found: &'static str },
 }
 
 /// The identity as it is on disk, or only in memory for the memory engine.
@@ -75,6 +80,10 @@ impl IdentityFile {
                 record
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if let Some(found) = data_without_identity(dir).map_err(failed)? {
+                    let dir = dir.into();
+                    return Err(IdentityError::NoIdentity { dir, found });
+                }
                 let record = IdentityRecord {
                     name: name.into(),
                     incarnation: draw(),
@@ -133,6 +142,26 @@ impl IdentityFile {
         Ok(())
     }
 
+    /// It must never take part again, whatever becomes of the process. The first reason stays.
+    pub(crate) fn retire(&self, retired: Retired) -> io::Result<()> {
+        let mut record = self.record.lock();
+        if record.retired.is_some() {
+            return Ok(());
+        }
+        let changed = IdentityRecord {
+            retired: Some(retired),
+            ..record.clone()
+        };
+        self.store(&changed)?;
+        *record = changed;
+        Ok(())
+    }
+
+    /// `None` if nothing outlives the process.
+    pub(crate) fn dir(&self) -> Option<&Path> {
+        self.dir.as_deref()
+    }
+
     fn store(&self, record: &IdentityRecord) -> io::Result<()> {
         match &self.dir {
             Some(dir) => write(dir, record),
@@ -141,8 +170,24 @@ impl IdentityFile {
     }
 }
 
+/// Which of a node's data is there already: only a node that has an identity has any.
+fn data_without_identity(dir: &Path) -> io::Result<Option<&'static str>> {
+    for name in ["log", "state"] {
+        match std::fs::read_dir(dir.join(name)) {
+            Ok(mut files) => {
+                if files.next().is_some() {
+                    return Ok(Some(name));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
 /// Never 0, which stands for none.
-fn draw() -> u64 {
+pub(crate) fn draw() -> u64 {
     rand::random_range(1..u64::MAX)
 }
 
@@ -163,11 +208,16 @@ fn lock(dir: &Path) -> Result<File, IdentityError> {
 }
 
 fn write(dir: &Path, record: &IdentityRecord) -> io::Result<()> {
-    let (temporary, target) = (dir.join("identity.new"), dir.join(FILE));
+    replace_file(dir, FILE, &record::encode(record))
+}
+
+/// Durable on return; after a crash it is the old file or the new one.
+pub(crate) fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
     let mut file = File::create(&temporary)?;
-    file.write_all(&record::encode(record))?;
+    file.write_all(bytes)?;
     file.sync_all()?;
-    std::fs::rename(&temporary, &target)?;
+    std::fs::rename(&temporary, dir.join(name))?;
     File::open(dir)?.sync_all()
 }
 
@@ -202,10 +252,33 @@ mod tests {
                 })
                 .unwrap()
         );
+        file.retire(Retired {
+            reason: "removed".into(),
+            ..Default::default()
+        })
+        .unwrap();
+        drop(file);
+        let file = IdentityFile::open(Some(dir.path()), "a").unwrap();
+        assert_eq!(file.record().retired.unwrap().reason, "removed");
         drop(file);
         assert!(matches!(
             IdentityFile::open(Some(dir.path()), "b"),
             Err(IdentityError::OtherName { .. })
         ));
+    }
+
+    #[test]
+    fn data_without_an_identity_is_nobodys() {
+        for name in ["log", "state"] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            drop(IdentityFile::open(Some(dir.path()), "a").expect("an empty directory is no data"));
+            std::fs::remove_file(dir.path().join(FILE)).unwrap();
+            std::fs::write(dir.path().join(name).join("x"), "data").unwrap();
+            match IdentityFile::open(Some(dir.path()), "a").map(|_| ()) {
+                Err(IdentityError::NoIdentity { found, .. }) => assert_eq!(found, name),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 }

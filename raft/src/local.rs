@@ -5,15 +5,25 @@
 //! other's insides. Must never know any of them.
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, OnceLock},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use holdfast_proto::{ShardId, SlotTable, peer::Member};
+use holdfast_proto::{
+    ShardId, SlotTable,
+    peer::{Member, Retired, Standing},
+};
 use tokio::sync::watch;
 
 use crate::{
-    agreement::log::LogKept, clock::Clock, identity::IdentityFile, peer::Peers, replica::Replica,
+    agreement::log::LogKept,
+    clock::Clock,
+    identity::{self, IdentityFile},
+    peer::Peers,
+    replica::Replica,
 };
 
 /// What a node's replicas are opened with.
@@ -45,6 +55,9 @@ pub enum Membership {
     Forming(String),
     /// Its replicas are open.
     Member,
+    /// It must not take part any more, and answers no data: removed, a copy of another node, or its
+    /// log lost what it had acknowledged. The text says which, and what to do.
+    Retired(String),
     /// It can go on no more.
     Failed(String),
 }
@@ -53,6 +66,10 @@ pub(crate) struct Local {
     options: Options,
     clock: Clock,
     identity: IdentityFile,
+    /// This process of the node.
+    session: u64,
+    /// It is about to end, and says nothing of itself any more.
+    closing: AtomicBool,
     membership: watch::Sender<Membership>,
     opened: OnceLock<Opened>,
 }
@@ -70,6 +87,8 @@ impl Local {
             options,
             clock,
             identity,
+            session: identity::draw(),
+            closing: AtomicBool::new(false),
             membership: watch::Sender::new(Membership::Forming("starting".into())),
             opened: OnceLock::new(),
         }
@@ -98,7 +117,25 @@ impl Local {
             client_address: self.options.client_address.clone(),
             region: self.options.region.clone(),
             learner_only: self.options.learner_only,
+            volatile: self.identity.dir().is_none(),
         }
+    }
+
+    pub(crate) fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// Where what outlives the process is; `None` if nothing does.
+    pub(crate) fn durable_dir(&self) -> Option<&Path> {
+        self.identity.dir()
+    }
+
+    pub(crate) fn begin_to_close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
     }
 
     // ---- where it stands ----
@@ -119,6 +156,62 @@ impl Local {
     pub(crate) fn fail(&self, why: String) {
         tracing::error!("{why}");
         self.set_membership(Membership::Failed(why));
+    }
+
+    /// Ends this node's part in the cluster: it talks to no peer and answers no data any more. Not
+    /// written down for a copy: whether it is one is found out at each start.
+    pub(crate) fn retire(&self, standing: Standing, reason: String) {
+        if let Some(peers) = self.peers() {
+            peers.retire();
+        }
+        if matches!(*self.membership.borrow(), Membership::Retired(_)) && self.is_retired() {
+            return;
+        }
+        let retired = Retired {
+            standing: standing.into(),
+            reason: self.what_to_do(standing, &reason),
+        };
+        if standing != Standing::Copy
+            && let Err(error) = self.identity.retire(retired.clone())
+        {
+            tracing::error!(%error, "noting that this node must not take part any more failed");
+        }
+        self.show_retired(retired.reason);
+    }
+
+    /// In memory only: it may still be needed by those that let it go.
+    pub(crate) fn show_retired(&self, reason: String) {
+        if !matches!(*self.membership.borrow(), Membership::Retired(_)) {
+            tracing::error!("this node serves no data any more: {reason}");
+        }
+        self.set_membership(Membership::Retired(reason));
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        self.identity.record().retired.is_some()
+    }
+
+    /// Why this node answers no data though its replicas may be open.
+    pub(crate) fn why_retired(&self) -> Option<String> {
+        match &*self.membership.borrow() {
+            Membership::Retired(why) => Some(why.clone()),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn what_to_do(&self, standing: Standing, reason: &str) -> String {
+        let name = &self.options.name;
+        match standing {
+            Standing::Copy => format!(
+                "{reason}: stop this one, and never run a node from the copy of another's data directory"
+            ),
+            Standing::LostLog => format!(
+                "{reason}: it does not vote and is not counted. Run `holdfast member remove {name}`, stop it, remove its data directory and start it again: it joins as a new member"
+            ),
+            _ => format!(
+                "{reason}: stop it; to let it join again as a new member, remove its data directory first"
+            ),
+        }
     }
 
     // ---- its replicas ----

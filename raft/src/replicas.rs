@@ -24,7 +24,7 @@ use crate::{
     forming::Forming,
     identity::{IdentityError, IdentityFile},
     local::{Local, Membership, Opened, Options},
-    membership::{self, Change, Changes},
+    membership::{self, Change, Changes, Contact},
     peer::{Identity, Peers, membership_server::MembershipServer, server::ReplicaServer, snapshot},
     replica::{Parts, Replica},
     store::Stores,
@@ -43,6 +43,7 @@ pub struct Replicas {
     local: Arc<Local>,
     forming: Arc<Forming>,
     changes: Arc<Changes>,
+    contact: Arc<Contact>,
     upkeep: Arc<Upkeep>,
     events: Arc<dyn Events>,
     stores: Stores,
@@ -80,6 +81,7 @@ impl Replicas {
         let replicas = Arc::new(Self {
             forming: Arc::new(Forming::new(local.clone())),
             changes: Arc::new(Changes::new(local.clone())),
+            contact: Arc::new(Contact::new(local.clone())),
             upkeep: Arc::new(Upkeep::new(local.clone(), log.clone())),
             local,
             events,
@@ -89,8 +91,11 @@ impl Replicas {
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
-        if let Some(cluster) = replicas.local.identity().record().cluster {
-            replicas.enter(cluster).await?;
+        let record = replicas.local.identity().record();
+        match (record.retired, record.cluster) {
+            (Some(retired), _) => replicas.local.show_retired(retired.reason),
+            (None, Some(cluster)) => replicas.enter(cluster).await?,
+            (None, None) => {}
         }
         Ok(replicas)
     }
@@ -107,6 +112,7 @@ impl Replicas {
             self.local.clone(),
             self.forming.clone(),
             self.changes.clone(),
+            self.contact.clone(),
         ))
     }
 
@@ -127,6 +133,12 @@ impl Replicas {
         self.spawn(async move { measuring.measure_disk().await });
         self.spawn(async move { compacting.keep_space().await });
         self.spawn(async move { maintaining.maintain().await });
+        let contact = || self.contact.clone();
+        let (greeting, searching, noting, writing) = (contact(), contact(), contact(), contact());
+        self.spawn(async move { greeting.greet().await });
+        self.spawn(async move { searching.search().await });
+        self.spawn(async move { noting.note_acknowledged().await });
+        self.spawn(async move { writing.write_acknowledged().await });
         let this = self.clone();
         self.spawn(async move { this.watch_failures().await });
     }
@@ -167,8 +179,17 @@ impl Replicas {
         self.local.replicas()
     }
 
-    /// The replica of the shard that owns a key; `None` until the node belongs to a cluster.
+    /// Why this node answers no data for good, though its replicas may be open: it was removed, is
+    /// a copy, or its log lost what it had acknowledged.
+    pub fn why_retired(&self) -> Option<String> {
+        self.local.why_retired()
+    }
+
+    /// The replica of the shard that owns a key; `None` unless the node belongs to a cluster.
     pub fn of_key(&self, key: &[u8]) -> Option<&Arc<Replica>> {
+        if self.local.why_retired().is_some() {
+            return None;
+        }
         let table = &self.local.opened()?.table;
         self.local.replica(table.shard_of(key))
     }
@@ -210,6 +231,7 @@ impl Replicas {
     async fn form_or_join(&self) -> io::Result<()> {
         match self.local.opened() {
             Some(_) => Ok(()),
+            None if self.local.is_retired() => Ok(()),
             None => self.enter(self.forming.run().await?).await,
         }
     }
@@ -230,15 +252,19 @@ impl Replicas {
             epoch: cluster.epoch,
             node_id: cluster.node_id,
             incarnation: record.incarnation,
+            session: self.local.session(),
         };
         let peers = Arc::new(Peers::new(self.local.clock().clone(), identity));
-        peers.set_members(
-            record
-                .accepted
-                .iter()
-                .flat_map(|formation| formation.members.clone())
-                .chain(self.forming.known_members()),
-        );
+        let founders = record.accepted.iter();
+        peers
+            .roster()
+            .begin_with(founders.flat_map(|formation| formation.members.clone()));
+        if let Some(roster) = &cluster.roster {
+            peers.roster().learn(roster);
+        }
+        if let Some(dir) = self.local.durable_dir() {
+            peers.acknowledged().read(dir)?;
+        }
         let mut replicas = Vec::new();
         for shard in 0..cluster.shards.max(1) {
             let parts = Parts {
@@ -324,6 +350,7 @@ impl Replicas {
 
     /// Stops replicas and flushes what they have. The node speaks to nobody afterwards.
     pub async fn close(&self) {
+        self.local.begin_to_close();
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;

@@ -4,7 +4,9 @@
 use std::{io, sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use holdfast_proto::peer::{ClusterRecord, Command, RaiseFeatureLevel, command::Op};
+use holdfast_proto::peer::{
+    ClusterRecord, Command, Member, RaiseFeatureLevel, Standing, command::Op,
+};
 
 use crate::{
     agreement::log::SharedLog,
@@ -89,15 +91,37 @@ impl Upkeep {
         opened.peers.set_closed(stalled);
     }
 
+    /// What shard 0 has applied says who is a member; the groups may know some sooner, and need
+    /// some longer.
     fn know_members(&self, opened: &Opened) {
         let Some(first) = opened.replicas.first() else {
             return;
         };
-        match first.state().roster() {
-            Ok(roster) if !roster.members.is_empty() => opened.peers.set_members(roster.members),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "reading the roster failed"),
+        let roster = match first.state().roster() {
+            Ok(roster) if !roster.members.is_empty() => roster,
+            Ok(_) => return,
+            Err(error) => return tracing::warn!(%error, "reading the roster failed"),
+        };
+        let groups = opened.replicas.iter().flat_map(|group| group.members());
+        let groups: Vec<Member> = groups.collect();
+        let me = opened.peers.identity().node_id;
+        let is_in = |members: &[Member]| members.iter().any(|member| member.id == me);
+        if me < roster.next_id && !is_in(&roster.members) {
+            let reason = format!(
+                "this node was removed from cluster {}",
+                opened.peers.identity().cluster_id
+            );
+            match is_in(&groups) {
+                // Those that stay may need its vote to let it go.
+                true => self
+                    .local
+                    .show_retired(self.local.what_to_do(Standing::Removed, &reason)),
+                false => self.local.retire(Standing::Removed, reason),
+            }
         }
+        opened.peers.roster().set(&roster, groups);
+        let is_member = |id| opened.peers.member(id).is_some();
+        opened.peers.acknowledged().keep_only(is_member);
     }
 
     fn note_caught_up(&self, opened: &Opened) {

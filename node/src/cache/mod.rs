@@ -70,11 +70,16 @@ impl Cache {
     }
 
     fn peers(&self) -> Result<Arc<Peers>, Error> {
-        self.replicas.peers().ok_or_else(Error::not_ready)
+        match self.replicas.why_retired() {
+            Some(why) => Err(Error::not_ready(Some(why))),
+            None => self.replicas.peers().ok_or_else(|| Error::not_ready(None)),
+        }
     }
 
     fn replica_of(&self, key: &Key) -> Result<&Arc<Replica>, Error> {
-        self.replicas.of_key(key).ok_or_else(Error::not_ready)
+        self.replicas
+            .of_key(key)
+            .ok_or_else(|| Error::not_ready(self.replicas.why_retired()))
     }
 
     /// The client address of the node that leads, if it is another one.

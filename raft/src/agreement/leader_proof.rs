@@ -127,7 +127,12 @@ impl LeaderProof {
             let membership = &metrics.membership_config;
             let addresses: BTreeMap<u64, String> = membership
                 .nodes()
-                .map(|(&id, node)| (id, node.peer_address.clone()))
+                .map(|(&id, node)| {
+                    let member = self.peers.member(id);
+                    let address = member
+                        .map_or_else(|| node.peer_address.clone(), |member| member.peer_address);
+                    (id, address)
+                })
                 .collect();
             (
                 Quorum {

@@ -23,7 +23,7 @@ pub(crate) async fn all(local: &Local, names: Vec<String>) -> Vec<Met> {
     let resolved = join_all(resolved).await;
     let addresses: BTreeSet<SocketAddr> = resolved.into_iter().flatten().flatten().collect();
     let asked = addresses.into_iter().map(|address| async move {
-        let hello = say_hello(local, &address.to_string()).await?;
+        let hello = greet(local, &address.to_string(), HELLO_TIMEOUT).await?;
         Some(Met { address, hello })
     });
     let mut met: Vec<Met> = join_all(asked).await.into_iter().flatten().collect();
@@ -35,16 +35,39 @@ pub(crate) async fn all(local: &Local, names: Vec<String>) -> Vec<Met> {
     met
 }
 
-pub(crate) async fn say_hello(local: &Local, address: &str) -> Option<HelloResponse> {
+/// A hello that wants to be judged.
+pub(crate) async fn greet(
+    local: &Local,
+    address: &str,
+    timeout: Duration,
+) -> Option<HelloResponse> {
+    ask(hello(local), address, timeout).await
+}
+
+/// Only asks who is there.
+pub(crate) async fn probe(
+    local: &Local,
+    address: &str,
+    timeout: Duration,
+) -> Option<HelloResponse> {
+    let probe = HelloRequest {
+        is_probe: true,
+        ..hello(local)
+    };
+    ask(probe, address, timeout).await
+}
+
+async fn ask(hello: HelloRequest, address: &str, timeout: Duration) -> Option<HelloResponse> {
     let mut client = MembershipServiceClient::new(connect_lazy(address));
-    let asked = client.hello(Request::new(hello(local)));
-    let answer = tokio::time::timeout(HELLO_TIMEOUT, asked).await;
+    let asked = client.hello(Request::new(hello));
+    let answer = tokio::time::timeout(timeout, asked).await;
     Some(answer.ok()?.ok()?.into_inner())
 }
 
 /// Who this node is.
 fn hello(local: &Local) -> HelloRequest {
     let record = local.identity().record();
+    let logs = local.replicas().iter();
     HelloRequest {
         self_: Some(local.myself()),
         state: state_of(&record).into(),
@@ -53,6 +76,10 @@ fn hello(local: &Local) -> HelloRequest {
             .map(|cluster| cluster.cluster_id)
             .unwrap_or_default(),
         expect: local.options().expect,
+        session: local.session(),
+        log_is_short: logs.clone().any(|replica| replica.log_is_short()),
+        last_index: logs.map(|replica| replica.log_reached()).collect(),
+        is_probe: false,
     }
 }
 

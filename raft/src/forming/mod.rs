@@ -43,8 +43,6 @@ pub(crate) struct Forming {
     sees: Mutex<BTreeSet<u64>>,
     /// A formed cluster that wants this node: its address, from an operator's AddMember.
     invited_by: Mutex<Option<String>>,
-    /// Members of the cluster this node joins, before its own log tells it.
-    known_members: Mutex<Vec<Member>>,
     said: Mutex<Option<(Duration, String)>>,
 }
 
@@ -54,13 +52,8 @@ impl Forming {
             local,
             sees: Mutex::default(),
             invited_by: Mutex::default(),
-            known_members: Mutex::default(),
             said: Mutex::default(),
         }
-    }
-
-    pub(crate) fn known_members(&self) -> Vec<Member> {
-        self.known_members.lock().clone()
     }
 
     /// Ends once this node belongs to a cluster, durably.
@@ -169,18 +162,18 @@ impl Forming {
             node_id: me.id,
             founder: true,
             caught_up: true,
+            roster: None,
         })
     }
 
     /// Asks a formed cluster to take this node in.
     async fn join(&self, address: SocketAddr, met: &[Met]) -> Option<ClusterRecord> {
-        if let Some(formed) = met.iter().find(|met| met.address == address) {
-            if !formed.hello.refusal.is_empty() {
-                let refusal = &formed.hello.refusal;
-                self.say(&format!("the cluster refuses this node: {refusal}"));
-                return None;
-            }
-            *self.known_members.lock() = formed.hello.members.clone();
+        let formed = met.iter().find(|met| met.address == address);
+        if let Some(refusal) = formed.map(|met| &met.hello.refusal)
+            && !refusal.is_empty()
+        {
+            self.say(&format!("the cluster refuses this node: {refusal}"));
+            return None;
         }
         let mut address = address.to_string();
         // The first answer may name the leader; once more is enough.
@@ -289,5 +282,6 @@ fn member_of(joined: Joined) -> ClusterRecord {
         node_id: joined.node_id,
         founder: false,
         caught_up: false,
+        roster: joined.roster,
     }
 }

@@ -88,7 +88,9 @@ pub(super) fn decide(mine: &Mine, met: &[Met], just_accepted: &BTreeSet<u64>) ->
         }
         return finish(mine, formation, met, just_accepted);
     }
-    match met.iter().find(formed) {
+    // One that refuses this node is asked only if all do.
+    let willing = |met: &&Met| formed(met) && met.hello.refusal.is_empty();
+    match met.iter().find(willing).or_else(|| met.iter().find(formed)) {
         Some(met) => Step::Join(met.address),
         None => form(mine, met),
     }

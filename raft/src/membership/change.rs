@@ -25,6 +25,7 @@ use crate::{
 };
 
 const POLL_EVERY: Duration = Duration::from_millis(50);
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What an operator asks for.
 #[derive(Debug, Clone)]
@@ -91,7 +92,7 @@ impl Changes {
     /// Admits a node as a learner: asks it who it is, gives it an id, and lets it know where the
     /// cluster is.
     pub(crate) async fn add(&self, name: &str, peer_address: &str) -> Result<u64, ChangeError> {
-        let answer = meet::say_hello(&self.local, peer_address).await;
+        let answer = meet::greet(&self.local, peer_address, GREETING_TIMEOUT).await;
         let answer = answer
             .ok_or_else(|| ChangeError::Refused(format!("no node answers at {peer_address}")))?;
         let found = answer.self_.clone().unwrap_or_default();
@@ -106,6 +107,13 @@ impl Changes {
             return Err(ChangeError::Refused(format!(
                 "the node at {peer_address} belongs to another cluster"
             )));
+        }
+        // One that is known has moved: an operator says so, and with it there may be a leader again.
+        if let Some(peers) = self.local.peers()
+            && let Some(known) = peers.member(found.id)
+            && known.incarnation == found.incarnation
+        {
+            peers.roster().meet(&found, answer.session);
         }
         Ok(self.run(0, Change::Add(found)).await?.id)
     }
@@ -195,14 +203,43 @@ impl Changes {
             let leader = peers.member(leader.id).ok_or(WriteError::NoLeader)?;
             return Ok(Admission::AskLeader(leader.peer_address));
         }
-        let id = admit(first, member).await?;
+        let id = self.admit_here(first, &peers, member).await?;
         let identity = peers.identity();
         Ok(Admission::Here(Joined {
             cluster_id: identity.cluster_id.clone(),
             epoch: identity.epoch,
             shards: u32::try_from(self.local.replicas().len()).unwrap_or(u32::MAX),
             node_id: id,
+            roster: Some(first.state().roster().map_err(|error| {
+                ChangeError::Refused(format!("the roster could not be read: {error}"))
+            })?),
         }))
+    }
+
+    /// A member of which nothing survives a restart is replaced by whoever comes under its name.
+    async fn admit_here(
+        &self,
+        first: &Replica,
+        peers: &Peers,
+        member: Member,
+    ) -> Result<u64, ChangeError> {
+        let replaced = peers
+            .members()
+            .into_iter()
+            .find(|known| known.volatile && member.volatile && known.name == member.name);
+        let Some(replaced) = replaced.filter(|known| known.incarnation != member.incarnation)
+        else {
+            return admit(first, member).await;
+        };
+        let _one = self.changing.lock().await;
+        has_seen_everything(first).await?;
+        self.may_remove(first, &replaced).await?;
+        tracing::info!(
+            name = member.name,
+            id = replaced.id,
+            "a member came back with nothing: it is replaced"
+        );
+        admit(first, member).await
     }
 
     pub(crate) async fn run_here(

@@ -5,11 +5,13 @@
 //! ```text
 //! change     what operators ask for, on any node ─► a command in shard 0
 //! reconcile  every leader ─► its Raft group follows the roster; learners that keep up are promoted
+//! contact    who is who: hellos, addresses that change, verdicts
 //! status     what this node knows of the cluster, and what the others say of themselves
 //! rules      what may be done and what is next, as pure functions
 //! ```
 
 mod change;
+mod contact;
 mod reconcile;
 mod rules;
 mod status;
@@ -20,6 +22,7 @@ use holdfast_proto::peer::{Command, Member, Outcome, RosterRecord, command::Op, 
 
 pub(crate) use self::{
     change::{Admission, Change, Changes},
+    contact::Contact,
     reconcile::Reconciler,
     status::{report, status},
 };

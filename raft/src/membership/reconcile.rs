@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use holdfast_proto::peer::{Member, PromoteMember, RosterRecord, command::Op};
+use holdfast_proto::peer::{AdmitMember, Member, PromoteMember, RosterRecord, command::Op};
 use openraft::ChangeMembers;
 use parking_lot::Mutex;
 
@@ -55,6 +55,7 @@ impl Reconciler {
             }
         }
         if first.leads().is_some() {
+            write_announced(opened, first).await;
             self.promote_caught_up(opened, first, &roster).await;
         }
     }
@@ -95,10 +96,33 @@ impl Reconciler {
     }
 }
 
+/// Members that moved, or are configured otherwise than the roster says.
+async fn write_announced(opened: &Opened, first: &Replica) {
+    for member in opened.peers.roster().announced() {
+        tracing::info!(
+            name = member.name,
+            address = member.peer_address,
+            "a member's addresses or role have changed"
+        );
+        let name = member.name.clone();
+        let described = Op::AdmitMember(AdmitMember {
+            member: Some(member),
+        });
+        if let Err(error) = propose(first, described).await {
+            tracing::warn!(%error, name, "writing a member's addresses down failed");
+        }
+    }
+}
+
 fn group_of(group: &Replica) -> Group {
     Group {
         voters: group.voters().into_iter().collect(),
         learners: group.learners().into_iter().collect(),
+        members: group
+            .members()
+            .into_iter()
+            .map(|member| (member.id, member))
+            .collect(),
         is_joint: group.changes_voters(),
     }
 }
@@ -144,6 +168,7 @@ async fn take(group: &Replica, step: Step) -> io::Result<()> {
         Step::Promote(voters) => (ChangeMembers::AddVoterIds(voters), true),
         Step::RemoveVoters(voters) => (ChangeMembers::RemoveVoters(voters), false),
         Step::RemoveLearners(gone) => (ChangeMembers::RemoveNodes(gone), false),
+        Step::Describe(members) => (ChangeMembers::SetNodes(members), true),
     };
     let changed = raft.change_membership(change, retain).await;
     changed.map(|_| ()).map_err(io::Error::other)

@@ -1,6 +1,6 @@
 //! What may change and what is to be done next, from what is known: no I/O and no clock.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use holdfast_proto::peer::{Member, RosterRecord};
 
@@ -9,6 +9,8 @@ use holdfast_proto::peer::{Member, RosterRecord};
 pub(super) struct Group {
     pub(super) voters: BTreeSet<u64>,
     pub(super) learners: BTreeSet<u64>,
+    /// Both, as the group has them.
+    pub(super) members: BTreeMap<u64, Member>,
     /// Between the two steps of a change of voters.
     pub(super) is_joint: bool,
 }
@@ -23,6 +25,8 @@ pub(super) enum Step {
     Promote(BTreeSet<u64>),
     RemoveVoters(BTreeSet<u64>),
     RemoveLearners(BTreeSet<u64>),
+    /// Their addresses, region or kind have changed.
+    Describe(BTreeMap<u64, Member>),
 }
 
 impl Group {
@@ -56,8 +60,25 @@ pub(super) fn next_step(group: &Group, roster: &RosterRecord) -> Option<Step> {
     match (voters.is_empty(), gone.is_empty()) {
         (false, _) => Some(Step::RemoveVoters(voters)),
         (true, false) => Some(Step::RemoveLearners(gone)),
-        (true, true) => None,
+        (true, true) => changed(group, roster).map(Step::Describe),
     }
+}
+
+/// Members of the group that the roster describes otherwise.
+fn changed(group: &Group, roster: &RosterRecord) -> Option<BTreeMap<u64, Member>> {
+    let differs = |member: &&Member| {
+        group
+            .members
+            .get(&member.id)
+            .is_some_and(|known| known != *member)
+    };
+    let changed: BTreeMap<u64, Member> = roster
+        .members
+        .iter()
+        .filter(differs)
+        .map(|member| (member.id, member.clone()))
+        .collect();
+    (!changed.is_empty()).then_some(changed)
 }
 
 /// Whether a voter can go: those that vote now must be able to decide it, and those that are left
@@ -103,6 +124,7 @@ mod tests {
         Group {
             voters: ids(voters),
             learners: ids(learners),
+            members: BTreeMap::new(),
             is_joint: false,
         }
     }
@@ -129,7 +151,17 @@ mod tests {
             is_joint: true,
             ..group(&[1, 2], &[])
         };
+        let moved = Member {
+            peer_address: "elsewhere:1".into(),
+            ..member(1)
+        };
+        let before = Group {
+            members: BTreeMap::from([(1, moved), (2, member(2))]),
+            ..group(&[1, 2], &[])
+        };
+        let now = BTreeMap::from([(1, member(1))]);
         for (group, roster, step) in [
+            (before, roster(&[1, 2], &[1, 2]), Some(Step::Describe(now))),
             (group(&[1, 2], &[3]), roster(&[1, 2, 3], &[1, 2]), None),
             (joint, roster(&[1], &[1]), Some(Step::FinishVoters)),
             (

@@ -154,7 +154,15 @@ impl PeerClient {
         &self,
         purpose: Purpose,
     ) -> wire::replica_service_client::ReplicaServiceClient<tonic::transport::Channel> {
-        self.network.peers.replica_client(&self.address, purpose)
+        self.network.peers.replica_client(&self.address(), purpose)
+    }
+
+    /// Where it is now: members move.
+    fn address(&self) -> String {
+        match self.network.peers.member(self.target) {
+            Some(member) => member.peer_address,
+            None => self.address.clone(),
+        }
     }
 
     /// A peer that cannot be reached, or will not have us, is left alone for a while; anything else
@@ -164,7 +172,7 @@ impl PeerClient {
             Code::FailedPrecondition => {
                 self.network
                     .peers
-                    .note_refusal(self.target, &self.address, status);
+                    .note_refusal(self.target, &self.address(), status);
                 RPCError::Unreachable(Unreachable::from_string(status))
             }
             Code::Unavailable | Code::Unimplemented => {
@@ -198,8 +206,14 @@ impl PeerClient {
             .clone()
             .try_acquire_owned()
             .map_err(too_many)?;
+        let mut header = self.network.header(self.target);
+        header.acknowledged = self
+            .network
+            .peers
+            .acknowledged()
+            .of_shard(self.network.shard);
         let message = wire::AppendRequest {
-            header: self.header(),
+            header: Some(header),
             vote: Some(vote_to(&rpc.vote)),
             prev_log_id: rpc.prev_log_id.as_ref().map(log_id_to),
             entries: rpc.entries.iter().map(entry_to).collect(),

@@ -14,7 +14,7 @@ use super::Peers;
 use crate::{
     forming::{Forming, meet::state_of},
     local::Local,
-    membership::{self, Admission, Change, Changes},
+    membership::{self, Admission, Change, Changes, Contact},
 };
 
 #[derive(Clone)]
@@ -22,14 +22,21 @@ pub struct MembershipServer {
     local: Arc<Local>,
     forming: Arc<Forming>,
     changes: Arc<Changes>,
+    contact: Arc<Contact>,
 }
 
 impl MembershipServer {
-    pub(crate) fn new(local: Arc<Local>, forming: Arc<Forming>, changes: Arc<Changes>) -> Self {
+    pub(crate) fn new(
+        local: Arc<Local>,
+        forming: Arc<Forming>,
+        changes: Arc<Changes>,
+        contact: Arc<Contact>,
+    ) -> Self {
         Self {
             local,
             forming,
             changes,
+            contact,
         }
     }
 
@@ -47,6 +54,7 @@ impl MembershipServer {
         let taken = members.iter().find(|member| {
             member.incarnation != caller.incarnation
                 && (member.name == caller.name || member.peer_address == caller.peer_address)
+                && !is_replaced(member, caller)
         });
         let Some(member) = taken else {
             return String::new();
@@ -74,9 +82,20 @@ impl MembershipServer {
             "this node belongs to cluster {cluster_id}, the caller to {}",
             caller.cluster_id
         );
-        tracing::warn!(name = member.name, address = member.peer_address, %refusal, "a node was refused");
+        if self
+            .local
+            .peers()
+            .is_some_and(|peers| peers.is_news(&refusal))
+        {
+            tracing::warn!(name = member.name, address = member.peer_address, %refusal, "a node was refused");
+        }
         refusal
     }
+}
+
+/// A member of which nothing survives a restart comes back as another one under its name.
+fn is_replaced(member: &Member, caller: &Member) -> bool {
+    member.volatile && caller.volatile && member.name == caller.name
 }
 
 #[tonic::async_trait]
@@ -86,6 +105,9 @@ impl MembershipService for MembershipServer {
         request: Request<HelloRequest>,
     ) -> Result<Response<HelloResponse>, Status> {
         let caller = request.into_inner();
+        if self.local.is_closing() || self.local.is_retired() {
+            return Err(Status::unavailable("this node takes part in no cluster"));
+        }
         self.forming.invite(&caller);
         let record = self.local.identity().record();
         let state = state_of(&record);
@@ -96,6 +118,11 @@ impl MembershipService for MembershipServer {
             }
             None => Default::default(),
         };
+        let is_colleague = caller.state() == NodeState::Formed && state == NodeState::Formed;
+        let verdict = match is_colleague && refusal.is_empty() && !caller.is_probe {
+            true => Some(self.contact.judge(&caller).await),
+            false => None,
+        };
         let peers = self.local.peers();
         Ok(Response::new(HelloResponse {
             self_: Some(self.local.myself()),
@@ -104,8 +131,13 @@ impl MembershipService for MembershipServer {
             expect: self.local.options().expect,
             sees: self.forming.sees(),
             formation: record.accepted,
-            members: peers.map(|peers| peers.members()).unwrap_or_default(),
             refusal,
+            session: self.local.session(),
+            roster: peers.map(|peers| peers.roster().snapshot()),
+            standing: verdict
+                .as_ref()
+                .map_or(0, |verdict| verdict.standing.into()),
+            standing_reason: verdict.map(|verdict| verdict.reason).unwrap_or_default(),
         }))
     }
 

@@ -5,8 +5,10 @@
 //! answer carries the time and how the answering replica is. What does not fit is refused on
 //! arrival and said on both sides.
 
+mod acknowledged;
 pub(crate) mod client;
 pub(crate) mod membership_server;
+mod roster;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 
@@ -28,9 +30,12 @@ use holdfast_proto::{
 use parking_lot::Mutex;
 use tonic::{
     Status,
+    metadata::AsciiMetadataValue,
     transport::{Channel, Endpoint},
 };
 
+use self::roster::Stranger;
+pub(crate) use self::{acknowledged::Acknowledged, roster::Roster};
 use crate::{
     clock::Clock,
     state::{State, apply::FEATURE_LEVEL},
@@ -50,6 +55,9 @@ const SAY_EVERY: Duration = Duration::from_secs(10);
 const SAID_MAX: usize = 64;
 /// How a refusal on arrival begins, so that the other side knows it.
 const REFUSED: &str = "peer refused: ";
+/// In the metadata of a refusal that a hello may end.
+const STRANGER: &str = "holdfast-stranger";
+const WHY_CLOSED: &str = "this node talks to no peer: its disk is stalled, or it was retired";
 
 /// Who this node is, once it belongs to a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +66,8 @@ pub struct Identity {
     pub epoch: u64,
     pub node_id: u64,
     pub incarnation: u64,
+    /// This process of it.
+    pub session: u64,
 }
 
 /// What a node last heard of a peer, from its answers.
@@ -91,10 +101,12 @@ pub struct Peers {
     identity: Identity,
     channels: Mutex<HashMap<(String, Purpose), Channel>>,
     views: Mutex<HashMap<(ShardId, u64), PeerView>>,
-    /// Known incarnations: a peer that uses a member's id with another one is not that member.
-    members: Mutex<HashMap<u64, Member>>,
+    roster: Roster,
+    acknowledged: Acknowledged,
     /// While set, this node neither sends to peers nor takes anything from them.
     closed: AtomicBool,
+    /// The same for good.
+    retired: AtomicBool,
     disk_used_bytes: AtomicU64,
     disk_used_permille: AtomicU32,
     /// When each refusal was last said, as monotonic time.
@@ -108,8 +120,10 @@ impl Peers {
             identity,
             channels: Mutex::default(),
             views: Mutex::default(),
-            members: Mutex::default(),
+            roster: Roster::default(),
+            acknowledged: Acknowledged::default(),
             closed: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
             disk_used_bytes: AtomicU64::new(0),
             disk_used_permille: AtomicU32::new(0),
             said: Mutex::default(),
@@ -129,6 +143,8 @@ impl Peers {
             epoch: self.identity.epoch,
             from: self.identity.node_id,
             from_incarnation: self.identity.incarnation,
+            from_session: self.identity.session,
+            acknowledged: Vec::new(),
             to,
             shard,
             protocol: PROTOCOL,
@@ -153,9 +169,7 @@ impl Peers {
     /// Whether a request is meant for this node, and its sender is who it says.
     pub fn check<'h>(&self, header: Option<&'h Header>) -> Result<&'h Header, Status> {
         if self.is_closed() {
-            return Err(Status::unavailable(
-                "this node's disk is stalled: it talks to no peer",
-            ));
+            return Err(Status::unavailable(WHY_CLOSED));
         }
         let header =
             header.ok_or_else(|| Status::invalid_argument("the peer header is missing"))?;
@@ -180,13 +194,8 @@ impl Peers {
                 "it looks for node {}, this is node {}",
                 header.to, mine.node_id
             )
-        } else if !self.is_incarnation_of(header.from, header.from_incarnation) {
-            format!(
-                "it uses the id of member {} with another incarnation",
-                header.from
-            )
         } else {
-            return Ok(header);
+            return self.check_sender(header);
         };
         if self.is_news(&refusal) {
             tracing::warn!(from = header.from, %refusal, "a peer was refused");
@@ -194,8 +203,53 @@ impl Peers {
         Err(Status::failed_precondition(format!("{REFUSED}{refusal}")))
     }
 
-    /// Says that a peer refused this node: the other half of what `check` said there.
+    fn check_sender<'h>(&self, header: &'h Header) -> Result<&'h Header, Status> {
+        let mine = &self.identity;
+        let is_self = header.from == mine.node_id
+            && header.from_incarnation == mine.incarnation
+            && header.from_session == mine.session;
+        match is_self {
+            true => Ok(header),
+            false => self
+                .roster
+                .check(header)
+                .map(|()| header)
+                .map_err(|stranger| self.refused(header, stranger)),
+        }
+    }
+
+    /// As `check`, for what Raft says: its sender has also judged this node, and would know if its
+    /// log had lost what it acknowledged.
+    pub(crate) fn check_raft<'h>(&self, header: Option<&'h Header>) -> Result<&'h Header, Status> {
+        let header = self.check(header)?;
+        if header.from != self.identity.node_id
+            && let Err(stranger) = self.roster.check_judge(header)
+        {
+            self.roster.forget_judge(header.from);
+            return Err(self.refused(header, stranger));
+        }
+        Ok(header)
+    }
+
+    fn refused(&self, header: &Header, stranger: Stranger) -> Status {
+        let refusal = format!("node {} {stranger}", header.from);
+        if stranger.is_worth_a_word() && self.is_news(&refusal) {
+            tracing::warn!(from = header.from, %refusal, "a peer was refused");
+        }
+        let mut status = Status::failed_precondition(format!("{REFUSED}{refusal}"));
+        status
+            .metadata_mut()
+            .insert(STRANGER, AsciiMetadataValue::from_static("hello"));
+        status
+    }
+
+    /// Says that a peer refused this node: the other half of what `check` said there. If the peer
+    /// does not know this process, it is said hello to, and tells where this node stands.
     pub(crate) fn note_refusal(&self, by: u64, address: &str, status: &Status) {
+        if status.metadata().contains_key(STRANGER) {
+            self.roster.forget_judge(by);
+            return;
+        }
         if let Some(refusal) = status.message().strip_prefix(REFUSED)
             && self.is_news(refusal)
         {
@@ -213,13 +267,6 @@ impl Peers {
             said.insert(refusal.to_owned(), now);
         }
         is_news
-    }
-
-    fn is_incarnation_of(&self, id: u64, incarnation: u64) -> bool {
-        self.members
-            .lock()
-            .get(&id)
-            .is_none_or(|member| member.incarnation == incarnation)
     }
 
     // ---- what is known ----
@@ -249,30 +296,21 @@ impl Peers {
             .saturating_sub(ahead_ms(self.clock.wall_ms(), self.clock.monotonic()))
     }
 
-    /// The members that count, as shard 0 has them.
-    pub(crate) fn set_members(&self, members: impl IntoIterator<Item = Member>) {
-        *self.members.lock() = members
-            .into_iter()
-            .map(|member| (member.id, member))
-            .collect();
+    pub(crate) fn roster(&self) -> &Roster {
+        &self.roster
+    }
+
+    pub(crate) fn acknowledged(&self) -> &Acknowledged {
+        &self.acknowledged
     }
 
     pub fn members(&self) -> Vec<Member> {
-        let mut members: Vec<Member> = self.members.lock().values().cloned().collect();
-        members.sort_by_key(|member| member.id);
-        members
+        self.roster.members()
     }
 
+    /// With the addresses that it announced last.
     pub fn member(&self, id: u64) -> Option<Member> {
-        self.members.lock().get(&id).cloned()
-    }
-
-    pub fn member_named(&self, name: &str) -> Option<Member> {
-        self.members
-            .lock()
-            .values()
-            .find(|member| member.name == name)
-            .cloned()
+        self.roster.member(id)
     }
 
     // ---- the disk guard ----
@@ -281,8 +319,13 @@ impl Peers {
         self.closed.store(closed, Ordering::Relaxed);
     }
 
+    /// Closed for good.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
+        self.closed.load(Ordering::Relaxed) || self.retired.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_disk_used(&self, bytes: u64, bytes_max: u64) {
@@ -367,23 +410,31 @@ mod tests {
             epoch: 1,
             node_id: 2,
             incarnation: 22,
+            session: 2,
         };
         let peers = Peers::new(Clock::system(), identity);
-        peers.set_members([Member {
+        let member = Member {
             id: 1,
             incarnation: 11,
             ..Default::default()
-        }]);
+        };
+        peers.roster().begin_with([member.clone()]);
+        peers.roster().meet(&member, 1);
         let good = Header {
             cluster_id: "c".into(),
             epoch: 1,
             from: 1,
             from_incarnation: 11,
+            from_session: 1,
             to: 2,
             protocol: PROTOCOL,
             ..Default::default()
         };
         assert!(peers.check(Some(&good)).is_ok());
+        let unjudged = peers.check_raft(Some(&good)).map(|_| ()).unwrap_err();
+        assert!(unjudged.message().contains("has not judged"), "{unjudged}");
+        peers.roster().was_judged_by(1, 1);
+        assert!(peers.check_raft(Some(&good)).is_ok());
         for (header, why) in [
             (
                 Header {
@@ -411,7 +462,21 @@ mod tests {
                     from_incarnation: 12,
                     ..good.clone()
                 },
-                "it uses the id of member 1 with another incarnation",
+                "node 1 uses a member's id with another incarnation",
+            ),
+            (
+                Header {
+                    from: 9,
+                    ..good.clone()
+                },
+                "node 9 is in no roster",
+            ),
+            (
+                Header {
+                    from_session: 2,
+                    ..good.clone()
+                },
+                "node 1 was not met",
             ),
             (
                 Header {

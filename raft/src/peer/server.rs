@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use holdfast_proto::{
+    ShardId,
     peer::{
         self as wire, Header, append_response, install_snapshot_request::Part, propose_response,
         replica_service_server::ReplicaService, stream_append_response,
@@ -52,6 +53,18 @@ impl ReplicaServer {
         let shard = header.map_or(0, |header| header.shard);
         let peers = self.local.peers().ok_or_else(not_formed)?;
         peers.check(header)?;
+        self.of_shard(shard)
+    }
+
+    /// For what openraft takes part in.
+    fn raft_replica(&self, header: Option<&Header>) -> Result<Arc<Replica>, Status> {
+        let shard = header.map_or(0, |header| header.shard);
+        let peers = self.local.peers().ok_or_else(not_formed)?;
+        peers.check_raft(header)?;
+        self.of_shard(shard)
+    }
+
+    fn of_shard(&self, shard: ShardId) -> Result<Arc<Replica>, Status> {
         self.local.replica(shard).cloned().ok_or_else(|| {
             Status::failed_precondition(format!("this node has no replica of shard {shard}"))
         })
@@ -93,14 +106,14 @@ impl ReplicaService for ReplicaServer {
         let Some(first) = messages.message().await? else {
             return Ok(Response::new(futures::stream::empty().boxed()));
         };
-        let replica = self.replica(first.header.as_ref())?;
+        let replica = self.raft_replica(first.header.as_ref())?;
         replica.check_hash(first.header.as_ref())?;
 
         let (server, target) = (self.clone(), replica.clone());
         let requests = futures::stream::once(futures::future::ready(Ok(first))).chain(messages);
         let requests = requests.map(move |message| {
             let message = message?;
-            server.replica(message.header.as_ref())?;
+            server.raft_replica(message.header.as_ref())?;
             target.check_hash(message.header.as_ref())?;
             target.heard_append(message.vote.as_ref(), message.header.as_ref());
             append_request(
@@ -118,8 +131,9 @@ impl ReplicaService for ReplicaServer {
         request: Request<wire::AppendRequest>,
     ) -> Result<Response<wire::AppendResponse>, Status> {
         let message = request.into_inner();
-        let replica = self.replica(message.header.as_ref())?;
+        let replica = self.raft_replica(message.header.as_ref())?;
         replica.check_hash(message.header.as_ref())?;
+        replica.note_acknowledged(message.header.as_ref());
         // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is
         // being installed.
         replica.heard_append(message.vote.as_ref(), message.header.as_ref());
@@ -155,7 +169,7 @@ impl ReplicaService for ReplicaServer {
         request: Request<wire::VoteRequest>,
     ) -> Result<Response<wire::VoteResponse>, Status> {
         let message = request.into_inner();
-        let replica = self.replica(message.header.as_ref())?;
+        let replica = self.raft_replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
         let rpc = vote_request(
             message.vote,
@@ -176,7 +190,7 @@ impl ReplicaService for ReplicaServer {
         request: Request<wire::PreVoteRequest>,
     ) -> Result<Response<wire::PreVoteResponse>, Status> {
         let message = request.into_inner();
-        let replica = self.replica(message.header.as_ref())?;
+        let replica = self.raft_replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
         let rpc = vote_request(
             message.vote,
@@ -197,7 +211,7 @@ impl ReplicaService for ReplicaServer {
         request: Request<wire::TransferLeaderRequest>,
     ) -> Result<Response<wire::TransferLeaderResponse>, Status> {
         let message = request.into_inner();
-        let replica = self.replica(message.header.as_ref())?;
+        let replica = self.raft_replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
         let vote = vote_from(message.from_leader).map_err(missing)?;
         let rpc = TransferLeaderRequest::<Types>::new(
@@ -228,7 +242,7 @@ impl ReplicaService for ReplicaServer {
                 "a snapshot begins with its header",
             ));
         };
-        let replica = self.replica(header.header.as_ref())?;
+        let replica = self.raft_replica(header.header.as_ref())?;
         let vote = vote_from(header.vote).map_err(missing)?;
         let _installing = replica.install_begins();
         let received = replica.snapshots().receive(&header, &mut parts).await;

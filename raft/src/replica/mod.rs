@@ -42,6 +42,7 @@ use crate::{
         proposer::Proposer,
         read_rounds::ReadRounds,
         state_machine::StateMachine,
+        types::LogId,
     },
     clock::{Clock, Deadline},
     events::Events,
@@ -397,6 +398,27 @@ impl Replica {
         self.log.last_index()
     }
 
+    /// How far the log went, entries that are known to be lost included.
+    pub(crate) fn log_reached(&self) -> u64 {
+        let lost = match self.log_is_short() {
+            true => self.log.lost_acknowledged().ok().flatten(),
+            false => None,
+        };
+        let last = self.log_last_index();
+        lost.map_or(last, |lost| lost.acknowledged.max(last))
+    }
+
+    /// As a leader: a follower is about to come back with less log than it had. openraft would
+    /// count what it had acknowledged for ever.
+    pub(crate) async fn expect_less_of(&self, follower: u64) {
+        if self.raft.is_leader() {
+            let allowed = self.raft.trigger().allow_next_revert(&follower, true).await;
+            if let Ok(Err(error)) = allowed {
+                tracing::debug!(%error, follower, "it is not replicated to yet");
+            }
+        }
+    }
+
     pub(crate) fn changes_voters(&self) -> bool {
         self.raft
             .metrics()
@@ -443,6 +465,34 @@ impl Replica {
 
     pub(crate) fn votes_quietly(&self) -> bool {
         self.log_is_short() || self.clock.monotonic() < self.quiet_until
+    }
+
+    /// As a leader: how far each voter has acknowledged what is committed.
+    pub(crate) fn acknowledged(&self) -> Vec<(u64, u64)> {
+        let committed = self.applied().index;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let of = |(&id, matched): (&u64, &Option<LogId>)| {
+            let index = matched.as_ref()?.index().min(committed);
+            (index > 0).then_some((id, index))
+        };
+        let replication = metrics.replication.as_ref();
+        replication.map_or_else(Vec::new, |all| all.iter().filter_map(of).collect())
+    }
+
+    /// What the leader says that voters have acknowledged.
+    pub(crate) fn note_acknowledged(&self, header: Option<&Header>) {
+        if let Some(header) = header {
+            self.peers.acknowledged().note(&header.acknowledged);
+        }
+    }
+
+    /// Every member of the Raft group as its log has it, committed or not.
+    pub(crate) fn members(&self) -> Vec<peer::Member> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let nodes = metrics.membership_config.nodes();
+        nodes.map(|(_, member)| member.clone()).collect()
     }
 
     pub(crate) fn heard_append(&self, vote: Option<&peer::Vote>, header: Option<&Header>) {

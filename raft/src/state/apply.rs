@@ -14,8 +14,9 @@ use holdfast_proto::{
     limits::TOMBSTONE_KEPT,
     peer::{
         Admitted, AppliedRecord, Command, CommitFetch, Conflict, Done, EntryRecord, FailureRecord,
-        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Outcome, Rejected, RosterRecord,
-        Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op, commit_fetch, outcome,
+        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Outcome, Rejected, RemovedMember,
+        RosterRecord, Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op, commit_fetch,
+        outcome,
     },
     reason,
     timeline::{Millis, Phase, Timeline, after},
@@ -32,6 +33,8 @@ use crate::store::{Family, StateBatch, StateStore};
 
 /// The newest feature level this version speaks.
 pub(crate) const FEATURE_LEVEL: u32 = 1;
+/// Removed members that the roster remembers by their incarnation.
+const REMOVED_MAX: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -405,11 +408,9 @@ impl<'a> Run<'a> {
             index: log_id.index,
         })?;
         let mut roster = self.roster()?;
-        if let Some(known) = roster
-            .members
-            .iter_mut()
-            .find(|known| known.incarnation == member.incarnation)
-        {
+        roster.version += 1;
+        let same = |known: &&mut Member| known.incarnation == member.incarnation;
+        if let Some(known) = roster.members.iter_mut().find(same) {
             let id = known.id;
             *known = Member {
                 id,
@@ -417,6 +418,21 @@ impl<'a> Run<'a> {
             };
             self.roster = Some(roster);
             return Ok(outcome::Result::Admitted(Admitted { id }).into());
+        }
+        let was_removed = |gone: &RemovedMember| gone.incarnation == member.incarnation;
+        if member.id != 0 || roster.removed.iter().any(was_removed) {
+            let message = format!(
+                "`{}` was removed: to let it join again as a new member, remove its data directory first",
+                member.name
+            );
+            return Ok(rejected(reason::MEMBERSHIP, &message));
+        }
+        // Nothing of it survived its restart: who comes under its name takes its place.
+        let is_replaced =
+            |known: &&Member| known.name == member.name && known.volatile && member.volatile;
+        if let Some(replaced) = roster.members.iter().find(is_replaced) {
+            let id = replaced.id;
+            forget(&mut roster, id);
         }
         let taken = |known: &&Member| {
             known.name == member.name || known.peer_address == member.peer_address
@@ -448,6 +464,7 @@ impl<'a> Run<'a> {
         }
         if !roster.voters.contains(&id) {
             roster.voters.push(id);
+            roster.version += 1;
         }
         self.roster = Some(roster);
         Ok(self.unchanged())
@@ -455,8 +472,8 @@ impl<'a> Run<'a> {
 
     fn forget_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
         let mut roster = self.roster()?;
-        roster.members.retain(|member| member.id != id);
-        roster.voters.retain(|&voter| voter != id);
+        roster.version += 1;
+        forget(&mut roster, id);
         self.roster = Some(roster);
         Ok(self.unchanged())
     }
@@ -468,6 +485,22 @@ impl<'a> Run<'a> {
         self.applied.feature_level = self.applied.feature_level.max(level);
         Ok(self.unchanged())
     }
+}
+
+/// The member is gone for good: its id is never used again, and its data directory never welcome.
+fn forget(roster: &mut RosterRecord, id: u64) {
+    let Some(at) = roster.members.iter().position(|member| member.id == id) else {
+        return;
+    };
+    let gone = roster.members.remove(at);
+    roster.voters.retain(|&voter| voter != id);
+    roster.removed.push(RemovedMember {
+        id,
+        incarnation: gone.incarnation,
+        name: gone.name,
+    });
+    let too_many = roster.removed.len().saturating_sub(REMOVED_MAX);
+    roster.removed.drain(..too_many);
 }
 
 // ---- reading what is there, this run's own writes included ----

@@ -424,5 +424,6 @@ fn founding_roster(applied: &AppliedRecord) -> RosterRecord {
         next_id,
         members,
         voters,
+        ..Default::default()
     }
 }

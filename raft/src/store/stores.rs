@@ -54,6 +54,8 @@ impl Default for Budget {
 #[derive(Clone)]
 pub struct Stores {
     disk: Disk,
+    /// A test keeps them over what it calls a restart.
+    lasting: bool,
 }
 
 #[derive(Clone)]
@@ -72,6 +74,7 @@ impl Stores {
             #[cfg(feature = "rocksdb")]
             Engine::Rocksdb => Ok(Self {
                 disk: Disk::Rocks(Arc::new(RocksDisk::new(data_dir, budget)?)),
+                lasting: false,
             }),
             #[cfg(not(feature = "rocksdb"))]
             Engine::Rocksdb => {
@@ -88,6 +91,16 @@ impl Stores {
     pub fn memory() -> Self {
         Self {
             disk: Disk::Memory(Arc::default()),
+            lasting: false,
+        }
+    }
+
+    /// The same, for a test that keeps them over what it calls a restart of the node.
+    #[cfg(test)]
+    pub(crate) fn lasting() -> Self {
+        Self {
+            lasting: true,
+            ..Self::memory()
         }
     }
 
@@ -159,7 +172,7 @@ impl Stores {
     /// Whether a restart of the process finds what was synced and flushed.
     pub fn is_durable(&self) -> bool {
         match &self.disk {
-            Disk::Memory(_) => false,
+            Disk::Memory(_) => self.lasting,
             #[cfg(feature = "rocksdb")]
             Disk::Rocks(_) => true,
         }

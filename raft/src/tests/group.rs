@@ -21,10 +21,10 @@ use crate::{
 };
 
 pub(super) struct Node {
-    dir: TempDir,
+    pub(super) dir: TempDir,
     pub(super) options: Options,
     pub(super) stores: Stores,
-    address: SocketAddr,
+    pub(super) address: SocketAddr,
     running: Option<Running>,
 }
 
@@ -34,9 +34,9 @@ struct Running {
     server: tokio::task::JoinHandle<()>,
 }
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-fn patience() -> Deadline {
+pub(super) fn patience() -> Deadline {
     Clock::system().deadline(PATIENCE)
 }
 
@@ -79,7 +79,7 @@ impl Node {
         drop(running.replicas);
     }
 
-    fn replicas(&self) -> &Arc<Replicas> {
+    pub(super) fn replicas(&self) -> &Arc<Replicas> {
         &self.running.as_ref().expect("running").replicas
     }
 
@@ -94,7 +94,7 @@ impl Node {
         .expect("open");
     }
 
-    fn replica(&self) -> Arc<Replica> {
+    pub(super) fn replica(&self) -> Arc<Replica> {
         self.replicas().replica(0).expect("shard 0")
     }
 }
@@ -153,7 +153,7 @@ pub(super) async fn nodes(n: usize, expect: u32, shards: u32) -> Vec<Node> {
     addresses.iter().enumerate().map(node).collect()
 }
 
-fn set(key: &str, value: &str) -> Op {
+pub(super) fn set(key: &str, value: &str) -> Op {
     Op::Set(Set {
         key: Bytes::copy_from_slice(key.as_bytes()),
         value: Bytes::copy_from_slice(value.as_bytes()),
@@ -174,7 +174,7 @@ fn revision(outcome: Outcome) -> u64 {
     }
 }
 
-fn value(replica: &Replica, key: &str) -> Option<Bytes> {
+pub(super) fn value(replica: &Replica, key: &str) -> Option<Bytes> {
     replica
         .state()
         .get(&Key::new(key.to_owned()).expect("a key"))
@@ -184,7 +184,7 @@ fn value(replica: &Replica, key: &str) -> Option<Bytes> {
 
 /// Writes again until somebody says what it came to, as a client does: the request id makes it
 /// happen once.
-async fn write_on(replica: &Replica, op: Op) -> Outcome {
+pub(super) async fn write_on(replica: &Replica, op: Op) -> Outcome {
     let request_id = RequestId {
         client: Bytes::from_static(&[7; 16]),
         seq: 1,

@@ -2,5 +2,6 @@
 //! nodes in one process.
 
 mod group;
+mod membership;
 mod quiet;
 mod suite;

@@ -159,6 +159,7 @@ impl Pair {
         let (clock, stores) = (Clock::system(), Stores::memory());
         let state = State::open(&stores, 0, 1 << 20).expect("a state");
         let identity = Identity {
+            session: 1,
             cluster_id: "c".into(),
             epoch: 1,
             node_id: 1,
