@@ -44,9 +44,12 @@ pub struct NodeStatus {
     pub lag: u64,
     /// Of the software.
     pub version: String,
+    /// It answers, keeps up and has no problems.
     pub healthy: bool,
     pub client_address: String,
     pub peer_address: String,
+    /// Why it is not healthy, in words.
+    pub problems: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,8 +142,8 @@ impl<'a> Cluster<'a> {
 }
 
 impl ClusterStatus {
-    /// What keeps the cluster from its promises: a shard without leader, a voter that is not heard
-    /// from. Empty if nothing.
+    /// What keeps the cluster from its promises: a shard without leader, a voter that does not
+    /// answer, keep up or take part. Empty if nothing.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.leader.is_none() && self.per_shard.iter().all(|shard| shard.shard != 0) {
@@ -158,11 +161,18 @@ impl ClusterStatus {
                     .iter()
                     .any(|shard| shard.voters.contains(&node.name))
         };
-        let silent = self
-            .nodes
-            .iter()
-            .filter(|node| !node.healthy && votes(node));
-        problems.extend(silent.map(|node| format!("voter {} is not heard from", node.name)));
+        let unhealthy = |node: &&NodeStatus| !node.healthy && votes(node);
+        for node in self.nodes.iter().filter(unhealthy) {
+            let of_node = |problem: &String| format!("voter {}: {problem}", node.name);
+            problems.extend(node.problems.iter().map(of_node));
+            if node.problems.is_empty() {
+                problems.push(format!("voter {} is not healthy", node.name));
+            }
+        }
+        // A node that knows only itself was told not to take part.
+        if self.nodes.len() == 1 && self.per_shard.is_empty() {
+            problems.extend(self.nodes[0].problems.iter().cloned());
+        }
         problems
     }
 }
@@ -193,6 +203,7 @@ impl From<v1::NodeStatus> for NodeStatus {
             healthy: node.healthy,
             client_address: node.client_address,
             peer_address: node.peer_address,
+            problems: node.problems,
         }
     }
 }
@@ -265,7 +276,7 @@ mod tests {
         );
         assert_eq!(
             status("a", &[("a", Leader, true), ("b", Voter, false)]).problems(),
-            ["voter b is not heard from"]
+            ["voter b is not healthy"]
         );
     }
 }

@@ -27,6 +27,7 @@ mod identity;
 mod local;
 mod membership;
 mod peer;
+mod progress;
 mod replica;
 mod replicas;
 mod state;

@@ -23,6 +23,7 @@ use crate::{
     clock::Clock,
     identity::{self, IdentityFile},
     peer::Peers,
+    progress::Progress,
     replica::Replica,
 };
 
@@ -71,6 +72,7 @@ pub(crate) struct Local {
     /// It is about to end, and says nothing of itself any more.
     closing: AtomicBool,
     membership: watch::Sender<Membership>,
+    progress: Progress,
     opened: OnceLock<Opened>,
 }
 
@@ -90,6 +92,7 @@ impl Local {
             session: identity::draw(),
             closing: AtomicBool::new(false),
             membership: watch::Sender::new(Membership::Forming("starting".into())),
+            progress: Progress::default(),
             opened: OnceLock::new(),
         }
     }
@@ -212,6 +215,10 @@ impl Local {
                 "{reason}: stop it; to let it join again as a new member, remove its data directory first"
             ),
         }
+    }
+
+    pub(crate) fn progress(&self) -> &Progress {
+        &self.progress
     }
 
     // ---- its replicas ----

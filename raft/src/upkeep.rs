@@ -11,7 +11,7 @@ use holdfast_proto::peer::{
 use crate::{
     agreement::log::SharedLog,
     local::{Local, Opened},
-    membership::Reconciler,
+    membership::{Reconciler, health},
     state::apply::FEATURE_LEVEL,
     task::every,
 };
@@ -51,6 +51,9 @@ impl Upkeep {
             self.know_members(opened);
             self.note_caught_up(opened);
             self.raise_feature_level(opened).await;
+            // Keeps the time of who is stuck, whoever asks.
+            let _ = health::of_self(&self.local, opened);
+            let _ = health::of_others(&self.local, opened);
             self.reconciler.step(opened).await;
         }
     }

@@ -121,6 +121,12 @@ fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
         "NAME", "ID", "ROLE", "REGION", "HEALTHY", "REVISION", "LAG", "VERSION", "CLIENT", "PEER",
     ];
     output.table(&header, status.nodes.iter().map(node_row))?;
+    for node in status.nodes.iter().filter(|node| !node.problems.is_empty()) {
+        output.line("")?;
+        for problem in &node.problems {
+            output.line(&format!("{}: {}", safe(&node.name), safe(problem)))?;
+        }
+    }
     if status.shards < 2 {
         return Ok(());
     }

@@ -145,6 +145,7 @@ pub(super) struct NodeJson<'a> {
     healthy: bool,
     client_address: &'a str,
     peer_address: &'a str,
+    problems: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -315,6 +316,7 @@ impl<'a> From<&'a NodeStatus> for NodeJson<'a> {
             healthy: node.healthy,
             client_address: &node.client_address,
             peer_address: &node.peer_address,
+            problems: &node.problems,
         }
     }
 }

@@ -217,12 +217,13 @@ impl Contact {
             .acknowledged()
             .lost(member.id, hello.session, &hello.last_index);
         match (verdict.standing, lost) {
-            (Standing::Member, Some((shard, index))) => Verdict::new(
-                Standing::LostLog,
-                format!(
+            (Standing::Member, Some((shard, index))) => {
+                let lost = format!(
                     "its log of shard {shard} lost entries that it had acknowledged, up to index {index}"
-                ),
-            ),
+                );
+                roster.refuse(member.id, lost.clone());
+                Verdict::new(Standing::LostLog, lost)
+            }
             (Standing::Member, None) => {
                 if hello.log_is_short {
                     for replica in &opened.replicas {

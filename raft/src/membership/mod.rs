@@ -6,12 +6,14 @@
 //! change     what operators ask for, on any node ─► a command in shard 0
 //! reconcile  every leader ─► its Raft group follows the roster; learners that keep up are promoted
 //! contact    who is who: hellos, addresses that change, verdicts
+//! health     who keeps up, and who does not
 //! status     what this node knows of the cluster, and what the others say of themselves
 //! rules      what may be done and what is next, as pure functions
 //! ```
 
 mod change;
 mod contact;
+pub(crate) mod health;
 mod reconcile;
 mod rules;
 mod status;

@@ -78,6 +78,8 @@ struct Met {
     has_judged: Option<u64>,
     /// What it announced and the roster does not say yet.
     announced: Option<Member>,
+    /// Why it must not take part, since it was met last.
+    refused: Option<String>,
 }
 
 impl Known {
@@ -206,9 +208,26 @@ impl Roster {
         let differs = known.base(member.id).is_some_and(|known| known != member);
         let met = known.met.entry(member.id).or_default();
         met.announced = differs.then(|| member.clone());
+        met.refused = None;
         if met.session.replace(session) != Some(session) {
             self.changed.notify_one();
         }
+    }
+
+    /// A member must not take part; why.
+    pub(crate) fn refuse(&self, id: u64, why: String) {
+        let mut known = self.known.lock();
+        let met = known.met.entry(id).or_default();
+        met.session = None;
+        met.refused = Some(why);
+    }
+
+    pub(crate) fn refused(&self) -> Vec<(u64, String)> {
+        let known = self.known.lock();
+        let refused = known.met.iter();
+        refused
+            .filter_map(|(&id, met)| Some((id, met.refused.clone()?)))
+            .collect()
     }
 
     /// A member's process has judged this node and found it right.

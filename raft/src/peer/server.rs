@@ -244,13 +244,14 @@ impl ReplicaService for ReplicaServer {
         };
         let replica = self.raft_replica(header.header.as_ref())?;
         let vote = vote_from(header.vote).map_err(missing)?;
-        let _installing = replica.install_begins();
+        // The old state goes on answering until it is replaced.
         let received = replica.snapshots().receive(&header, &mut parts).await;
         let (dir, applied, bytes) =
             received.map_err(|error| Status::data_loss(error.to_string()))?;
         let meta = snapshot_meta(&applied)
             .map_err(fatal)?
             .ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
+        let _installing = replica.install_begins();
         tracing::info!(shard = replica.shard(), bytes, "installing a snapshot");
         let snapshot = Snapshot {
             meta,

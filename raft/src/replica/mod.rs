@@ -90,7 +90,7 @@ pub struct Replica {
     must_catch_up: AtomicBool,
     /// Its log lost what it had acknowledged and is not level with its leader since.
     log_is_short: AtomicBool,
-    /// Snapshots that are being received or installed.
+    /// Snapshots that are being installed.
     installing: AtomicUsize,
     leader: watch::Sender<Option<Leader>>,
     /// The term in which this node leads and has applied all that came before.
@@ -100,7 +100,7 @@ pub struct Replica {
     tasks: TaskTracker,
 }
 
-/// A snapshot that is being received or installed.
+/// A snapshot that is being installed.
 pub(crate) struct Installing<'r>(&'r AtomicUsize);
 
 impl Drop for Installing<'_> {
@@ -281,7 +281,7 @@ impl Replica {
         self.log_is_short.load(Ordering::Relaxed)
     }
 
-    /// A snapshot is on its way in: what this replica has is about to be replaced.
+    /// A snapshot has arrived: what this replica has is being replaced by it.
     pub fn is_installing(&self) -> bool {
         self.installing.load(Ordering::Relaxed) > 0
     }
@@ -467,17 +467,28 @@ impl Replica {
         self.log_is_short() || self.clock.monotonic() < self.quiet_until
     }
 
-    /// As a leader: how far each voter has acknowledged what is committed.
-    pub(crate) fn acknowledged(&self) -> Vec<(u64, u64)> {
-        let committed = self.applied().index;
+    /// As a leader: how far the log of each member has what this one has; 0 if it has nothing.
+    pub(crate) fn matched(&self) -> Vec<(u64, u64)> {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let of = |(&id, matched): (&u64, &Option<LogId>)| {
-            let index = matched.as_ref()?.index().min(committed);
-            (index > 0).then_some((id, index))
-        };
         let replication = metrics.replication.as_ref();
-        replication.map_or_else(Vec::new, |all| all.iter().filter_map(of).collect())
+        let index = |matched: &Option<LogId>| matched.as_ref().map_or(0, |id| id.index());
+        replication.map_or_else(Vec::new, |all| {
+            all.iter()
+                .map(|(&id, matched)| (id, index(matched)))
+                .collect()
+        })
+    }
+
+    /// As a leader: how far each member has acknowledged what is committed.
+    pub(crate) fn acknowledged(&self) -> Vec<(u64, u64)> {
+        let committed = self.applied().index;
+        let mut acknowledged = self.matched();
+        for (_, index) in &mut acknowledged {
+            *index = committed.min(*index);
+        }
+        acknowledged.retain(|&(_, index)| index > 0);
+        acknowledged
     }
 
     /// What the leader says that voters have acknowledged.

@@ -341,6 +341,15 @@ async fn a_voter_whose_log_lost_what_it_acknowledged_elects_nobody_and_says_so()
         "{why}"
     );
     assert!(why.contains("holdfast member remove"), "{why}");
+    let name = nodes[lost].options.name.clone();
+    until("the others say why it does not count", async || {
+        status(&nodes[behind], &name).await.is_some_and(|seen| {
+            !seen.healthy
+                && seen.problems.len() == 1
+                && seen.problems[0].contains("lost entries that it had acknowledged")
+        })
+    })
+    .await;
     // Two of three, and no leader: its vote does not count, in time enough for many elections.
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(nodes[behind].replica().leads().is_none());

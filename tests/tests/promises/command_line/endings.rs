@@ -134,7 +134,7 @@ async fn the_exit_code_says_what_became_of_a_command() -> anyhow::Result<()> {
                 .is_ok_and(|ran| ran.code == Some(8))
         })
         .await?;
-    let problem = format!("voter {} is not heard from", cluster.name(down));
+    let problem = format!("voter {}: it does not answer", cluster.name(down));
     assert_eq!(
         user.types("cluster health").await?.text(),
         format!("degraded: {problem}\n")
