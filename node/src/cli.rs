@@ -169,9 +169,7 @@ fn running(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failur
 
 /// With the process's variables.
 pub(crate) fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Config, ConfigError> {
-    let variables = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    Config::load(file, variables, overrides)
+    Config::load(file, std::env::vars_os(), overrides)
 }
 
 impl Run {

@@ -58,6 +58,14 @@ enum Unit {
     },
 }
 
+/// A part of a pattern, as patterns are compared.
+#[derive(Clone, PartialEq, Eq)]
+enum Atom {
+    Star,
+    /// One byte of these, a bit each.
+    Bytes([u128; 2]),
+}
+
 impl Glob {
     pub fn parse(text: &str) -> Result<Self, GlobError> {
         if text.is_empty() {
@@ -93,6 +101,52 @@ impl Glob {
     /// As it was written.
     pub fn as_str(&self) -> &str {
         &self.text
+    }
+
+    /// Whether it matches all that `other` does, as far as can be seen: a yes is sure, and a no that
+    /// is none takes patterns that nobody writes.
+    pub fn covers(&self, other: &Self) -> bool {
+        let (own, others) = (self.atoms(), other.atoms());
+        let mut pieces: Vec<&[Atom]> = own.split(|atom| *atom == Atom::Star).collect();
+        let Some(last) = pieces.pop() else {
+            return false;
+        };
+        if pieces.is_empty() {
+            return others.len() == last.len() && starts_covered(&others, last);
+        }
+        let first = pieces.remove(0);
+        if !starts_covered(&others, first) {
+            return false;
+        }
+        let mut at = first.len();
+        for piece in pieces {
+            let ends = others.len().checked_sub(piece.len());
+            let found = ends
+                .and_then(|end| (at..=end).find(|&start| starts_covered(&others[start..], piece)));
+            let Some(start) = found else { return false };
+            at = start + piece.len();
+        }
+        let end = others.len().checked_sub(last.len());
+        end.is_some_and(|end| end >= at && starts_covered(&others[end..], last))
+    }
+
+    /// In one order where several mean the same: `?` before `*`, and one `*` for many.
+    fn atoms(&self) -> Vec<Atom> {
+        let mut atoms: Vec<Atom> = Vec::new();
+        for (index, piece) in self.pieces.iter().enumerate() {
+            if index > 0 && atoms.last() != Some(&Atom::Star) {
+                atoms.push(Atom::Star);
+            }
+            for unit in piece {
+                let atom = Atom::Bytes(unit.bytes());
+                if *unit == Unit::Any && atoms.last() == Some(&Atom::Star) {
+                    atoms.insert(atoms.len() - 1, atom);
+                } else {
+                    atoms.push(atom);
+                }
+            }
+        }
+        atoms
     }
 
     /// `None` if the key does not match.
@@ -157,6 +211,15 @@ impl<'k> Captures<'k> {
 }
 
 impl Unit {
+    /// Those that it matches.
+    fn bytes(&self) -> [u128; 2] {
+        let mut bits = [0; 2];
+        for byte in (0..=u8::MAX).filter(|byte| self.matches(*byte)) {
+            bits[usize::from(byte >> 7)] |= 1 << (byte & 0x7f);
+        }
+        bits
+    }
+
     fn matches(&self, byte: u8) -> bool {
         match self {
             Self::Byte(own) => *own == byte,
@@ -169,6 +232,18 @@ impl Unit {
             }
         }
     }
+}
+
+/// Whether whatever these stand for, it begins as `piece`, which has no star, wants it.
+fn starts_covered(atoms: &[Atom], piece: &[Atom]) -> bool {
+    let is_covered = |(atom, wanted): (&Atom, &Atom)| match (atom, wanted) {
+        (Atom::Bytes(some), Atom::Bytes(wanted)) => some
+            .iter()
+            .zip(wanted)
+            .all(|(some, wanted)| some & !wanted == 0),
+        _ => false,
+    };
+    atoms.len() >= piece.len() && atoms.iter().zip(piece).all(is_covered)
 }
 
 fn starts_with(key: &[u8], piece: &[Unit]) -> bool {
@@ -302,6 +377,59 @@ mod tests {
         );
         assert_eq!(glob.captures(b"a\xffb").unwrap().get(0), None);
         assert_eq!(glob.captures(b"a\xffb").unwrap().get(2), None);
+    }
+
+    #[test]
+    fn a_pattern_covers_what_it_matches_all_of() {
+        let covers = |one: &str, other: &str| {
+            Glob::parse(one)
+                .unwrap()
+                .covers(&Glob::parse(other).unwrap())
+        };
+        for (wide, narrow) in [
+            ("*", "a"),
+            ("*", "a*b?[c-e]"),
+            ("**", "*"),
+            ("a*", "a/*/b"),
+            ("*b", "a*b"),
+            ("*/*/x", "a/b/c/x"),
+            ("user/*", "user/*/profile"),
+            ("user/*", "user/[0-9]*"),
+            ("a?c", "abc"),
+            ("a?c", "a[a-f]c"),
+            ("[a-z]", "[c-f]"),
+            ("[!a]", "[b-z]"),
+            ("?*", "*?"),
+            ("*?*?", "?*?"),
+            (r"\*", r"[*]"),
+            ("same", "same"),
+        ] {
+            assert!(covers(wide, narrow), "{wide} covers {narrow}");
+        }
+        for (narrow, wide) in [
+            ("a", "*"),
+            ("a*", "*"),
+            ("user/*/profile", "user/*"),
+            ("a?c", "a*c"),
+            ("*?", "*"),
+            ("a*a", "a"),
+            ("[a-f]", "[a-g]"),
+            ("?", "??"),
+            ("*a*", "*b*"),
+            ("x*", "?*"),
+        ] {
+            assert!(!covers(narrow, wide), "{narrow} does not cover {wide}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_covers_matches_too(one in "[ab*?]{1,5}", other in "[ab*?]{1,5}", key in "[ab]{0,6}") {
+            let [one, other] = [one, other].map(|text| Glob::parse(&text).unwrap());
+            if one.covers(&other) && other.matches(key.as_bytes()) {
+                prop_assert!(one.matches(key.as_bytes()));
+            }
+        }
     }
 
     #[test]

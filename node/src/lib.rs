@@ -25,6 +25,7 @@ pub mod serve;
 pub mod telemetry;
 pub mod template;
 pub mod upstream;
+pub mod wanted;
 
 mod admin;
 mod cli;

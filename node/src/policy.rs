@@ -13,6 +13,7 @@ use holdfast_proto::timeline::{FOREVER, Millis};
 
 use crate::glob::{Captures, Glob};
 use crate::template::TextTemplate;
+use crate::wanted::Wanted;
 
 /// How many usual fetch times before a value goes stale its refresh begins at the latest: room for
 /// one slow fetch and one that has to be repeated.
@@ -49,6 +50,8 @@ pub struct Policy {
     /// At least 1.
     pub retry_multiplier: f64,
     pub retry_cap: Duration,
+    /// Which fetched values are values at all.
+    pub wanted: Wanted,
     /// A larger fetched value goes to its waiters and is not stored.
     pub max_value_bytes: u64,
     /// No secrets in them, and no captures that the pattern does not have.
@@ -182,6 +185,7 @@ mod tests {
             retry_base: Duration::from_secs(3),
             retry_multiplier: 1.5,
             retry_cap: Duration::from_secs(60),
+            wanted: Wanted::default(),
             max_value_bytes: 1 << 20,
             tags: Vec::new(),
         }

@@ -23,6 +23,8 @@ use tracing_subscriber::{
 };
 
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+/// Vendors' own words in a trace context (W3C Trace Context §3.3).
+const TRACE_STATE: &str = "tracestate";
 const SERVICE_NAME: &str = "holdfastd";
 /// Unless `RUST_LOG` says otherwise. openraft warns of each message that a dead peer does not take;
 /// what it comes to, the replica says itself.
@@ -99,10 +101,13 @@ impl Telemetry {
     }
 }
 
-/// The current span's context, for a call to an upstream. Empty without a trace.
+/// The current span's context, for a call to an upstream. Empty without a trace. What other systems
+/// keep in `tracestate` stays here: a client can write anything into it, and an upstream sees our
+/// credentials beside it.
 pub fn trace_headers() -> HeaderMap {
     let mut headers = HeaderMap::new();
     inject(&mut Headers(&mut headers));
+    headers.remove(TRACE_STATE);
     headers
 }
 
@@ -212,6 +217,7 @@ mod tests {
     fn a_callers_trace_goes_on_to_followers_and_upstreams() {
         let mut headers = HeaderMap::new();
         headers.insert("traceparent", PARENT.parse().unwrap());
+        headers.insert(TRACE_STATE, "vendor=made-up".parse().unwrap());
         let mut metadata = MetadataMap::new();
         let headers = traced(|| {
             let span = tracing::info_span!("rpc");
@@ -233,6 +239,8 @@ mod tests {
                 "the parent is this node's span, not the caller's"
             );
         }
+        // What the client wrote into it reaches our nodes, and no upstream.
+        assert!(metadata.contains_key(TRACE_STATE) && !headers.contains_key(TRACE_STATE));
     }
 
     #[test]

@@ -392,6 +392,7 @@ mod tests {
             error_ttl: Duration::from_secs(1),
             retry_base: Duration::from_secs(3),
             retry_multiplier: 1.5,
+            wanted: Default::default(),
             retry_cap: Duration::from_secs(60),
             max_value_bytes,
             tags: Vec::new(),

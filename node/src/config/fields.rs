@@ -43,6 +43,12 @@ pub(super) struct Fields<'p> {
     pub(super) problems: &'p Problems,
 }
 
+impl Set<Duration> {
+    pub(super) fn is_default(&self) -> bool {
+        matches!(self.place, Place::Default(_))
+    }
+}
+
 impl<'p> Fields<'p> {
     /// Reports the keys that `keys` does not have.
     pub(super) fn open(
@@ -169,6 +175,32 @@ impl<'p> Fields<'p> {
         self.quantity(key, bare_time, parse)
     }
 
+    /// With its place, for settings that are compared with others.
+    pub(super) fn duration_or(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+        default: Duration,
+    ) -> Set<Duration> {
+        let place = self.value_place(key);
+        match self.duration(key, range) {
+            Some(value) => Set { value, place },
+            None => Set {
+                value: default,
+                place: Place::Default(key),
+            },
+        }
+    }
+
+    /// Where its value stands, the section's place if it is not there.
+    pub(super) fn value_place(&self, key: &str) -> Place {
+        self.entries
+            .iter()
+            .find(|(own, _)| own.name == key)
+            .map_or(&self.place, |(_, tree)| &tree.place)
+            .clone()
+    }
+
     pub(super) fn window(&mut self, key: &str) -> Option<Window> {
         let parse = |text: &str| {
             if text == "forever" {
@@ -249,6 +281,13 @@ impl<'p> Fields<'p> {
         self.parsed(key, find)
     }
 
+    /// Whether it is there and has no items.
+    pub(super) fn is_empty_list(&self, key: &str) -> bool {
+        self.entries.iter().any(|(own, tree)| {
+            own.name == key && matches!(&tree.value, Value::List(items) if items.is_empty())
+        })
+    }
+
     /// Empty if absent.
     pub(super) fn list(&mut self, key: &str) -> Vec<Tree> {
         let Some(tree) = self.take(key) else {
@@ -256,6 +295,11 @@ impl<'p> Fields<'p> {
         };
         match tree.value {
             Value::List(items) => items,
+            // As variables are usually written: `a,b`.
+            Value::Text(text) if matches!(tree.place, Place::Variable(_)) => text
+                .split(',')
+                .map(|item| Tree::text(tree.place.clone(), item.trim()))
+                .collect(),
             _ => {
                 self.wrong(&tree, key, "a list");
                 Vec::new()
@@ -345,6 +389,13 @@ pub(super) fn text(tree: Tree, name: &str, problems: &Problems) -> Option<Set<St
         Value::Text(value) => {
             return Some(Set {
                 value,
+                place: tree.place,
+            });
+        }
+        // A variable is a text that may be meant as something else, and here it is not.
+        Value::Integer(_) | Value::Float(_) | Value::Bool(_) if tree.written.is_some() => {
+            return Some(Set {
+                value: tree.written.unwrap_or_default(),
                 place: tree.place,
             });
         }

@@ -5,12 +5,13 @@
 //! given.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::error::{ConfigError, Place, Problem};
-use super::tree::{Source, Tree, Value};
+use super::tree::{Source, Tree, bare_ipv6};
 
 /// Variables that count begin so. Kubernetes sets `HOLDFAST_PORT` for a service of our name, which
 /// must not.
@@ -18,8 +19,9 @@ const PREFIX: &str = "HOLDFAST__";
 /// Largest file read at all.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// The variables of the process, as its start gave them.
-pub(super) type Environment = BTreeMap<String, String>;
+/// The variables of the process, as its start gave them. A name that is no text is kept as near to
+/// one as it comes; a value that is none is not kept.
+pub(super) type Environment = BTreeMap<String, Option<String>>;
 
 /// Settings of the command line. They go over all others.
 #[derive(Debug, Clone, Default)]
@@ -80,7 +82,8 @@ pub(super) fn stack(
     let mut problems = Vec::new();
     for (name, text) in environment {
         if let Some(path) = name.strip_prefix(PREFIX) {
-            problems.extend(put_variable(&mut tree, name, path, text).err());
+            let put = put_variable(&mut tree, name, path, text.as_deref());
+            problems.extend(put.err());
         }
     }
     for Override {
@@ -122,17 +125,51 @@ fn parse_file(path: &Path) -> Result<Tree, ConfigError> {
     })
 }
 
-fn put_variable(tree: &mut Tree, name: &str, path: &str, text: &str) -> Result<(), Problem> {
+/// What `Config::load` is given, in the form in which it is looked up.
+pub(super) fn environment(
+    variables: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Environment {
+    variables
+        .into_iter()
+        .map(|(name, text)| (name.to_string_lossy().into_owned(), text.into_string().ok()))
+        .collect()
+}
+
+fn put_variable(
+    tree: &mut Tree,
+    name: &str,
+    path: &str,
+    text: Option<&str>,
+) -> Result<(), Problem> {
     let place = Place::Variable(name.into());
+    let wrong = |reason: &str| Problem {
+        place: place.clone(),
+        reason: reason.to_owned(),
+    };
     let path = path.to_ascii_lowercase();
-    let path: Vec<&str> = path.split("__").collect();
-    if path.iter().any(|key| key.is_empty()) {
-        return Err(Problem {
-            place,
-            reason: "names no key: write it like HOLDFAST__NODE__NAME".to_owned(),
-        });
+    let mut path: Vec<String> = path.split("__").map(str::to_owned).collect();
+    if path.iter().any(String::is_empty) {
+        return Err(wrong("names no key: write it like HOLDFAST__NODE__NAME"));
     }
-    let value = Tree::parse(text, &Source::Whole(place))?;
+    let text = text.ok_or_else(|| wrong("is not UTF-8"))?;
+    // A variable's name has no `-`, and servers drop headers whose name has `_`.
+    if let [upstreams, _, _, headers, header] = &mut path[..]
+        && upstreams == "upstreams"
+        && headers == "headers"
+    {
+        *header = header.replace('_', "-");
+    }
+    // An address, or several: to YAML that would be a list and something behind it.
+    let value = if text.starts_with('[') && bare_ipv6(text).is_some_and(|at| text.starts_with(at)) {
+        Tree::text(place, text)
+    } else {
+        let parsed = Tree::parse(text, &Source::Whole(place))?;
+        Tree {
+            written: Some(text.trim().to_owned()),
+            ..parsed
+        }
+    };
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
     tree.put(&path, value)
 }
 
@@ -145,13 +182,7 @@ fn put_flag(
     let place = Place::Flag(flag.clone());
     let keys: Vec<&str> = path.split('.').collect();
     match setting {
-        Setting::Text(text) => tree.put(
-            &keys,
-            Tree {
-                place,
-                value: Value::Text(text.clone()),
-            },
-        ),
+        Setting::Text(text) => tree.put(&keys, Tree::text(place, text)),
         Setting::Yaml(yaml) => tree.put(&keys, Tree::parse(yaml, &Source::Whole(place))?),
         Setting::Prepend(yaml) => tree.prepend(path, Tree::parse(yaml, &Source::Whole(place))?),
     }

@@ -22,6 +22,7 @@ mod upstreams;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -155,10 +156,10 @@ impl Config {
     /// those that a secret names.
     pub fn load(
         file: Option<&Path>,
-        environment: impl IntoIterator<Item = (String, String)>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
         overrides: &Overrides,
     ) -> Result<Self, ConfigError> {
-        let environment = environment.into_iter().collect();
+        let environment = layers::environment(environment);
         let tree = layers::stack(file, &environment, overrides)?;
         sections::read(tree, &environment)
     }

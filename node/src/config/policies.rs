@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use holdfast_proto::limits::{TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX};
 
-use super::error::Problems;
+use super::error::{Place, Problems};
 use super::fields::{Fields, Keys, Set, WAIT_MAX};
 use super::tree::Tree;
 use super::upstreams::DeclaredUpstreams;
 use crate::glob::Glob;
 use crate::policy::{Policies, Policy, Window};
 use crate::template::TextTemplate;
+use crate::wanted::{MediaRange, OnEmpty, Wanted};
 
 pub(super) const POLICY: Keys = Keys {
     built: &[
@@ -31,6 +32,8 @@ pub(super) const POLICY: Keys = Keys {
         "retry_cap",
         "max_value_bytes",
         "tags",
+        "accept",
+        "on_empty",
     ],
     not_built: &[
         "min_ttl",
@@ -38,7 +41,6 @@ pub(super) const POLICY: Keys = Keys {
         "keep",
         "negative_ttl",
         "on_not_found",
-        "on_empty",
         "refresh",
         "read",
         "fetch_on_miss",
@@ -67,18 +69,101 @@ pub(super) fn policies(
             format!("there are more than {POLICIES_MAX} policies"),
         );
     }
-    items
+    let read: Vec<(Policy, Place)> = items
         .into_iter()
         .filter_map(|item| {
-            policy(
-                Fields::open("policies[]", item, &POLICY, problems),
-                upstreams,
-            )
+            let fields = Fields::open("policies[]", item, &POLICY, problems);
+            policy(fields, upstreams)
         })
-        .collect()
+        .collect();
+    for (at, (policy, place)) in read.iter().enumerate() {
+        let covering = read[..at]
+            .iter()
+            // What the command line puts before the file is meant to go over it.
+            .filter(|(_, place)| !matches!(place, Place::Flag(_)))
+            .find(|(earlier, _)| earlier.pattern.covers(&policy.pattern));
+        if let Some((earlier, earlier_place)) = covering {
+            let reason = format!(
+                "`{}` can never match: `{}` ({earlier_place}) matches all of its keys before it",
+                policy.pattern, earlier.pattern
+            );
+            problems.add(place, reason);
+        }
+    }
+    read.into_iter().map(|(policy, _)| policy).collect()
 }
 
-fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Policy> {
+/// The times of a policy that have to fit each other.
+struct Times {
+    ttl: Set<Duration>,
+    min_refresh_interval: Set<Duration>,
+    soft_timeout: Set<Duration>,
+    hard_timeout: Set<Duration>,
+    retry_base: Set<Duration>,
+    retry_cap: Set<Duration>,
+}
+
+impl Times {
+    fn read(fields: &mut Fields<'_>) -> Self {
+        let mut one = |key, range, default| fields.duration_or(key, range, default);
+        let ttl = one("ttl", Duration::ZERO..=YEAR, 60 * SECOND);
+        let retry_cap = one("retry_cap", MILLISECOND..=DAY, 60 * SECOND);
+        let retry_base = default_retry_base(ttl.value).min(retry_cap.value);
+        Self {
+            min_refresh_interval: one("min_refresh_interval", MILLISECOND..=YEAR, SECOND),
+            soft_timeout: one("soft_timeout", Duration::ZERO..=WAIT_MAX, 100 * MILLISECOND),
+            hard_timeout: one("hard_timeout", MILLISECOND..=WAIT_MAX, 4 * SECOND),
+            retry_base: one("retry_base", MILLISECOND..=DAY, retry_base),
+            ttl,
+            retry_cap,
+        }
+    }
+
+    fn check(&self, problems: &Problems) {
+        let ordered = |(small_name, small): (&str, &Set<Duration>),
+                       (large_name, large): (&str, &Set<Duration>),
+                       why: &str| {
+            if small.value <= large.value {
+                return;
+            }
+            let shown = |set: &Set<Duration>| {
+                let default = if set.is_default() { " (default)" } else { "" };
+                format!("{}{default}", humantime::format_duration(set.value))
+            };
+            let place = if small.is_default() {
+                &large.place
+            } else {
+                &small.place
+            };
+            let reason = format!(
+                "`{small_name}` {} is longer than `{large_name}` {}: {why}",
+                shown(small),
+                shown(large)
+            );
+            problems.add(place, reason);
+        };
+        ordered(
+            ("soft_timeout", &self.soft_timeout),
+            ("hard_timeout", &self.hard_timeout),
+            "who has no value at all waits at least as long as who has an old one",
+        );
+        ordered(
+            ("retry_base", &self.retry_base),
+            ("retry_cap", &self.retry_cap),
+            "the first delay is never longer than the longest",
+        );
+        // A short ttl alone is refreshed as often as the default interval allows.
+        if !self.min_refresh_interval.is_default() {
+            ordered(
+                ("min_refresh_interval", &self.min_refresh_interval),
+                ("ttl", &self.ttl),
+                "values would always go stale before they may be refreshed",
+            );
+        }
+    }
+}
+
+fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<(Policy, Place)> {
     if !fields.is_section {
         return None;
     }
@@ -90,43 +175,97 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<Polic
     if let (Some(pattern), Some(upstream)) = (&pattern, &upstream) {
         check_captures(pattern, &upstream.value, upstreams, fields.problems);
     }
-    let mut duration = |key, range, default| fields.duration(key, range).unwrap_or(default);
-    let ttl = duration("ttl", Duration::ZERO..=YEAR, 60 * SECOND);
-    let min_refresh_interval = duration("min_refresh_interval", MILLISECOND..=YEAR, SECOND);
-    let soft_timeout = duration("soft_timeout", Duration::ZERO..=WAIT_MAX, 100 * MILLISECOND);
-    let hard_timeout = duration("hard_timeout", MILLISECOND..=WAIT_MAX, 4 * SECOND);
-    let error_ttl = duration("error_ttl", Duration::ZERO..=DAY, SECOND);
-    let retry_base = duration("retry_base", MILLISECOND..=DAY, default_retry_base(ttl));
-    let retry_cap = duration("retry_cap", MILLISECOND..=DAY, 60 * SECOND);
+    let wanted = wanted(&mut fields);
+    let times = Times::read(&mut fields);
+    times.check(fields.problems);
+    let error_ttl = fields
+        .duration("error_ttl", Duration::ZERO..=DAY)
+        .unwrap_or(SECOND);
+    let max_value_bytes = max_value_bytes(&mut fields, upstream.as_ref(), upstreams);
+    let pattern = pattern?;
     let policy = Policy {
-        ttl,
+        ttl: times.ttl.value,
         ttl_jitter: fields.number("ttl_jitter", 0.0..=1.0).unwrap_or(0.10),
         eager_refresh_threshold: fields
             .number("eager_refresh_threshold", 0.0..=1.0)
             .unwrap_or(0.80),
-        min_refresh_interval,
+        min_refresh_interval: times.min_refresh_interval.value,
         stale_while_revalidate: fields
             .window("stale_while_revalidate")
             .unwrap_or(Window::For(600 * SECOND)),
         stale_if_error: fields
             .window("stale_if_error")
             .unwrap_or(Window::For(30 * DAY)),
-        soft_timeout,
-        hard_timeout,
+        soft_timeout: times.soft_timeout.value,
+        hard_timeout: times.hard_timeout.value,
         error_ttl,
-        retry_base,
+        retry_base: times.retry_base.value,
         retry_multiplier: fields
             .number("retry_multiplier", 1.0..=RETRY_MULTIPLIER_MAX)
             .unwrap_or(1.5),
-        retry_cap,
-        max_value_bytes: fields
-            .size("max_value_bytes", 1..=VALUE_BYTES_MAX as u64)
-            .unwrap_or(VALUE_BYTES_DEFAULT as u64),
+        retry_cap: times.retry_cap.value,
+        wanted,
+        max_value_bytes,
         tags,
-        pattern: pattern?.value,
         upstream: upstream?.value,
+        pattern: pattern.value,
     };
-    Some(policy)
+    Some((policy, pattern.place))
+}
+
+/// No value is larger than what is read of one at all.
+fn max_value_bytes(
+    fields: &mut Fields<'_>,
+    upstream: Option<&Set<Arc<str>>>,
+    upstreams: &DeclaredUpstreams,
+) -> u64 {
+    let (place, problems) = (fields.value_place("max_value_bytes"), fields.problems);
+    let Some(bytes) = fields.size("max_value_bytes", 1..=VALUE_BYTES_MAX as u64) else {
+        return VALUE_BYTES_DEFAULT as u64;
+    };
+    let declared = upstream.and_then(|name| Some((name, upstreams.get(&name.value)?)));
+    if let Some((name, (upstream_place, Some(spec)))) = declared
+        && bytes > spec.max_body_bytes()
+    {
+        let reason = format!(
+            "`max_value_bytes` {bytes} is over the `max_body_bytes` {} of upstream `{}` ({upstream_place}): no value is larger than its body",
+            spec.max_body_bytes(),
+            name.value
+        );
+        problems.add(&place, reason);
+    }
+    bytes
+}
+
+fn wanted(fields: &mut Fields<'_>) -> Wanted {
+    let name = fields.full("accept");
+    let problems = fields.problems;
+    let parse = |Set { value, place }: Set<String>| {
+        MediaRange::parse(&value)
+            .map_err(|reason| problems.add(&place, format!("`{name}`: {reason}")))
+            .ok()
+    };
+    if fields.is_empty_list("accept") {
+        let reason = format!("`{name}` names no content type: nothing would be a value");
+        problems.add(&fields.place_of("accept"), reason);
+    }
+    let accept = fields
+        .texts("accept")
+        .into_iter()
+        .filter_map(parse)
+        .collect();
+    let on_empty = fields.choice(
+        "on_empty",
+        &[
+            ("store", OnEmpty::Store),
+            ("keep_old", OnEmpty::KeepOld),
+            ("error", OnEmpty::Error),
+        ],
+    );
+    Wanted {
+        accept,
+        on_empty: on_empty.map(|set| set.value).unwrap_or_default(),
+    }
 }
 
 fn required<T, E: std::fmt::Display>(

@@ -5,6 +5,9 @@ use std::time::Duration;
 /// Longest time that is not `forever`.
 const DURATION_MAX: Duration = Duration::from_secs(100 * 31_557_600);
 
+/// More are a slip.
+const FRACTION_DIGITS_MAX: usize = 9;
+
 const UNITS: [(&str, u64); 9] = [
     ("KiB", 1 << 10),
     ("MiB", 1 << 20),
@@ -21,6 +24,11 @@ const UNITS: [(&str, u64); 9] = [
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     if is_number(text) {
         return Err(bare_time(text));
+    }
+    if has_unit(text, "M") {
+        return Err(format!(
+            "`{text}` is ambiguous: `M` is a month and no minute; write `min`, `ms` or `d`"
+        ));
     }
     let duration = humantime::parse_duration(text)
         .map_err(|_| format!("`{text}` is not a time; write it like `60s`, `10min` or `30d`"))?;
@@ -40,7 +48,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     }
     let wrong = || {
         format!(
-            "`{text}` is not a size; write a whole number and B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as `512MiB`"
+            "`{text}` is not a size; write a number and B, kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as `512MiB`"
         )
     };
     let (unit, bytes) = UNITS
@@ -48,14 +56,27 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         .find(|(unit, _)| text.ends_with(unit))
         .ok_or_else(wrong)?;
     let count = text.strip_suffix(unit).unwrap_or(text).trim();
-    if count.is_empty() || !count.bytes().all(|byte| byte.is_ascii_digit()) {
+    let (whole, fraction) = count.split_once('.').unwrap_or((count, "0"));
+    let is_number =
+        |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number(whole) || !is_number(fraction) || fraction.len() > FRACTION_DIGITS_MAX {
         return Err(wrong());
     }
-    count
+    // Of so few digits the parts fit.
+    let scale = 10u128.pow(fraction.len() as u32);
+    let part = fraction.parse::<u128>().unwrap_or_default() * u128::from(*bytes) / scale;
+    whole
         .parse::<u64>()
         .ok()
-        .and_then(|count| count.checked_mul(*bytes))
+        .and_then(|whole| whole.checked_mul(*bytes))
+        .and_then(|whole| whole.checked_add(u64::try_from(part).ok()?))
         .ok_or_else(|| format!("`{text}` is too large a size"))
+}
+
+/// Whether a number in it has exactly this unit.
+fn has_unit(text: &str, unit: &str) -> bool {
+    text.split(|c: char| c.is_ascii_digit() || c.is_whitespace() || c == '.')
+        .any(|word| word == unit)
 }
 
 pub(super) fn bare_time(number: &str) -> String {
@@ -83,6 +104,8 @@ mod tests {
             ("1h 30m", 5_400_000),
             ("10min", 600_000),
             ("30d", 2_592_000_000),
+            ("5m", 300_000),
+            ("1.5s", 1_500),
         ] {
             assert_eq!(
                 parse_duration(text),
@@ -99,6 +122,8 @@ mod tests {
             ("", "not a time"),
             ("soon", "not a time"),
             ("10us", "finer than a millisecond"),
+            ("5M", "`M` is a month and no minute"),
+            ("1h 5M", "`M` is a month and no minute"),
             ("101y", "longer than 100 years"),
             ("99999999999999999999s", "not a time"),
         ] {
@@ -117,6 +142,9 @@ mod tests {
             ("1GB", 1_000_000_000),
             ("2kB", 2_000),
             ("1TiB", 1 << 40),
+            ("1.5MiB", 3 << 19),
+            ("0.001 GB", 1_000_000),
+            ("1.25kB", 1_250),
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
@@ -125,7 +153,10 @@ mod tests {
             ("0", "bare number"),
             ("1e6", "bare number"),
             ("MiB", "not a size"),
-            ("1.5MiB", "not a size"),
+            ("1.MiB", "not a size"),
+            (".5MiB", "not a size"),
+            ("1.5.5MiB", "not a size"),
+            ("1.0000000001GiB", "not a size"),
             ("-1MiB", "not a size"),
             ("8M", "not a size"),
             ("8Mi", "not a size"),

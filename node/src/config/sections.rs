@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_proto::limits::VALUE_BYTES_MAX;
+
 use super::error::{ConfigError, Place, Problems};
 use super::fields::{Fields, Keys, Set, WAIT_MAX, check_name};
 use super::layers::Environment;
-use super::tree::Tree;
+use super::tree::{Tree, Value};
 use super::{
     Address, Advertise, Cluster, Config, Engine, Listen, Memory, Node, Places, Reads, Role,
     Security, Storage,
@@ -69,11 +71,17 @@ const EXPECT_MAX: u64 = 64;
 const SHARDS_MAX: u64 = 256;
 const LOG_KEEP_ENTRIES_DEFAULT: u64 = 100_000;
 const LOG_KEEP_BYTES_DEFAULT: u64 = 512 << 20;
+/// Less holds neither a log nor a snapshot of anything.
+const STORAGE_BYTES_MIN: u64 = 16 << 20;
+/// One log entry may be as large as the largest value.
+const LOG_KEEP_BYTES_MIN: u64 = VALUE_BYTES_MAX as u64;
+/// More is a slip of the unit.
+const SIZE_MAX: u64 = 1 << 50;
 const SESSION_WAIT_DEFAULT: Duration = Duration::from_millis(100);
 
 pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, ConfigError> {
     let problems = Problems::default();
-    let mut top = Fields::open("", tree, &TOP, &problems);
+    let mut top = Fields::open("", without_anchors(tree), &TOP, &problems);
     let (node, name_place, data_dir_place, role_place) = node(top.section("node", &NODE));
     let security = security(top.section("security", &SECURITY));
     let (listen, listen_places) = listen(top.section("listen", &LISTEN), &security);
@@ -93,7 +101,7 @@ pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, Conf
     let memory = Memory {
         max_bytes: top
             .section("memory", &MEMORY)
-            .size("max_bytes", 1..=u64::MAX),
+            .size("max_bytes", VALUE_BYTES_MAX as u64..=SIZE_MAX),
     };
     let reads = Reads {
         session_wait: top
@@ -124,6 +132,14 @@ pub(super) fn read(tree: Tree, environment: &Environment) -> Result<Config, Conf
             admin,
         },
     })
+}
+
+/// Top-level keys `x-…` hold what is used elsewhere by YAML's anchors, as in compose files.
+fn without_anchors(mut tree: Tree) -> Tree {
+    if let Value::Map(entries) = &mut tree.value {
+        entries.retain(|(key, _)| !key.name.starts_with("x-"));
+    }
+    tree
 }
 
 fn named(text: &str) -> Result<String, String> {
@@ -198,7 +214,7 @@ fn listen(mut fields: Fields<'_>, security: &Security) -> (Listen, [Place; 3]) {
     let mut one = |key: &str, name: &'static str, port: u16| {
         let parse = |text: &str| {
             let example = format!(
-                "`{text}` is not an IP address and a port: write it like `127.0.0.1:{port}`"
+                "`{text}` is not an IP address and a port: write it like `127.0.0.1:{port}` or `\"[::1]:{port}\"`"
             );
             text.parse::<SocketAddr>().map_err(|_| example)
         };
@@ -332,12 +348,12 @@ fn storage(mut fields: Fields<'_>) -> (Storage, Place) {
     });
     let storage = Storage {
         engine: engine.value,
-        max_bytes: fields.size("max_bytes", 1..=u64::MAX),
+        max_bytes: fields.size("max_bytes", STORAGE_BYTES_MIN..=SIZE_MAX),
         log_keep_entries: fields
             .integer("log_keep_entries", 1..=u64::MAX)
             .map_or(LOG_KEEP_ENTRIES_DEFAULT, |set| set.value),
         log_keep_bytes: fields
-            .size("log_keep_bytes", 1..=u64::MAX)
+            .size("log_keep_bytes", LOG_KEEP_BYTES_MIN..=SIZE_MAX)
             .unwrap_or(LOG_KEEP_BYTES_DEFAULT),
     };
     (storage, engine.place)

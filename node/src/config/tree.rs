@@ -5,6 +5,7 @@
 //! Must never know which keys there are. Not printable: an inline secret may be in it.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ use super::error::{Place, Problem};
 pub(super) struct Tree {
     pub(super) place: Place,
     pub(super) value: Value,
+    /// All of a variable, as it was before YAML made a number of it.
+    pub(super) written: Option<String>,
 }
 
 #[derive(Clone)]
@@ -55,9 +58,21 @@ impl Tree {
             Ok(parsed) => Ok(parsed.value.located(line_of(&parsed.referenced), source)),
             Err(error) => {
                 let line = error.location().map_or(1, |location| line_of(&location));
+                // The parser may find out a line later.
+                let read = text.lines().enumerate().take(line as usize + 1);
+                let bare = read.filter_map(|(index, text)| Some((index, bare_ipv6(text)?)));
+                let (line, reason) = match bare.last() {
+                    Some((index, address)) => (
+                        index as u64 + 1,
+                        format!(
+                            "`{address}` is a list to YAML: put it in quotes, as `\"{address}\"`"
+                        ),
+                    ),
+                    None => (line, reason(&error)),
+                };
                 Err(Problem {
                     place: source.place(line),
-                    reason: reason(&error),
+                    reason,
                 })
             }
         }
@@ -67,6 +82,15 @@ impl Tree {
         Self {
             place,
             value: Value::Null,
+            written: None,
+        }
+    }
+
+    pub(super) fn text(place: Place, text: &str) -> Self {
+        Self {
+            place,
+            value: Value::Text(text.to_owned()),
+            written: None,
         }
     }
 
@@ -90,6 +114,7 @@ impl Tree {
             *self = Self {
                 place: tree.place.clone(),
                 value: Value::Map(Vec::new()),
+                written: None,
             };
         }
         let Value::Map(entries) = &mut self.value else {
@@ -174,6 +199,20 @@ fn reason(error: &serde_saphyr::Error) -> String {
     }
 }
 
+/// An IPv6 address and its port in a line, in no quotes: `[::1]:7400`.
+pub(super) fn bare_ipv6(line: &str) -> Option<&str> {
+    line.match_indices('[').find_map(|(start, _)| {
+        let end = start + line[start..].find("]:")?;
+        line[start + 1..end].parse::<Ipv6Addr>().ok()?;
+        let port = line[end + 2..]
+            .bytes()
+            .take_while(u8::is_ascii_digit)
+            .count();
+        let is_quoted = line[..start].ends_with(['"', '\'']);
+        (port > 0 && !is_quoted).then(|| &line[start..end + 2 + port])
+    })
+}
+
 /// A value whose parts know their line.
 enum Parsed {
     Scalar(Value),
@@ -210,6 +249,7 @@ impl Parsed {
         Tree {
             place: source.place(line),
             value,
+            written: None,
         }
     }
 }

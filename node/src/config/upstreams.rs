@@ -172,10 +172,11 @@ fn secret(
     let (read, place) = match (file, env) {
         (Some(file), _) => (read_file(&file.value), file.place),
         (_, Some(env)) => (
-            environment
-                .get(&env.value)
-                .cloned()
-                .ok_or_else(|| format!("variable `{}` is not set", env.value)),
+            match environment.get(&env.value) {
+                Some(Some(text)) => Ok(text.clone()),
+                Some(None) => Err(format!("variable `{}` is not UTF-8", env.value)),
+                None => Err(format!("variable `{}` is not set", env.value)),
+            },
             env.place,
         ),
         _ => return None,

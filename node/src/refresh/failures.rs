@@ -23,6 +23,8 @@ use crate::{policy::Policy, upstream::FetchFailed};
 
 /// Keys whose failures are remembered.
 const KEYS_MAX: usize = 100_000;
+/// A `Retry-After` counts up to so many times `retry_cap`.
+const RETRY_AFTER_CAPS: u32 = 10;
 
 /// Fetches of one key that failed, in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +100,9 @@ impl Failures {
     }
 
     /// Counts one more. The next attempt comes after the policy's delay (without an entry after
-    /// `error_ttl`) and not before the upstream's `Retry-After`, of which `retry_cap` is the most
-    /// that counts: it is the operator's word on how long a key may go without being tried.
+    /// `error_ttl`) and not before the upstream's `Retry-After`, which counts up to ten times
+    /// `retry_cap`: the upstream knows better than we guess, but how long a key may go without being
+    /// tried is the operator's word.
     pub(crate) fn note(
         &self,
         key: &Key,
@@ -116,7 +119,8 @@ impl Failures {
         } else {
             policy.error_ttl
         };
-        let delay = delay.max(failed.retry_after.unwrap_or_default().min(policy.retry_cap));
+        let asked = failed.retry_after.unwrap_or_default();
+        let delay = delay.max(asked.min(policy.retry_cap * RETRY_AFTER_CAPS));
         let next_attempt_ms = after(
             now,
             Millis::try_from(delay.as_millis()).unwrap_or(Millis::MAX),
@@ -298,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_the_least_and_retry_cap_the_most_of_it() {
+    fn retry_after_is_the_least_and_ten_times_retry_cap_the_most_of_it() {
         let (failures, policy, record) = (Failures::default(), policy(), value(7));
         let next = |retry_after| {
             failures
@@ -315,7 +319,8 @@ mod tests {
         };
         assert_eq!(next(None), 3_000);
         assert_eq!(next(Some(20)), 20_000);
-        assert_eq!(next(Some(86_400)), 60_000);
+        assert_eq!(next(Some(599)), 599_000);
+        assert_eq!(next(Some(86_400)), 600_000);
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::{
     telemetry,
     template::TextTemplate,
     upstream::{FetchFailed, Fetched, Upstream},
+    wanted::Before,
 };
 
 /// A key that changes during each of so many fetches changes faster than it can be fetched.
@@ -207,8 +208,13 @@ impl Refresher {
         let took = self.clock.monotonic().saturating_sub(began);
         self.metrics
             .upstream_called(round.queue.upstream(), &code(&called), took);
-        let Fetched { body, content_type } = called?;
+        let fetched = called?;
+        round
+            .policy
+            .wanted
+            .judge(&fetched, round.live.map(before))?;
         round.queue.fetch_took(took);
+        let Fetched { body, content_type } = fetched;
         let took_ms = Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX);
         Ok(peer::Fetched {
             value: body,
@@ -364,6 +370,14 @@ async fn live(flight: &Flight) -> io::Result<Option<View>> {
     let view = flight.replica.peek(&flight.key).await?;
     let now = flight.replica.now();
     Ok(view.filter(|view| view.is_live(now)))
+}
+
+fn before(live: &View) -> Before<'_> {
+    Before {
+        content_type: live.content_type(),
+        origin: live.origin(),
+        is_empty: live.size_bytes() == 0,
+    }
 }
 
 /// A key whose tags do not fit is refused before any call, as one that makes no URL is.

@@ -55,6 +55,7 @@ pub(super) fn policy() -> Policy {
         retry_base: Duration::from_secs(3),
         retry_multiplier: 1.5,
         retry_cap: Duration::from_secs(60),
+        wanted: Default::default(),
         max_value_bytes: 1 << 20,
         tags: Vec::new(),
     }

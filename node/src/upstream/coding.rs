@@ -116,7 +116,9 @@ mod tests {
         ruzstd::encoding::compress_to_vec(text, level).into()
     }
 
-    fn both() -> [(Coding, fn(&[u8]) -> Bytes); 2] {
+    type Encode = fn(&[u8]) -> Bytes;
+
+    fn both() -> [(Coding, Encode); 2] {
         [(Coding::Gzip, gzip), (Coding::Zstd, zstd)]
     }
 

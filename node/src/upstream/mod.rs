@@ -79,6 +79,13 @@ pub struct FetchFailed {
 }
 
 impl Spec {
+    /// The most that is read of one body.
+    pub fn max_body_bytes(&self) -> u64 {
+        match self {
+            Self::Http(http) => http.max_body_bytes,
+        }
+    }
+
     /// What it takes from a key: how that is called, and the highest capture in it.
     pub fn captures(&self) -> Vec<(String, usize)> {
         match self {

@@ -24,6 +24,7 @@ mod snapshots;
 mod stale;
 mod tidy;
 mod tracing;
+mod unwanted;
 mod upstream_http;
 
 use holdfast_tests::cluster::{Place, Programs, Setup};

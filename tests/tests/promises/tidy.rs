@@ -179,7 +179,7 @@ fn the_default_configuration_is_the_one_that_is_deployed() {
     );
     let loaded = holdfast_node::config::Config::load(
         Some(&source::root().join(&deployed.path)),
-        std::iter::empty::<(String, String)>(),
+        std::iter::empty(),
         &holdfast_node::config::Overrides::default(),
     );
     assert!(

@@ -1,7 +1,10 @@
 //! A configuration as its user meets it.
 
+mod contradictions;
 mod refusals;
+mod variables;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use tempfile::TempDir;
@@ -13,7 +16,7 @@ use crate::upstream::http::HttpSpec;
 /// A directory with a configuration file in it.
 struct Fixture {
     directory: TempDir,
-    environment: Vec<(String, String)>,
+    environment: Vec<(OsString, OsString)>,
     overrides: Overrides,
 }
 
@@ -29,7 +32,7 @@ impl Fixture {
     }
 
     fn variable(mut self, name: &str, value: &str) -> Self {
-        self.environment.push((name.to_owned(), value.to_owned()));
+        self.environment.push((name.into(), value.into()));
         self
     }
 

@@ -4,7 +4,7 @@ use super::*;
 
 /// Asserts that `yaml` has exactly one mistake, in this line, with this said of it.
 #[track_caller]
-fn refused(yaml: &str, line: u64, said: &str) {
+pub(super) fn refused(yaml: &str, line: u64, said: &str) {
     let complaints = Fixture::new(yaml).complaints();
     let expected = format!("holdfastd.yaml:{line}: ");
     assert!(
@@ -151,7 +151,6 @@ fn an_unknown_key_is_no_key_not_built() {
         "keep",
         "negative_ttl",
         "on_not_found",
-        "on_empty",
         "refresh",
         "read",
         "fetch_on_miss",
