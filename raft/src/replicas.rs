@@ -27,7 +27,7 @@ use crate::{
     membership::{self, Change, Changes, Contact},
     peer::{Identity, Peers, membership_server::MembershipServer, server::ReplicaServer, snapshot},
     replica::{Parts, Replica},
-    store::Stores,
+    store::{Stores, space::DiskSpace},
     upkeep::Upkeep,
 };
 
@@ -63,6 +63,7 @@ impl Replicas {
     ) -> Result<Arc<Self>, OpenError> {
         let durable = stores.is_durable().then_some(options.data_dir.as_path());
         let identity = IdentityFile::open(durable, &options.name)?;
+        let space = Arc::new(DiskSpace::open(durable, options.disk_bytes_max)?);
         let log = SharedLog::open(stores.open_log()?, clock.clone(), events.clone());
         let scratch = match durable {
             Some(dir) => dir.join("snapshots"),
@@ -76,13 +77,14 @@ impl Replicas {
             stores.clone(),
             scratch,
             events.clone(),
+            space.clone(),
         )?);
         let local = Arc::new(Local::new(options, clock, identity));
         let replicas = Arc::new(Self {
             forming: Arc::new(Forming::new(local.clone())),
             changes: Arc::new(Changes::new(local.clone())),
             contact: Arc::new(Contact::new(local.clone())),
-            upkeep: Arc::new(Upkeep::new(local.clone(), log.clone())),
+            upkeep: Arc::new(Upkeep::new(local.clone(), log.clone(), space)),
             local,
             events,
             stores,
@@ -351,6 +353,7 @@ impl Replicas {
     /// Stops replicas and flushes what they have. The node speaks to nobody afterwards.
     pub async fn close(&self) {
         self.local.begin_to_close();
+        self.stores.stop_waiting();
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;

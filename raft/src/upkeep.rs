@@ -13,12 +13,15 @@ use crate::{
     local::{Local, Opened},
     membership::{Reconciler, health},
     state::apply::FEATURE_LEVEL,
+    store::space::DiskSpace,
     task::every,
 };
 
 const GUARD_EVERY: Duration = Duration::from_millis(200);
 const MAINTAIN_EVERY: Duration = Duration::from_millis(200);
-const MEASURE_EVERY: Duration = Duration::from_secs(1);
+/// How often the file system is asked. What log and states take is added up each fifth time.
+const MEASURE_EVERY: Duration = Duration::from_millis(200);
+const ADD_UP_EVERY: u32 = 5;
 /// A sync older than this is a stalled disk: a leader on it must not go on leading.
 const STALL: Duration = Duration::from_secs(2);
 const HAND_OVER_TIMEOUT: Duration = Duration::from_millis(500);
@@ -29,15 +32,17 @@ const COMPACT_EVERY: Duration = Duration::from_secs(15);
 pub(crate) struct Upkeep {
     local: Arc<Local>,
     log: SharedLog,
+    space: Arc<DiskSpace>,
     reconciler: Reconciler,
 }
 
 impl Upkeep {
-    pub(crate) fn new(local: Arc<Local>, log: SharedLog) -> Self {
+    pub(crate) fn new(local: Arc<Local>, log: SharedLog, space: Arc<DiskSpace>) -> Self {
         Self {
             reconciler: Reconciler::new(local.clone()),
             local,
             log,
+            space,
         }
     }
 
@@ -68,18 +73,26 @@ impl Upkeep {
         }
     }
 
-    /// A disk that hangs must not keep a leader that can commit nothing: it hands over if it can,
-    /// and speaks to no peer until the disk answers again. Local reads go on.
+    /// A disk that hangs, or has no room for the log, must not keep a leader that can commit
+    /// nothing: it hands over if it can, and speaks to no peer until the disk takes writes again.
+    /// Local reads go on.
     async fn guard_stalled_disk(&self, opened: &Opened) {
-        let stalled = self.log.stalled_for() > STALL;
+        let out_of_room = self.space.is_out_of_room();
+        let stalled = out_of_room || self.log.stalled_for() > STALL;
         if stalled == opened.peers.is_closed() {
             return;
         }
         if stalled {
-            tracing::error!(
-                "the disk has not answered for {} s: this node leaves its peers until it does",
-                STALL.as_secs()
-            );
+            if out_of_room {
+                tracing::error!(
+                    "the disk is full to the last: this node leaves its peers until there is space"
+                );
+            } else {
+                tracing::error!(
+                    "the disk has not answered for {} s: this node leaves its peers until it does",
+                    STALL.as_secs()
+                );
+            }
             let led = opened
                 .replicas
                 .iter()
@@ -148,32 +161,46 @@ impl Upkeep {
 
     pub(crate) async fn measure_disk(&self) {
         let mut every = every(MEASURE_EVERY);
+        let mut measured = 0u32;
         loop {
             every.tick().await;
             let Some(opened) = self.local.opened() else {
                 continue;
             };
-            let (log, states) = (
-                self.log.clone(),
-                opened
-                    .replicas
-                    .iter()
-                    .map(|replica| replica.state().clone())
-                    .collect::<Vec<_>>(),
-            );
-            let measured = crate::task::blocking(move || -> io::Result<u64> {
-                log.keep_note()?;
-                states.iter().try_fold(
-                    log.disk_bytes()?,
-                    |sum, state| Ok(sum + state.disk_bytes()?),
-                )
-            });
-            let Ok(Ok(bytes)) = measured.await else {
-                continue;
-            };
+            if measured.is_multiple_of(ADD_UP_EVERY) {
+                self.add_up(opened).await;
+            }
+            measured = measured.wrapping_add(1);
+            let space = self.space.clone();
+            match crate::task::blocking(move || space.measure()).await {
+                Ok(Ok(fill)) => opened.peers.set_disk(fill),
+                Ok(Err(error)) => tracing::warn!(%error, "measuring the disk failed"),
+                Err(_) => {}
+            }
+            for replica in &opened.replicas {
+                replica.hand_over_for_space().await;
+            }
+        }
+    }
+
+    async fn add_up(&self, opened: &Opened) {
+        let (log, states) = (
+            self.log.clone(),
             opened
-                .peers
-                .set_disk_used(bytes, self.local.options().disk_bytes_max);
+                .replicas
+                .iter()
+                .map(|replica| replica.state().clone())
+                .collect::<Vec<_>>(),
+        );
+        let added_up = crate::task::blocking(move || -> io::Result<u64> {
+            log.keep_note()?;
+            states.iter().try_fold(
+                log.disk_bytes()?,
+                |sum, state| Ok(sum + state.disk_bytes()?),
+            )
+        });
+        if let Ok(Ok(bytes)) = added_up.await {
+            self.space.set_used(bytes);
         }
     }
 

@@ -37,7 +37,10 @@ pub(crate) fn config(shard: u32) -> Result<Arc<Config>, openraft::ConfigError> {
         enable_leader_restore: Some(false),
         // A replica switches elections on itself, once it may vote.
         enable_elect: false,
-        allow_log_reversion: Some(false),
+        // A follower whose log lost its end is sent it again; without this it would be stuck for as
+        // long as the leader leads. What it acknowledged before stays committed, and it does not
+        // vote until it is level (`log_is_short`).
+        allow_log_reversion: Some(true),
         max_payload_entries: 1024,
         // When to flush and purge is ours to say: by entries and bytes (`replica/purge.rs`).
         snapshot_policy: SnapshotPolicy::Never,

@@ -39,6 +39,7 @@ pub(crate) use self::{acknowledged::Acknowledged, roster::Roster};
 use crate::{
     clock::Clock,
     state::{State, apply::FEATURE_LEVEL},
+    store::space::Fill,
 };
 
 /// The version of the peer protocol.
@@ -79,6 +80,9 @@ pub struct PeerView {
     /// clock changes nothing here.
     pub wall_ahead_of_monotonic_ms: i64,
     pub disk_used_permille: u32,
+    pub file_system_is_full: bool,
+    /// It lost log that it had acknowledged, and does not vote until it has it again.
+    pub log_is_short: bool,
     pub feature_level: u32,
     pub applied_index: u64,
     pub revision: u64,
@@ -109,6 +113,9 @@ pub struct Peers {
     retired: AtomicBool,
     disk_used_bytes: AtomicU64,
     disk_used_permille: AtomicU32,
+    file_system_is_full: AtomicBool,
+    /// Replicas whose log is short.
+    short_logs: AtomicU32,
     /// When each refusal was last said, as monotonic time.
     said: Mutex<HashMap<String, Duration>>,
 }
@@ -126,6 +133,8 @@ impl Peers {
             retired: AtomicBool::new(false),
             disk_used_bytes: AtomicU64::new(0),
             disk_used_permille: AtomicU32::new(0),
+            file_system_is_full: AtomicBool::new(false),
+            short_logs: AtomicU32::new(0),
             said: Mutex::default(),
         }
     }
@@ -160,6 +169,8 @@ impl Peers {
         ReplyHeader {
             now_ms: self.clock.wall_ms(),
             disk_used_permille: self.disk_used_permille.load(Ordering::Relaxed),
+            file_system_full: self.file_system_is_full(),
+            log_is_short: self.short_logs.load(Ordering::Relaxed) > 0,
             feature_level: FEATURE_LEVEL,
             applied_index: applied.index,
             revision: applied.revision,
@@ -279,6 +290,8 @@ impl Peers {
             heard_at,
             wall_ahead_of_monotonic_ms: ahead_ms(reply.now_ms, heard_at),
             disk_used_permille: reply.disk_used_permille,
+            file_system_is_full: reply.file_system_full,
+            log_is_short: reply.log_is_short,
             feature_level: reply.feature_level,
             applied_index: reply.applied_index,
             revision: reply.revision,
@@ -328,18 +341,31 @@ impl Peers {
         self.closed.load(Ordering::Relaxed) || self.retired.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn set_disk_used(&self, bytes: u64, bytes_max: u64) {
-        let permille = bytes.saturating_mul(1000) / bytes_max.max(1);
-        self.disk_used_bytes.store(bytes, Ordering::Relaxed);
-        self.disk_used_permille.store(
-            u32::try_from(permille).unwrap_or(u32::MAX),
-            Ordering::Relaxed,
-        );
+    /// A replica's log lost what it had acknowledged, or has it again.
+    pub(crate) fn set_log_is_short(&self, is_short: bool) {
+        match is_short {
+            true => self.short_logs.fetch_add(1, Ordering::Relaxed),
+            false => self.short_logs.fetch_sub(1, Ordering::Relaxed),
+        };
+    }
+
+    pub(crate) fn set_disk(&self, fill: Fill) {
+        self.disk_used_bytes
+            .store(fill.used_bytes, Ordering::Relaxed);
+        self.disk_used_permille
+            .store(fill.used_permille, Ordering::Relaxed);
+        self.file_system_is_full
+            .store(fill.file_system_is_full, Ordering::Relaxed);
     }
 
     /// What state and log files of this node take.
     pub fn disk_used_bytes(&self) -> u64 {
         self.disk_used_bytes.load(Ordering::Relaxed)
+    }
+
+    /// This node's file system has nothing left for values.
+    pub fn file_system_is_full(&self) -> bool {
+        self.file_system_is_full.load(Ordering::Relaxed)
     }
 
     pub fn disk_used_permille(&self) -> u32 {

@@ -6,6 +6,9 @@
 //! and hands the directory to `State::install`, which swaps. How far the snapshot is and who its
 //! members are is read from the checkpoint itself: it may be newer than what was announced when the
 //! transfer was decided.
+//!
+//! Bounded: two are sent and two received at a time, each for as long as a slow link may take and
+//! no longer, and none is received for which the disk has no room.
 
 use std::{
     io,
@@ -25,15 +28,18 @@ use holdfast_proto::peer::{
     SnapshotFile, SnapshotHeader, install_snapshot_request::Part,
     replica_service_client::ReplicaServiceClient,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::{Semaphore, SemaphorePermit},
+};
 use tonic::{Status, Streaming, transport::Channel};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     agreement::types::{Vote, vote_to},
     events::Events,
-    state::{State, record},
-    store::{Family, Stores},
+    state::{State, owner, record},
+    store::{Family, Stores, space::DiskSpace},
     task,
 };
 
@@ -41,6 +47,10 @@ const FORMAT: u32 = 1;
 const CHUNK_BYTES: usize = 512 << 10;
 /// A transfer on which nothing moves for this long has failed.
 const STALLED: Duration = Duration::from_secs(30);
+/// Snapshots that are sent at a time, each with its checkpoint, and received.
+const AT_A_TIME: usize = 2;
+/// What a link must carry at least: a transfer that takes longer has failed.
+const BYTES_PER_SECOND_MIN: u64 = 256 << 10;
 /// Files of one snapshot; a RocksDB checkpoint has a few hundred at most.
 const FILES_MAX: usize = 100_000;
 
@@ -52,6 +62,12 @@ pub(crate) enum SnapshotError {
     Peer(Box<Status>),
     #[error("the peer took nothing of the snapshot for {} s", STALLED.as_secs())]
     Stalled,
+    #[error("the snapshot was not transferred within {} s", .0.as_secs())]
+    TooSlow(Duration),
+    #[error("it takes {bytes} bytes, and the disk has room for {room}")]
+    NoRoom { bytes: u64, room: u64 },
+    #[error("{AT_A_TIME} snapshots are being received already")]
+    TooMany,
     #[error("the peer did not install the snapshot within {} s", .0.as_secs())]
     NotInstalled(Duration),
     #[error("the snapshot is not usable here: {0}")]
@@ -69,6 +85,9 @@ pub(crate) struct Sender {
     stores: Stores,
     scratch: PathBuf,
     events: Arc<dyn Events>,
+    space: Arc<DiskSpace>,
+    sending: Semaphore,
+    receiving: Semaphore,
     serial: AtomicU64,
 }
 
@@ -114,6 +133,7 @@ impl Sender {
         stores: Stores,
         scratch: PathBuf,
         events: Arc<dyn Events>,
+        space: Arc<DiskSpace>,
     ) -> io::Result<Self> {
         if scratch.exists() {
             std::fs::remove_dir_all(&scratch)?;
@@ -123,6 +143,9 @@ impl Sender {
             stores,
             scratch,
             events,
+            space,
+            sending: Semaphore::new(AT_A_TIME),
+            receiving: Semaphore::new(AT_A_TIME),
             serial: AtomicU64::new(0),
         })
     }
@@ -143,6 +166,7 @@ impl Sender {
         vote: &Vote,
         install_timeout: Duration,
     ) -> Result<InstallSnapshotResponse, SnapshotError> {
+        let _turn = self.sending.acquire().await.map_err(io::Error::other)?;
         let (scratch, source, stores) = (self.scratch("send"), state.clone(), self.stores.clone());
         let (scratch, applied, files) = task::blocking(move || -> io::Result<_> {
             source.checkpoint(scratch.path())?;
@@ -178,6 +202,9 @@ impl Sender {
         let response = tokio::select! {
             response = client.install_snapshot(parts) => response?.into_inner(),
             error = stalled(progress, STALLED, install_timeout) => return Err(error),
+            () = tokio::time::sleep(transfer_timeout(bytes) + install_timeout) => {
+                return Err(SnapshotError::TooSlow(transfer_timeout(bytes)));
+            }
         };
         self.events.snapshot_sent(state.shard(), bytes);
         Ok(response)
@@ -212,22 +239,62 @@ impl Sender {
             );
             return Err(SnapshotError::Unusable(message));
         }
+        let _turn = self.begin_receiving()?;
+        let bytes = self.room_for(header).await?;
         let scratch = self.scratch("receive");
         let made =
             task::blocking(move || std::fs::create_dir_all(scratch.path()).map(|()| scratch));
         let scratch = made.await.map_err(io::Error::other)??;
-        receive_files(scratch.path(), header, parts).await?;
+        let received = receive_files(scratch.path(), header, parts);
+        tokio::time::timeout(transfer_timeout(bytes), received)
+            .await
+            .map_err(|_| SnapshotError::TooSlow(transfer_timeout(bytes)))??;
         let stores = self.stores.clone();
+        let cluster_id = header
+            .header
+            .as_ref()
+            .map_or(String::new(), |header| header.cluster_id.clone());
         let (scratch, applied) = task::blocking(move || -> io::Result<_> {
             sync_dir(scratch.path())?;
+            if let Some(owner) =
+                stores.read_checkpoint(scratch.path(), Family::System, record::CLUSTER)?
+            {
+                owner::check(owner, &cluster_id)?;
+            }
             let applied = read_applied(&stores, scratch.path())?;
             Ok((scratch, applied))
         })
         .await
         .map_err(io::Error::other)??;
-        let bytes = header.files.iter().map(|file| file.size_bytes).sum();
         Ok((scratch, applied, bytes))
     }
+
+    fn begin_receiving(&self) -> Result<SemaphorePermit<'_>, SnapshotError> {
+        self.receiving
+            .try_acquire()
+            .map_err(|_| SnapshotError::TooMany)
+    }
+
+    /// How many bytes are announced, if the disk has room for them.
+    async fn room_for(&self, header: &SnapshotHeader) -> Result<u64, SnapshotError> {
+        let bytes = header
+            .files
+            .iter()
+            .fold(0u64, |sum, file| sum.saturating_add(file.size_bytes));
+        let space = self.space.clone();
+        let room = task::blocking(move || space.room_bytes())
+            .await
+            .map_err(io::Error::other)??;
+        if bytes > room {
+            return Err(SnapshotError::NoRoom { bytes, room });
+        }
+        Ok(bytes)
+    }
+}
+
+/// What a transfer of so many bytes may take.
+fn transfer_timeout(bytes: u64) -> Duration {
+    STALLED + Duration::from_secs(bytes / BYTES_PER_SECOND_MIN)
 }
 
 /// How far a transfer is.
@@ -450,10 +517,53 @@ mod tests {
         let stores =
             Stores::open(Engine::DEFAULT, home, crate::store::Budget::default()).expect("stores");
         let state = State::open(&stores, 0, 1 << 20).expect("a state");
-        (
-            Sender::new(stores, home.join("snapshots"), Arc::new(())).expect("a sender"),
-            state,
-        )
+        let space = Arc::new(DiskSpace::open(Some(home), u64::MAX).expect("a disk"));
+        let sender = Sender::new(stores, home.join("snapshots"), Arc::new(()), space);
+        (sender.expect("a sender"), state)
+    }
+
+    fn announced(sizes_bytes: &[u64]) -> SnapshotHeader {
+        let files = sizes_bytes.iter().map(|size_bytes| SnapshotFile {
+            size_bytes: *size_bytes,
+            ..Default::default()
+        });
+        SnapshotHeader {
+            files: files.collect(),
+            ..Default::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_for_which_the_disk_has_no_room_is_refused() {
+        let home = tempfile::tempdir().expect("a directory");
+        let (sender, _state) = sender(home.path());
+        let bytes = sender
+            .room_for(&announced(&[1000, 24]))
+            .await
+            .expect("room");
+        assert_eq!(bytes, 1024);
+        for sizes in [&[u64::MAX / 2][..], &[u64::MAX, u64::MAX]] {
+            let refused = sender.room_for(&announced(sizes)).await;
+            assert!(
+                matches!(refused, Err(SnapshotError::NoRoom { .. })),
+                "{refused:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn so_many_snapshots_are_received_at_a_time_and_no_more() {
+        let home = tempfile::tempdir().expect("a directory");
+        let (sender, _state) = sender(home.path());
+        let mut turns: Vec<_> = (0..AT_A_TIME)
+            .map(|_| sender.begin_receiving().expect("a turn"))
+            .collect();
+        assert!(matches!(
+            sender.begin_receiving(),
+            Err(SnapshotError::TooMany)
+        ));
+        turns.pop();
+        drop(sender.begin_receiving().expect("one has ended"));
     }
 
     /// Waits until the snapshots of a node take no place.

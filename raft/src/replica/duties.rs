@@ -123,6 +123,7 @@ impl Replica {
                     return;
                 }
                 self.log_is_short.store(false, Ordering::Relaxed);
+                self.peers.set_log_is_short(false);
             }
             tracing::info!(shard = self.shard, "this replica has caught up");
             self.must_catch_up.store(false, Ordering::Relaxed);

@@ -2,6 +2,7 @@
 //! forwarded once (`write.rs`); reads come from memory, after whatever wait their consistency asks
 //! for (`read.rs`); the rest is what a replica does by itself for as long as it is open.
 
+mod disk;
 mod duties;
 mod look_up;
 mod purge;
@@ -110,11 +111,11 @@ impl Drop for Installing<'_> {
 }
 
 /// Says what is lost. With nobody to get it back from, that is the end.
-fn lost_log(
-    shard: ShardId,
+async fn lost_log(
+    raft: &RaftHandle,
     log: &ShardLog,
     lost: Lost,
-    raft: &RaftHandle,
+    shard: ShardId,
     node_id: u64,
 ) -> io::Result<()> {
     let what = format!(
@@ -122,14 +123,25 @@ fn lost_log(
         lost.acknowledged,
         log.last_index()
     );
-    if raft.voter_ids().all(|voter| voter == node_id) {
-        let message = format!(
-            "{what}, and no other node has them: restore the node's data from a copy, or remove it to begin anew"
-        );
-        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    // From the core itself: its metrics may not be out yet.
+    let is_alone = raft
+        .with_raft_state(move |state| {
+            let membership = state.membership_state.effective();
+            membership.voter_ids().all(|voter| voter == node_id)
+        })
+        .await
+        .map_err(io::Error::other)?;
+    if !is_alone {
+        tracing::error!("{what}; this node does not vote until it has them from the others");
+        return Ok(());
     }
-    tracing::error!("{what}; this node does not vote until it has them from the others");
-    Ok(())
+    if let Err(error) = raft.shutdown().await {
+        tracing::warn!(%error, "the replica did not stop cleanly");
+    }
+    let message = format!(
+        "{what}, and no other node has them: restore the node's data from a copy, or remove it to begin anew"
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidData, message))
 }
 
 impl Replica {
@@ -191,7 +203,8 @@ impl Replica {
         .map_err(io::Error::other)?;
         let lost = log.lost_acknowledged()?;
         if let Some(lost) = lost {
-            lost_log(shard, &log, lost, &raft, peers.identity().node_id)?;
+            lost_log(&raft, &log, lost, shard, peers.identity().node_id).await?;
+            peers.set_log_is_short(true);
         }
 
         let proof = Arc::new(LeaderProof {

@@ -17,11 +17,6 @@ use crate::{
     peer::Purpose,
 };
 
-/// Sets are refused from here on; deletes and sweeps go on.
-const DISK_FULL_PERMILLE: u32 = 1000;
-/// What a voter said of its disk; one that is gone keeps nobody from writing to the others.
-const DISK_REPORT_COUNTS_FOR: Duration = Duration::from_secs(5);
-
 impl Replica {
     /// Proposes a command, here or through the leader, and says what it came to. A forwarded
     /// command is forwarded once.
@@ -135,20 +130,6 @@ impl Replica {
             return std::future::pending().await;
         }
         tokio::time::sleep(LEASE).await;
-    }
-
-    /// The fullest voter that is there decides: what it cannot keep is not durable.
-    pub fn disk_full(&self) -> bool {
-        let now = self.clock.monotonic();
-        let fullest = self
-            .voters()
-            .into_iter()
-            .filter_map(|voter| self.peers.view(self.shard, voter))
-            .filter(|view| now.saturating_sub(view.heard_at) < DISK_REPORT_COUNTS_FOR)
-            .map(|view| view.disk_used_permille)
-            .chain([self.peers.disk_used_permille()])
-            .max();
-        fullest.is_some_and(|used| used >= DISK_FULL_PERMILLE)
     }
 
     async fn leader_change(&self, within: Duration) {

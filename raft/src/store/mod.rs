@@ -35,6 +35,7 @@ mod memory;
 mod poison;
 #[cfg(feature = "rocksdb")]
 mod rocks;
+pub(crate) mod space;
 mod stores;
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,8 @@ use holdfast_proto::ShardId;
 pub use stores::{Budget, Engine, Stores};
 
 /// The log of ALL shards of a node. One writer (the sync thread), many readers.
+///
+/// A write for which the disk has no space waits until it has, or until [`Stores::stop_waiting`].
 pub trait LogStore: Send + Sync + 'static {
     /// Writes all of it or nothing and, if `sync`, returns only after it and everything before it
     /// is durable. An error is final: whether the batch is there is unknown, the store is poisoned
@@ -91,7 +94,7 @@ pub trait LogStore: Send + Sync + 'static {
 }
 
 /// The state of one replica: families of ordered keys. Written without a WAL, because the Raft log
-/// is one.
+/// is one. A write or flush for which the disk has no space waits, as the log's do.
 pub trait StateStore: Send + Sync + 'static {
     fn get(&self, family: Family, key: &[u8]) -> io::Result<Option<Bytes>>;
 

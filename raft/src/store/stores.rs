@@ -121,6 +121,16 @@ impl Stores {
         }
     }
 
+    /// Lets nothing wait for space any more: what finds none fails. For a node that stops; opening
+    /// the log takes it back.
+    pub fn stop_waiting(&self) {
+        match &self.disk {
+            Disk::Memory(_) => {}
+            #[cfg(feature = "rocksdb")]
+            Disk::Rocks(disk) => disk.stop_waiting(),
+        }
+    }
+
     /// Whether the shard's state was ever opened here.
     pub fn has_state(&self, shard: ShardId) -> io::Result<bool> {
         match &self.disk {

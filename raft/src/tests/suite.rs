@@ -18,7 +18,7 @@ use crate::{
     clock::Clock,
     peer::snapshot,
     state::State,
-    store::{Budget, Engine, Stores},
+    store::{Budget, Engine, Stores, space::DiskSpace},
 };
 
 struct Builder(Engine);
@@ -32,9 +32,10 @@ impl StoreBuilder<Types, ShardLog, StateMachine, TempDir> for Builder {
             Clock::system(),
             Arc::new(()),
         );
+        let space = Arc::new(DiskSpace::open(None, u64::MAX).expect("a disk"));
+        let scratch = dir.path().join("snapshots");
         let snapshots =
-            snapshot::Sender::new(stores.clone(), dir.path().join("snapshots"), Arc::new(()))
-                .expect("snapshots");
+            snapshot::Sender::new(stores.clone(), scratch, Arc::new(()), space).expect("snapshots");
         let state = State::open(&stores, 0, 1 << 20).expect("a state");
         let machine =
             StateMachine::new(state, Arc::new(snapshots), Arc::new(())).expect("a state machine");

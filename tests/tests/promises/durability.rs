@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, ensure};
 use futures::future::try_join_all;
 use holdfast_client::{Applied, Client, Code, Consistency, Error};
-use holdfast_tests::cluster::Cluster;
+use holdfast_tests::cluster::{Cluster, until};
 use tracing::info;
 
 use crate::{PROGRAMS, processes};
@@ -39,12 +39,13 @@ async fn an_acknowledged_write_was_synced_by_a_quorum_first() -> anyhow::Result<
         .map(|node| cluster.dir().join(format!("{node}.strace")))
         .collect();
     for (node, trace) in traces.iter().enumerate() {
-        // -D: the node stays our child. -y: with the names of files.
+        // -D: the node stays our child. -y: with the names of files. -ttt, -T: when, how long.
         let strace = [
             "strace",
             "-D",
             "-f",
-            "-tt",
+            "-ttt",
+            "-T",
             "-y",
             "-e",
             "trace=fsync,fdatasync,sync_file_range",
@@ -56,6 +57,18 @@ async fn an_acknowledged_write_was_synced_by_a_quorum_first() -> anyhow::Result<
     for node in 0..cluster.len() {
         cluster.ready(node).await?;
     }
+    let client = cluster.client_of_all();
+
+    info!("--- the tool measures: a sync that this test causes is seen on each node");
+    let caused_us = cluster.clock.wall_ms() * 1000;
+    client.set("warm", "up").await?;
+    for trace in &traces {
+        until("strace shows a sync", async || {
+            log_syncs(trace).is_ok_and(|syncs| syncs.iter().any(|sync| sync.began_us >= caused_us))
+        })
+        .await
+        .with_context(|| format!("strace measures nothing: {}", head_of(trace)))?;
+    }
     let gone = cluster.follower().await?;
     cluster.kill(gone)?;
     let quorum: Vec<&Path> = traces
@@ -64,48 +77,46 @@ async fn an_acknowledged_write_was_synced_by_a_quorum_first() -> anyhow::Result<
         .filter(|(node, _)| *node != gone)
         .map(|(_, trace)| trace.as_path())
         .collect();
-    let syncs = || {
-        quorum
-            .iter()
-            .map(|trace| log_syncs(trace))
-            .collect::<anyhow::Result<Vec<u64>>>()
-    };
-    let client = cluster.client_of_all();
-    client.set("warm", "up").await?;
+    client.set("warm", "again").await?;
 
     info!("--- one after another");
-    let first = syncs()?;
+    let first_us = cluster.clock.wall_ms() * 1000;
     for set in 0..SETS {
-        let before = syncs()?;
+        let sent_us = cluster.clock.wall_ms() * 1000;
         client.set(format!("k{set}"), "v").await?;
-        let after = syncs()?;
-        let synced = before
-            .iter()
-            .zip(&after)
-            .all(|(before, after)| after > before);
-        ensure!(
-            synced,
-            "Set {set} was acknowledged before a quorum had synced it: syncs {before:?}, then {after:?}"
-        );
+        let acknowledged_us = (cluster.clock.wall_ms() + 1) * 1000;
+        for trace in &quorum {
+            let synced = synced_between(trace, sent_us, acknowledged_us).await?;
+            ensure!(
+                synced,
+                "Set {set} was acknowledged before {} had synced it",
+                trace.display()
+            );
+        }
     }
-    let alone: Vec<u64> = first
-        .iter()
-        .zip(syncs()?)
-        .map(|(before, after)| after - before)
-        .collect();
+    let syncs_since = |since_us: u64| {
+        let count = |trace: &&Path| -> anyhow::Result<u64> {
+            let syncs = log_syncs(trace)?;
+            Ok(syncs
+                .iter()
+                .filter(|sync| sync.began_us >= since_us)
+                .count() as u64)
+        };
+        quorum
+            .iter()
+            .map(count)
+            .collect::<anyhow::Result<Vec<u64>>>()
+    };
+    let alone = syncs_since(first_us)?;
     ensure!(
         alone.iter().all(|&syncs| syncs >= SETS),
         "{SETS} Sets, and syncs {alone:?}"
     );
 
     info!("--- many at once");
-    let before = syncs()?;
+    let many_us = cluster.clock.wall_ms() * 1000;
     try_join_all((0..CALLERS).map(|caller| set_many(client.clone(), caller))).await?;
-    let grouped: Vec<u64> = before
-        .iter()
-        .zip(syncs()?)
-        .map(|(before, after)| after - before)
-        .collect();
+    let grouped = syncs_since(many_us)?;
     let sets = CALLERS * SETS_PER_CALLER;
     println!(
         "{SETS} Sets one after another: syncs {alone:?}; {sets} Sets of {CALLERS} callers: syncs {grouped:?}"
@@ -124,31 +135,103 @@ async fn set_many(client: Client, caller: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Syncs of the log's own file that have ended. Lines of strace are `<thread> <time> <call>`, and a
-/// call that another thread's interrupts is in two: `fdatasync(7</data/log/000004.log> <unfinished
-/// ...>` and `<... fdatasync resumed>) = 0`.
-fn log_syncs(trace: &Path) -> anyhow::Result<u64> {
+/// A sync of the log's own file that has ended well, in microseconds of the wall clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sync {
+    began_us: u64,
+    ended_us: u64,
+}
+
+/// Whether a sync lies between the two instants. What strace writes late is waited for: it is there
+/// once a later sync is, and an idle leader's ticks see to one.
+async fn synced_between(trace: &Path, from_us: u64, to_us: u64) -> anyhow::Result<bool> {
+    let within = |sync: &Sync| sync.began_us >= from_us && sync.ended_us <= to_us;
+    let mut seen = Vec::new();
+    until("strace is past the Set", async || {
+        seen = log_syncs(trace).unwrap_or_default();
+        seen.iter()
+            .any(|sync| within(sync) || sync.began_us > to_us)
+    })
+    .await?;
+    Ok(seen.iter().any(within))
+}
+
+fn head_of(trace: &Path) -> String {
+    let text = std::fs::read_to_string(trace).unwrap_or_default();
+    text.lines().take(5).collect::<Vec<_>>().join("\n")
+}
+
+fn log_syncs(trace: &Path) -> anyhow::Result<Vec<Sync>> {
     let text = std::fs::read_to_string(trace)
         .with_context(|| format!("strace wrote no {}", trace.display()))?;
-    let mut under_way: HashMap<&str, bool> = HashMap::new();
-    let mut ended = 0;
+    Ok(syncs_of(&text))
+}
+
+/// Lines of strace are `<thread> <time> <call>`, the thread padded to five places, and a call that
+/// another thread's interrupts is in two: `fdatasync(7</data/log/000004.log> <unfinished ...>` and
+/// `<... fdatasync resumed>) = 0 <0.000100>`.
+fn syncs_of(text: &str) -> Vec<Sync> {
+    let mut under_way: HashMap<&str, u64> = HashMap::new();
+    let mut ended = Vec::new();
     for line in text.lines() {
-        let mut words = line.splitn(3, ' ').filter(|word| !word.is_empty());
-        let (Some(thread), Some(_), Some(call)) = (words.next(), words.next(), words.next()) else {
+        let Some((thread, rest)) = line.trim_start().split_once(' ') else {
             continue;
         };
+        let Some((time, call)) = rest.trim_start().split_once(' ') else {
+            continue;
+        };
+        let Some(at_us) = micros(time) else { continue };
         let of_log = call.contains("/log/")
             && call.contains(".log>")
             && (call.starts_with("fdatasync(") || call.starts_with("fsync("));
         if call.contains("<unfinished") {
-            under_way.insert(thread, of_log);
-        } else if call.ends_with("= 0")
-            && (of_log || call.contains("resumed>") && under_way.remove(thread).unwrap_or(false))
-        {
-            ended += 1;
+            under_way.remove(thread);
+            if of_log {
+                under_way.insert(thread, at_us);
+            }
+            continue;
+        }
+        let Some(took_us) = took(call) else { continue };
+        let began_us = match call.contains("resumed>") {
+            true => under_way.remove(thread),
+            false => of_log.then_some(at_us),
+        };
+        if let Some(began_us) = began_us {
+            ended.push(Sync {
+                began_us,
+                ended_us: began_us + took_us,
+            });
         }
     }
-    Ok(ended)
+    ended
+}
+
+/// How long a call took that succeeded: it ends with `= 0 <0.000100>`.
+fn took(call: &str) -> Option<u64> {
+    let (_, took) = call.split_once("= 0 <")?;
+    micros(took.strip_suffix('>')?)
+}
+
+/// Of seconds with six places.
+fn micros(seconds: &str) -> Option<u64> {
+    let (whole, parts) = seconds.split_once('.')?;
+    Some(whole.parse::<u64>().ok()? * 1_000_000 + parts.parse::<u64>().ok()?)
+}
+
+#[test]
+fn a_trace_is_read_whatever_the_width_of_its_thread_numbers() {
+    let text = "\
+812   10.000100 fdatasync(7</data/log/000004.log>) = 0 <0.000050>
+12345 10.000200 fdatasync(7</data/log/000004.log> <unfinished ...>
+812   10.000210 fdatasync(9</data/state/0/1/000009.sst>) = 0 <0.000020>
+12345 10.000300 <... fdatasync resumed>) = 0 <0.000100>
+812   10.000400 fdatasync(7</data/log/000004.log>) = -1 EIO (Input/output error) <0.000050>
+";
+    let sync = |began_us, ended_us| Sync { began_us, ended_us };
+    assert_eq!(
+        syncs_of(text),
+        [sync(10_000_100, 10_000_150), sync(10_000_200, 10_000_300)]
+    );
 }
 
 /// Values are refused, everything else goes on, and space that was freed is found by the cluster
@@ -225,7 +308,7 @@ async fn a_full_disk_refuses_values_only_and_clears_by_itself() -> anyhow::Resul
     Ok(())
 }
 
-async fn settable(client: &Client) -> anyhow::Result<()> {
+pub(crate) async fn settable(client: &Client) -> anyhow::Result<()> {
     let tried = async {
         while client.set("probe", "v").await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -236,7 +319,7 @@ async fn settable(client: &Client) -> anyhow::Result<()> {
         .with_context(|| format!("Sets are refused for {} s", CLEARS_WITHIN.as_secs()))
 }
 
-fn is_disk_full(error: &Error) -> anyhow::Result<()> {
+pub(crate) fn is_disk_full(error: &Error) -> anyhow::Result<()> {
     let full = matches!(error, Error::DiskFull { .. })
         && error.code() == Code::ResourceExhausted
         && error.reason() == "DISK_FULL";

@@ -7,6 +7,8 @@ mod command_line;
 mod configuration;
 mod consistency;
 #[cfg(feature = "rocksdb")]
+mod disks;
+#[cfg(feature = "rocksdb")]
 mod durability;
 #[cfg(feature = "rocksdb")]
 mod failover;

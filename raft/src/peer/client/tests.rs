@@ -15,7 +15,7 @@ use crate::{
     },
     clock::Clock,
     peer::{Identity, snapshot},
-    store::Stores,
+    store::{Stores, space::DiskSpace},
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -166,8 +166,10 @@ impl Pair {
             incarnation: 1,
         };
         let peers = Arc::new(Peers::new(clock.clone(), identity));
-        let snapshots = snapshot::Sender::new(stores, home.path().join("snapshots"), Arc::new(()))
-            .expect("snapshots");
+        let space = Arc::new(DiskSpace::open(None, u64::MAX).expect("a disk"));
+        let scratch = home.path().join("snapshots");
+        let snapshots =
+            snapshot::Sender::new(stores, scratch, Arc::new(()), space).expect("snapshots");
         let network = Network {
             leader_clock: Arc::new(LeaderClock::new(
                 0,

@@ -24,6 +24,7 @@ use rocksdb::{
 use super::io_error;
 use super::settings::{LOG_ENTRIES, LOG_MARKS, Shared};
 use super::synced::{Changed, Synced};
+use super::waiting::{Waiting, is_no_space};
 use super::wal;
 use crate::store::poison::Poison;
 use crate::store::{LogBatch, LogChange, LogMark, LogStore, Lost, durable};
@@ -36,6 +37,7 @@ pub(in crate::store) struct RocksLog {
     db: DB,
     directory: PathBuf,
     writer: Mutex<Writer>,
+    waiting: Waiting,
     pub(super) poison: Poison,
 }
 
@@ -74,6 +76,7 @@ impl RocksLog {
             db,
             directory: directory.to_owned(),
             writer: Mutex::new(writer),
+            waiting: shared.waiting.clone(),
             poison: Poison::default(),
         };
         let mut given_back = LogBatch::default();
@@ -179,9 +182,12 @@ impl RocksLog {
     fn reclaim(&self, writer: &mut Writer) -> io::Result<()> {
         let entries = self.family(LOG_ENTRIES);
         for (shard, index) in writer.reclaimable.drain() {
-            self.db
-                .delete_file_in_range_cf(entries, key(shard, ENTRY, 0), key(shard, ENTRY, index))
-                .map_err(io_error)?;
+            let (from, to) = (key(shard, ENTRY, 0), key(shard, ENTRY, index));
+            match self.db.delete_file_in_range_cf(entries, from, to) {
+                // Compaction gives their space back as well, later.
+                Err(error) if is_no_space(&error) => {}
+                result => result.map_err(io_error)?,
+            }
         }
         Ok(())
     }
@@ -210,9 +216,13 @@ impl LogStore for RocksLog {
         self.poison.check()?;
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        let prepared = self.prepare(batch.changes, &mut writer);
-        let written =
-            prepared.and_then(|prepared| self.db.write_opt(prepared, &options).map_err(io_error));
+        let prepared = self
+            .poison
+            .watch(self.prepare(batch.changes, &mut writer))?;
+        let written = self.waiting.for_space("the log", || {
+            let again = WriteBatch::from_data(prepared.data());
+            self.db.write_opt(again, &options)
+        });
         self.poison.watch(written)?;
         if sync {
             self.poison.watch(self.note_synced(&mut writer))?;
@@ -285,8 +295,15 @@ impl LogStore for RocksLog {
     }
 
     fn keep_note(&self) -> io::Result<()> {
-        let note = self.writer.lock().synced.handle()?;
-        note.sync_data()
+        // A writer that waits for space has nothing to note.
+        match self.writer.try_lock() {
+            None => Ok(()),
+            Some(writer) => {
+                let note = writer.synced.handle()?;
+                drop(writer);
+                note.sync_data()
+            }
+        }
     }
 
     fn disk_bytes(&self) -> io::Result<u64> {
@@ -298,10 +315,9 @@ impl LogStore for RocksLog {
         self.poison.check()?;
         let families = [self.family(LOG_ENTRIES), self.family(LOG_MARKS)];
         // The WALs go with the buffers: all of them, or the oldest keeps the others.
-        let flushed = self
-            .db
-            .flush_cfs_opt(&families, &FlushOptions::default())
-            .map_err(io_error);
+        let flushed = self.waiting.for_space("the log", || {
+            self.db.flush_cfs_opt(&families, &FlushOptions::default())
+        });
         self.poison.watch(flushed)?;
         families.iter().for_each(|family| {
             self.db

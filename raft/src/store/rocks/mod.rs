@@ -9,6 +9,7 @@ mod state;
 mod synced;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod wal;
 
 use std::collections::HashMap;
@@ -19,8 +20,8 @@ use std::sync::{Arc, Weak};
 use holdfast_proto::ShardId;
 use parking_lot::Mutex;
 
-use super::durable;
 use super::stores::Budget;
+use super::{durable, space};
 use generations::Generations;
 use log::RocksLog;
 use settings::Shared;
@@ -44,7 +45,7 @@ impl RocksDisk {
         durable::create_directory(data_dir)?;
         Ok(Self {
             data_dir: data_dir.to_owned(),
-            shared: Shared::new(budget),
+            shared: Shared::new(budget, space::total_bytes(data_dir)?),
             states: Mutex::default(),
         })
     }
@@ -52,6 +53,7 @@ impl RocksDisk {
     pub(super) fn open_log(&self) -> io::Result<Arc<RocksLog>> {
         let directory = self.data_dir.join("log");
         durable::create_directory(&directory)?;
+        self.shared.waiting.resume();
         Ok(Arc::new(RocksLog::open(&directory, &self.shared)?))
     }
 
@@ -76,6 +78,10 @@ impl RocksDisk {
         )?);
         states.insert(shard, Arc::downgrade(&state));
         Ok(state)
+    }
+
+    pub(super) fn stop_waiting(&self) {
+        self.shared.waiting.stop();
     }
 
     pub(super) fn has_state(&self, shard: ShardId) -> io::Result<bool> {
@@ -132,6 +138,7 @@ fn io_error(error: rocksdb::Error) -> io::Error {
     let kind = match error.kind() {
         rocksdb::ErrorKind::Corruption => io::ErrorKind::InvalidData,
         rocksdb::ErrorKind::Busy => io::ErrorKind::ResourceBusy,
+        _ if waiting::is_no_space(&error) => io::ErrorKind::StorageFull,
         _ => io::ErrorKind::Other,
     };
     io::Error::new(kind, error.into_string())

@@ -6,6 +6,7 @@ use rocksdb::{
     Options, WriteBufferManager,
 };
 
+use super::waiting::Waiting;
 use crate::store::Family;
 use crate::store::stores::Budget;
 
@@ -14,20 +15,32 @@ pub(super) const LOG_MARKS: &str = "marks";
 
 const MIB: usize = 1 << 20;
 
+/// Of a file system, one part of this is what one part of a write buffer may be: what is in the
+/// buffers must fit into what is kept free for it (`space.rs`).
+const BUFFER_SHARE: u64 = 1024;
+const BUFFER_PARTS: usize = 16;
+
 /// What all databases of a node share, so that memory is bounded however many shards there are.
 pub(super) struct Shared {
     cache: Cache,
     write_buffers: WriteBufferManager,
+    pub(super) waiting: Waiting,
+    /// A sixteenth of a full write buffer: a MiB on all but small disks.
+    part: usize,
 }
 
 impl Shared {
-    pub(super) fn new(budget: Budget) -> Self {
+    pub(super) fn new(budget: Budget, disk_bytes: u64) -> Self {
+        let part = usize::try_from(disk_bytes / BUFFER_SHARE).unwrap_or(usize::MAX) / BUFFER_PARTS;
+        let part = part.clamp(MIB / BUFFER_PARTS, MIB);
         Self {
+            waiting: Waiting::default(),
+            part,
             cache: Cache::new_lru_cache(budget.block_cache_bytes),
             // Over its bound a database flushes; it never stalls writers, because the sync thread
             // is one of them.
             write_buffers: WriteBufferManager::new_write_buffer_manager(
-                budget.write_buffer_bytes,
+                budget.write_buffer_bytes.min(256 * part),
                 false,
             ),
         }
@@ -47,7 +60,7 @@ impl Shared {
         // own.
         options.set_recycle_log_file_num(0);
         // Marks change often and fill no buffer: without a bound they would keep every WAL.
-        options.set_max_total_wal_size(128 * MIB as u64);
+        options.set_max_total_wal_size(128 * self.part as u64);
         options.set_max_open_files(256);
         options
     }
@@ -57,10 +70,10 @@ impl Shared {
         entries.set_compression_type(DBCompressionType::None);
         // Most entries are purged before their buffer is full and so are never written a second
         // time.
-        entries.set_write_buffer_size(64 * MIB);
+        entries.set_write_buffer_size(64 * self.part);
         entries.set_max_write_buffer_number(4);
         let mut marks = self.family(Filter::None);
-        marks.set_write_buffer_size(MIB);
+        marks.set_write_buffer_size(self.part);
         vec![
             ColumnFamilyDescriptor::new(
                 rocksdb::DEFAULT_COLUMN_FAMILY_NAME,
@@ -107,9 +120,9 @@ impl Shared {
         let mut options = self.family(filter);
         options.set_compression_type(DBCompressionType::Lz4);
         options.set_write_buffer_size(if family == Family::Value {
-            32 * MIB
+            32 * self.part
         } else {
-            16 * MIB
+            16 * self.part
         });
         options
     }

@@ -13,6 +13,7 @@ use rocksdb::{
 use super::generations::Generations;
 use super::io_error;
 use super::settings::Shared;
+use super::waiting::Waiting;
 use crate::store::poison::Poison;
 use crate::store::{Family, Scan, StateBatch, StateChange, StateStore, durable};
 
@@ -21,6 +22,7 @@ pub(in crate::store) struct RocksState {
     // goes.
     db: DB,
     place: Place,
+    waiting: Waiting,
     pub(super) poison: Poison,
 }
 
@@ -44,6 +46,7 @@ impl RocksState {
         Ok(Self {
             db,
             place,
+            waiting: shared.waiting.clone(),
             poison: Poison::default(),
         })
     }
@@ -135,18 +138,20 @@ impl StateStore for RocksState {
         }
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        self.poison
-            .watch(self.db.write_opt(prepared, &options).map_err(io_error))
+        let written = self.waiting.for_space("the state", || {
+            let again = WriteBatch::from_data(prepared.data());
+            self.db.write_opt(again, &options)
+        });
+        self.poison.watch(written)
     }
 
     fn flush(&self) -> io::Result<()> {
         self.poison.check()?;
         let families = Family::ALL.map(|family| self.family(family));
-        self.poison.watch(
-            self.db
-                .flush_cfs_opt(&families, &FlushOptions::default())
-                .map_err(io_error),
-        )
+        let flushed = self.waiting.for_space("the state", || {
+            self.db.flush_cfs_opt(&families, &FlushOptions::default())
+        });
+        self.poison.watch(flushed)
     }
 
     fn checkpoint(&self, dir: &Path) -> io::Result<()> {

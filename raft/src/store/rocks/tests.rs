@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tempfile::TempDir;
 
 use super::RocksDisk;
-use crate::store::{Budget, Family, LogBatch, LogMark, LogStore, StateBatch, StateStore};
+use crate::store::{Budget, Family, LogBatch, LogMark, LogStore, Lost, StateBatch, StateStore};
 
 fn disk(at: &Path) -> RocksDisk {
     RocksDisk::new(at, Budget::default()).unwrap()
@@ -119,8 +119,153 @@ fn a_torn_tail_of_the_log_is_cut_off() {
 
     let log = disk(image.path()).open_log().unwrap();
     assert_eq!(log.last(0).unwrap(), Some((99, entry(99, 1000))));
+    assert_eq!(log.lost(0), Some(Lost { acknowledged: 100 }));
     put_log(&*log, 100, 101, 10);
     assert_eq!(log.bounds(0).unwrap(), Some((1, 101)));
+}
+
+/// A crash leaves no such thing, wherever it is: in the length of the last record too.
+#[test]
+fn a_flipped_bit_in_the_last_records_of_the_log_is_damage() {
+    let home = tempfile::tempdir().unwrap();
+    let disk_before = disk(home.path());
+    let log = disk_before.open_log().unwrap();
+    put_log(&*log, 1, 40, 300);
+
+    let image = crash(home.path());
+    let wal = wal(image.path());
+    let good = fs::read(&wal).unwrap();
+    for at in good.len() - 800..good.len() {
+        let mut damaged = good.clone();
+        damaged[at] ^= 1 << (at % 8);
+        fs::write(&wal, &damaged).unwrap();
+        let said = disk(image.path()).open_log().map(|_| ()).unwrap_err();
+        assert_eq!(
+            said.kind(),
+            std::io::ErrorKind::InvalidData,
+            "byte {at}: {said}"
+        );
+        assert!(said.to_string().contains("is damaged at byte"), "{said}");
+    }
+    fs::write(&wal, good).unwrap();
+    let log = disk(image.path()).open_log().unwrap();
+    assert_eq!(log.last(0).unwrap(), Some((40, entry(40, 300))));
+    assert_eq!(log.lost(0), None);
+}
+
+#[test]
+fn a_log_that_lost_what_it_had_acknowledged_says_so_and_has_its_vote_again() {
+    let home = tempfile::tempdir().unwrap();
+    let disk_before = disk(home.path());
+    let log = disk_before.open_log().unwrap();
+    put_log(&*log, 1, 50, 300);
+    let mut batch = LogBatch::default();
+    batch.put(1, 1, entry(1, 10));
+    log.write(batch, true).unwrap();
+    put_log(&*log, 51, 60, 300);
+    let mut batch = LogBatch::default();
+    batch.set_mark(0, LogMark::Vote, Bytes::from_static(b"the last vote"));
+    log.write(batch, true).unwrap();
+
+    let image = crash(home.path());
+    let wal = wal(image.path());
+    let cut = fs::File::options().write(true).open(&wal).unwrap();
+    cut.set_len(wal.metadata().unwrap().len() - 1).unwrap();
+    drop(cut);
+    for _ in 0..2 {
+        let log = disk(image.path()).open_log().unwrap();
+        assert_eq!(log.lost(0), Some(Lost { acknowledged: 60 }));
+        assert_eq!(log.lost(1), None, "the other shard lost nothing");
+        let vote = log.mark(0, LogMark::Vote).unwrap();
+        assert_eq!(vote, Some(Bytes::from_static(b"the last vote")));
+        // What is written from here on does not hide it.
+        put_log(&*log, 61, 70, 10);
+    }
+    let log = disk(image.path()).open_log().unwrap();
+    log.made_good(0).unwrap();
+    drop(log);
+    assert_eq!(disk(image.path()).open_log().unwrap().lost(0), None);
+}
+
+#[test]
+fn what_was_never_synced_is_not_missed() {
+    let home = tempfile::tempdir().unwrap();
+    let disk_before = disk(home.path());
+    let log = disk_before.open_log().unwrap();
+    put_log(&*log, 1, 50, 300);
+    let synced = wal(home.path()).metadata().unwrap().len();
+    let mut batch = LogBatch::default();
+    batch.set_mark(0, LogMark::Committed, Bytes::from_static(b"50"));
+    log.write(batch, false).unwrap();
+
+    let image = crash(home.path());
+    let cut = fs::File::options()
+        .write(true)
+        .open(wal(image.path()))
+        .unwrap();
+    cut.set_len(synced + 3).unwrap();
+    drop(cut);
+    let log = disk(image.path()).open_log().unwrap();
+    assert_eq!(log.lost(0), None);
+    assert_eq!(log.last(0).unwrap(), Some((50, entry(50, 300))));
+}
+
+#[test]
+fn a_log_whose_files_are_gone_has_lost_them() {
+    let home = tempfile::tempdir().unwrap();
+    let log = disk(home.path()).open_log().unwrap();
+    put_log(&*log, 1, 50, 300);
+    drop(log);
+    for file in fs::read_dir(home.path().join("log")).unwrap() {
+        let path = file.unwrap().path();
+        if !path.ends_with("SYNCED") {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    let log = disk(home.path()).open_log().unwrap();
+    assert_eq!(log.lost(0), Some(Lost { acknowledged: 50 }));
+}
+
+#[test]
+fn a_damaged_state_does_not_open_or_says_so_when_it_is_read() {
+    let home = tempfile::tempdir().unwrap();
+    let state = disk(home.path()).open_state(0).unwrap();
+    put_everywhere(&*state, "value");
+    state.flush().unwrap();
+    drop(state);
+    let directory = home.path().join("state/0/1");
+    let files = fs::read_dir(&directory)
+        .unwrap()
+        .map(|file| file.unwrap().path());
+    let tables: Vec<_> = files
+        .filter(|path| path.extension().is_some_and(|extension| extension == "sst"))
+        .collect();
+    assert_eq!(tables.len(), Family::ALL.len());
+    for table in tables {
+        let good = fs::read(&table).unwrap();
+        let mut damaged = good.clone();
+        // In the one block of records.
+        damaged[10] ^= 1;
+        fs::write(&table, damaged).unwrap();
+        let read = disk(home.path()).open_state(0).and_then(|state| {
+            let keys = Family::ALL.map(|family| state.get(family, b"key"));
+            keys.into_iter().collect::<std::io::Result<Vec<_>>>()
+        });
+        let said = read.unwrap_err();
+        assert_eq!(said.kind(), std::io::ErrorKind::InvalidData, "{said}");
+        fs::write(&table, good).unwrap();
+    }
+    let manifest = fs::read_dir(&directory)
+        .unwrap()
+        .map(|file| file.unwrap().path())
+        .find(|path| path.to_string_lossy().contains("MANIFEST"))
+        .unwrap();
+    let mut damaged = fs::read(&manifest).unwrap();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    fs::write(&manifest, damaged).unwrap();
+    let said = disk(home.path()).open_state(0).map(|_| ()).unwrap_err();
+    assert_eq!(said.kind(), std::io::ErrorKind::InvalidData, "{said}");
 }
 
 #[test]

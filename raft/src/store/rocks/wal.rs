@@ -7,7 +7,7 @@
 //! fragment  checksum u32 LE (CRC-32C of type and payload, masked) · length u16 LE · type u8 · payload; never over two blocks
 //! ```
 //! What follows the last good fragment decides. Nothing, zeros, or a fragment that is cut off by the
-//! end of the file or by zeros is what a crash leaves: the file is cut back to its last good
+//! end of the file or by a sector of zeros is what a crash leaves: the file is cut back to its last good
 //! fragment, because RocksDB takes some of those for damage. Anything else is damage, and so is a
 //! fragment that looks cut off but whose checksum holds for fewer bytes than its length says: then
 //! the length is what changed. Whether what was cut off had been acknowledged is not seen here
@@ -22,6 +22,8 @@ use crate::store::durable;
 
 const BLOCK_BYTES: usize = 32 << 10;
 const HEADER_BYTES: usize = 7;
+/// What a disk writes whole or not at all: zeros in the place of what was not written begin with it.
+const SECTOR_BYTES: usize = 512;
 
 /// RocksDB's types of fragments: full, first, middle, last; the compression of what follows; sizes
 /// of timestamps; what is known of the file before.
@@ -103,7 +105,7 @@ fn check_block(block: &[u8]) -> Result<End, Damage> {
                 _ => Ok(End::CutOff { at }),
             };
         };
-        match check_fragment(header, payload, BLOCK_BYTES - at - HEADER_BYTES) {
+        match check_fragment(at, header, payload) {
             Fragment::Good { length } => at += HEADER_BYTES + length,
             Fragment::Zeros => return Ok(End::Zeros),
             Fragment::CutOff => return Ok(End::CutOff { at }),
@@ -119,8 +121,9 @@ enum Fragment {
     Damaged(&'static str),
 }
 
-/// `payload` is all that follows the header in its block, `room` what fits there.
-fn check_fragment(header: &[u8; HEADER_BYTES], payload: &[u8], room: usize) -> Fragment {
+/// At a place in its block; `payload` is all that follows the header there.
+fn check_fragment(at: usize, header: &[u8; HEADER_BYTES], payload: &[u8]) -> Fragment {
+    let begin = at + HEADER_BYTES;
     let [c0, c1, c2, c3, l0, l1, kind] = *header;
     let (checksum, length) = (
         u32::from_le_bytes([c0, c1, c2, c3]),
@@ -136,14 +139,15 @@ fn check_fragment(header: &[u8; HEADER_BYTES], payload: &[u8], room: usize) -> F
     if !TYPES.contains(&kind) {
         return Fragment::Damaged("there is no such type of record");
     }
-    if length > room {
+    if begin + length > BLOCK_BYTES {
         return Fragment::Damaged("a record is longer than its block");
     }
     if let Some(whole) = payload.get(..length) {
         if checksum_of(kind, whole) == checksum {
             return Fragment::Good { length };
         }
-        if written >= length {
+        let last_sector = (begin + length).saturating_sub(1) / SECTOR_BYTES * SECTOR_BYTES;
+        if begin + written > last_sector {
             return Fragment::Damaged("a record's checksum does not hold");
         }
     }
@@ -214,20 +218,34 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_anywhere_is_torn_also_where_zeros_follow() {
+    fn what_is_cut_off_anywhere_is_torn() {
         let (good, at) = two();
         for end in at + 1..good.len() {
             let cut = &good[..end];
             assert_eq!(check_block(cut), Ok(End::CutOff { at }), "cut at {end}");
-            let zeros = [cut, &[0; 1000]].concat();
-            assert_eq!(
-                check_block(&zeros),
-                Ok(End::CutOff { at }),
-                "zeros at {end}"
-            );
         }
         let zeros = [&good[..], &[0; 1000]].concat();
         assert_eq!(check_block(&zeros), Ok(End::Zeros));
+    }
+
+    #[test]
+    fn sectors_that_were_not_written_are_torn_and_zeros_of_the_record_are_not() {
+        let (mut good, _) = two();
+        let at = good.len();
+        let ends_in_zeros = [vec![7; 3000], vec![0; 100]].concat();
+        good.extend(fragment(1, &ends_in_zeros));
+        assert_eq!(check_block(&good), Ok(End::Zeros));
+        for sector in 1..=good.len() / SECTOR_BYTES {
+            let mut torn = good.clone();
+            torn[sector * SECTOR_BYTES..].fill(0);
+            assert_eq!(
+                check_block(&torn),
+                Ok(End::CutOff { at }),
+                "sector {sector}"
+            );
+        }
+        good[at + 100] ^= 1;
+        assert!(check_block(&good).is_err());
     }
 
     #[test]
@@ -258,7 +276,7 @@ mod tests {
         let (good, at) = two();
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("000001.log");
-        fs::write(&path, [&good[..at + 50], &[0; 2 * BLOCK_BYTES]].concat()).unwrap();
+        fs::write(&path, &good[..at + 50]).unwrap();
         mend_torn(home.path()).unwrap();
         assert_eq!(fs::read(&path).unwrap(), &good[..at]);
     }
