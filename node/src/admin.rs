@@ -16,6 +16,7 @@ use holdfast_raft::Replicas;
 
 use crate::{
     metrics::{self, Metrics, Seen},
+    operation::Operations,
     ready::{Checks, Readiness},
     serve::Listeners,
 };
@@ -26,6 +27,7 @@ pub(crate) struct Shown {
     pub(crate) replicas: Arc<Replicas>,
     pub(crate) readiness: Arc<Readiness>,
     pub(crate) listeners: Arc<Listeners>,
+    pub(crate) operations: Arc<Operations>,
     pub(crate) is_insecure: bool,
 }
 
@@ -63,6 +65,7 @@ async fn scrape(State(shown): State<Arc<Shown>>) -> Response {
         shown.metrics.scrape(Seen {
             replicas: &shown.replicas,
             listeners: &shown.listeners,
+            load: shown.operations.load(),
             is_insecure: shown.is_insecure,
             is_ready,
         })

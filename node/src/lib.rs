@@ -1,7 +1,7 @@
 //! The server: listeners, rules, refresh, upstreams, telemetry.
 //!
 //! ```text
-//! main ─► cli ─► node (composition root) ─► serve, layers ─► grpc ─► cache ─► refresh ─► upstream
+//! main ─► cli ─► node (composition root) ─► serve ─► grpc ─► operation, cache ─► refresh ─► upstream
 //!          └► dev (many nodes)               └► ready, admin          └──────────┴─► raft
 //!                                            └► peers ─► cache, refresh
 //! ```
@@ -12,9 +12,9 @@ pub mod dev;
 pub mod error;
 pub mod glob;
 pub mod grpc;
-pub mod layers;
 pub mod metrics;
 pub mod node;
+pub mod operation;
 pub mod peers;
 pub mod policy;
 pub mod ready;

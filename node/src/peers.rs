@@ -9,17 +9,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use holdfast_proto::{
     Key,
-    limits::{BATCH_KEYS_MAX, PEER_MESSAGE_BYTES_MAX},
+    limits::{BATCH_KEYS_MAX, DEADLINE_DEFAULT, PEER_MESSAGE_BYTES_MAX},
     peer::{
         FetchRequest, FetchResponse, Header, ReadRequest, ReadResponse, ReportReadsRequest,
         ReportReadsResponse,
         refresh_service_server::{RefreshService, RefreshServiceServer},
     },
+    timeout,
 };
 use holdfast_raft::{Replica, Replicas};
 use tonic::{Request, Response, Status};
 
-use crate::{cache::Cache, layers::deadline_of, refresh::Refresher};
+use crate::{cache::Cache, operation::Call, refresh::Refresher};
 
 /// The service that peers call.
 pub struct PeerServer {
@@ -45,6 +46,11 @@ pub fn peer_service(
 }
 
 impl PeerServer {
+    fn call<T>(&self, request: &Request<T>) -> Call {
+        let timeout = timeout::remaining(request.metadata()).unwrap_or(DEADLINE_DEFAULT);
+        Call::of_peer(self.replicas.clock(), timeout)
+    }
+
     fn checked(&self, header: Option<&Header>) -> Result<Arc<Replica>, Status> {
         let peers = self
             .replicas
@@ -63,7 +69,7 @@ impl RefreshService for PeerServer {
         &self,
         request: Request<FetchRequest>,
     ) -> Result<Response<FetchResponse>, Status> {
-        let deadline = deadline_of(&request, self.replicas.clock());
+        let call = self.call(&request);
         let FetchRequest { header, key } = request.into_inner();
         let replica = self.checked(header.as_ref())?;
         let key = checked_key(key)?;
@@ -73,7 +79,7 @@ impl RefreshService for PeerServer {
         }
         let result = self
             .refresher
-            .fetch_for_peer(&key, &replica, &deadline)
+            .fetch_for_peer(&key, &replica, &call.deadline)
             .await;
         Ok(Response::new(FetchResponse {
             header: Some(replica.reply()),
@@ -95,7 +101,7 @@ impl RefreshService for PeerServer {
     }
 
     async fn read(&self, request: Request<ReadRequest>) -> Result<Response<ReadResponse>, Status> {
-        let deadline = deadline_of(&request, self.replicas.clock());
+        let call = self.call(&request);
         let message = request.into_inner();
         let replica = self.checked(message.header.as_ref())?;
         let consistency = message.consistency();
@@ -106,7 +112,7 @@ impl RefreshService for PeerServer {
         }
         let response = self
             .cache
-            .read_for_peer(message.keys, consistency, message.token, &deadline)
+            .read_for_peer(message.keys, consistency, message.token, &call)
             .await?;
         Ok(Response::new(ReadResponse {
             header: Some(replica.reply()),

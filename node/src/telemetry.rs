@@ -27,9 +27,8 @@ const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 const TRACE_STATE: &str = "tracestate";
 const SERVICE_NAME: &str = "holdfastd";
 /// Unless `RUST_LOG` says otherwise. openraft warns of each message that a dead peer does not take;
-/// what it comes to, the replica says itself.
-const LOG_DEFAULT: &str =
-    "info,openraft=error,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
+/// what it comes to, the replica says itself. The spans of requests are for those who export them.
+const LOG_DEFAULT: &str = "info,holdfast_node::grpc::trace=warn,openraft=error,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
 /// Crates that export spans with: their own spans would feed on themselves.
 const NOT_EXPORTED: [&str; 6] = [
     "h2",

@@ -18,7 +18,7 @@ use super::{
     forward::{Hop, Reached},
     read::{Asked, Settled},
 };
-use crate::{error::Error, rules::Rules};
+use crate::{error::Error, operation::Call, rules::Rules};
 
 /// The keys of one shard, and their places in the request.
 struct Group<'a> {
@@ -42,10 +42,10 @@ impl Cache {
     pub async fn batch_get(
         &self,
         request: v1::BatchGetRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<v1::BatchGetResponse, Error> {
         let controls = check(&request)?;
-        self.read_many(request.keys, &controls, Hop::Allowed, deadline)
+        self.read_many(request.keys, &controls, Hop::Allowed, &call.deadline)
             .await
     }
 
@@ -56,7 +56,7 @@ impl Cache {
         keys: Vec<Bytes>,
         consistency: v1::Consistency,
         token: Bytes,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<v1::BatchGetResponse, Error> {
         let request = v1::BatchGetRequest {
             keys,
@@ -64,7 +64,7 @@ impl Cache {
             token,
         };
         let controls = check(&request)?;
-        self.read_many(request.keys, &controls, Hop::Taken, deadline)
+        self.read_many(request.keys, &controls, Hop::Taken, &call.deadline)
             .await
     }
 

@@ -5,25 +5,24 @@ use holdfast_proto::{
     peer::{Delete, command::Op},
     v1::{self, delete_request::Target},
 };
-use holdfast_raft::Deadline;
 
 use super::{
     Cache,
     write::{Acknowledged, check_request_id},
 };
-use crate::error::Error;
+use crate::{error::Error, operation::Call};
 
 impl Cache {
     pub async fn delete(
         &self,
         request: v1::DeleteRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<Acknowledged<v1::DeleteResponse>, Error> {
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
         let op = Op::Delete(Delete {
             key: key.as_bytes().clone(),
         });
-        let written = self.write(&key, op, request_id, deadline).await?;
+        let written = self.write(&key, op, request_id, &call.deadline).await?;
         let response = v1::DeleteResponse {
             existed: written.existed,
             replica: Some(written.replica),

@@ -1,7 +1,6 @@
 //! Get: one key.
 
 use holdfast_proto::{Key, v1};
-use holdfast_raft::Deadline;
 
 use super::{
     Cache,
@@ -9,16 +8,17 @@ use super::{
     forward::{Hop, Reached},
     read::{Asked, Settled},
 };
-use crate::error::Error;
+use crate::{error::Error, operation::Call};
 
 impl Cache {
     pub async fn get(
         &self,
         request: v1::GetRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<v1::GetResponse, Error> {
         let (key, controls) = check(request)?;
         let rules = self.rules.load_full();
+        let deadline = &call.deadline;
         let replica = self.replica_of(&key)?;
         match self
             .reach(

@@ -9,14 +9,14 @@ use holdfast_proto::{
     timeline::{FOREVER, Millis, Phase},
     v1::{self, FailureClass, Origin},
 };
-use holdfast_raft::{Deadline, Inspected, View};
+use holdfast_raft::{Inspected, View};
 
 use super::{
     Cache,
     answer::{self, timestamp},
     controls::Controls,
 };
-use crate::{error::Error, policy::Policy};
+use crate::{error::Error, operation::Call, policy::Policy};
 
 /// What `why` tells from.
 struct Known<'a> {
@@ -31,12 +31,12 @@ impl Cache {
     pub async fn inspect(
         &self,
         request: v1::InspectRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<v1::InspectResponse, Error> {
         let key = Key::new(request.key).map_err(|invalid| Error::key("key", invalid))?;
         let controls = Controls::parse(request.consistency, request.token)?;
         let replica = self.replica_of(&key)?;
-        self.seen_here(replica, &controls, deadline).await?;
+        self.seen_here(replica, &controls, &call.deadline).await?;
 
         let inspected = replica.inspect(&key).await;
         let Inspected {

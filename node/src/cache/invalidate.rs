@@ -6,25 +6,24 @@ use holdfast_proto::{
     peer::{Invalidate, command::Op},
     v1::{self, invalidate_request::Target},
 };
-use holdfast_raft::Deadline;
 
 use super::{
     Cache,
     write::{Acknowledged, check_request_id},
 };
-use crate::error::Error;
+use crate::{error::Error, operation::Call};
 
 impl Cache {
     pub async fn invalidate(
         &self,
         request: v1::InvalidateRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<Acknowledged<v1::InvalidateResponse>, Error> {
         let (key, request_id) = check(request).map_err(Error::not_applied)?;
         let op = Op::Invalidate(Invalidate {
             key: key.as_bytes().clone(),
         });
-        let written = self.write(&key, op, request_id, deadline).await?;
+        let written = self.write(&key, op, request_id, &call.deadline).await?;
         // As a reader would who finds it due: there may be none for a while, and the first one
         // shall find the new value.
         if written.existed && self.rules.load().policy(&key).is_some() {

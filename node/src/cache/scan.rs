@@ -18,7 +18,7 @@ use holdfast_proto::{
 use holdfast_raft::{Deadline, Replica, Seen, Shown, View};
 
 use super::{Cache, answer, controls::Controls};
-use crate::{error::Error, rules::Rules};
+use crate::{error::Error, operation::Call, rules::Rules};
 
 /// The messages of one page; the last one carries the cursor of the next page.
 pub type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Error>>;
@@ -68,7 +68,7 @@ impl Cache {
     pub async fn scan(
         self: &Arc<Self>,
         request: v1::ScanRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<ScanStream, Error> {
         let Checked {
             prefix,
@@ -79,7 +79,7 @@ impl Cache {
         } = check(request)?;
         self.peers()?;
         for replica in self.replicas.replicas() {
-            self.seen_here(replica, &controls, deadline).await?;
+            self.seen_here(replica, &controls, &call.deadline).await?;
         }
         let rows = |replica: &Arc<Replica>| ShardRows {
             replica: replica.clone(),
@@ -93,7 +93,7 @@ impl Cache {
             prefix,
             shown,
             controls,
-            deadline: deadline.clone(),
+            deadline: call.deadline.clone(),
             left: limit,
             shards,
             ended: false,

@@ -11,13 +11,12 @@ use holdfast_proto::{
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
 };
-use holdfast_raft::Deadline;
 
 use super::{
     Cache,
     write::{Acknowledged, check_request_id},
 };
-use crate::{error::Error, policy::Policy};
+use crate::{error::Error, operation::Call, policy::Policy};
 
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
@@ -44,7 +43,7 @@ impl Cache {
     pub async fn set(
         &self,
         mut request: v1::SetRequest,
-        deadline: &Deadline,
+        call: &Call,
     ) -> Result<Acknowledged<v1::SetResponse>, Error> {
         let checked = check(&mut request).map_err(Error::not_applied)?;
         let rules = self.rules.load_full();
@@ -71,7 +70,7 @@ impl Cache {
             .into(),
         });
         let written = self
-            .write(&checked.key, op, request.request_id, deadline)
+            .write(&checked.key, op, request.request_id, &call.deadline)
             .await?;
         let response = v1::SetResponse {
             version: written.revision,

@@ -6,56 +6,34 @@ use holdfast_proto::v1::{
     self,
     cluster_service_server::{ClusterService, ClusterServiceServer},
 };
-use holdfast_raft::{ChangeError, Clock, Deadline, Replicas};
+use holdfast_raft::{ChangeError, Replicas};
 use tonic::{Request, Response, Status};
 
-use super::CodecTold;
+use super::operation_of;
 use crate::{
     error::{Code, Error},
-    layers::deadline_of,
-    metrics::Metrics,
+    operation::{Answered, Operation},
 };
 
 /// What the client listener serves of the cluster.
-pub fn cluster_service(
-    replicas: Arc<Replicas>,
-    metrics: Arc<Metrics>,
-    clock: Clock,
-) -> CodecTold<ClusterServiceServer<ClusterServer>> {
-    CodecTold(ClusterServiceServer::new(ClusterServer {
-        replicas,
-        metrics,
-        clock,
-    }))
+pub fn cluster_service(replicas: Arc<Replicas>) -> ClusterServiceServer<ClusterServer> {
+    ClusterServiceServer::new(ClusterServer { replicas })
 }
 
 pub struct ClusterServer {
     replicas: Arc<Replicas>,
-    metrics: Arc<Metrics>,
-    clock: Clock,
 }
 
 impl ClusterServer {
     /// Runs a change until its caller stops waiting; what it came to by then nobody knows, and
     /// repeating it is safe.
-    async fn change<T>(
+    async fn change<T: Answered>(
         &self,
-        method: &'static str,
-        deadline: &Deadline,
+        operation: &Operation,
         change: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Status> {
-        let began = self.clock.monotonic();
-        let ended = deadline.limit(change).await;
-        let result = ended.unwrap_or_else(|_| Err(Error::deadline().maybe_applied()));
-        let code = result.as_ref().err().map_or(Code::Ok, Error::code);
-        let state = if result.is_ok() { "" } else { "ERROR" };
-        self.metrics.request(
-            method,
-            state,
-            code,
-            self.clock.monotonic().saturating_sub(began),
-        );
-        result.map_err(|error| self.sent_to_leader(error).into())
+    ) -> Result<Response<T>, Status> {
+        let change = async { change.await.map_err(|error| self.sent_to_leader(error)) };
+        Ok(Response::new(operation.run(change).await?))
     }
 
     fn sent_to_leader(&self, error: Error) -> Error {
@@ -76,80 +54,68 @@ impl ClusterServer {
 impl ClusterService for ClusterServer {
     async fn status(
         &self,
-        _: Request<v1::StatusRequest>,
+        request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusResponse>, Status> {
-        let began = self.clock.monotonic();
-        let status = self.replicas.status().await;
-        self.metrics.request(
-            "Status",
-            "",
-            Code::Ok,
-            self.clock.monotonic().saturating_sub(began),
-        );
-        Ok(Response::new(status))
+        let status = async { Ok(self.replicas.status().await) };
+        Ok(Response::new(operation_of(&request)?.run(status).await?))
     }
 
     async fn add_member(
         &self,
         request: Request<v1::AddMemberRequest>,
     ) -> Result<Response<v1::AddMemberResponse>, Status> {
-        let deadline = deadline_of(&request, &self.clock);
+        let operation = operation_of(&request)?;
         let v1::AddMemberRequest { name, peer_address } = request.into_inner();
-        let id = self.change("AddMember", &deadline, async {
+        self.change(&operation, async {
             let (name, peer_address) =
                 (named("name", &name)?, named("peer_address", &peer_address)?);
-            self.replicas
-                .add_member(name, peer_address)
-                .await
-                .map_err(failed)
-        });
-        Ok(Response::new(v1::AddMemberResponse { id: id.await? }))
+            let added = self.replicas.add_member(name, peer_address).await;
+            Ok(v1::AddMemberResponse {
+                id: added.map_err(failed)?,
+            })
+        })
+        .await
     }
 
     async fn promote(
         &self,
         request: Request<v1::PromoteRequest>,
     ) -> Result<Response<v1::PromoteResponse>, Status> {
-        let deadline = deadline_of(&request, &self.clock);
+        let operation = operation_of(&request)?;
         let v1::PromoteRequest { name } = request.into_inner();
-        self.change("Promote", &deadline, async {
-            self.replicas
-                .promote(named("name", &name)?)
-                .await
-                .map_err(failed)
+        self.change(&operation, async {
+            let promoted = self.replicas.promote(named("name", &name)?).await;
+            promoted.map_err(failed)?;
+            Ok(v1::PromoteResponse {})
         })
-        .await?;
-        Ok(Response::new(v1::PromoteResponse {}))
+        .await
     }
 
     async fn remove(
         &self,
         request: Request<v1::RemoveRequest>,
     ) -> Result<Response<v1::RemoveResponse>, Status> {
-        let deadline = deadline_of(&request, &self.clock);
+        let operation = operation_of(&request)?;
         let v1::RemoveRequest { name } = request.into_inner();
-        self.change("Remove", &deadline, async {
-            self.replicas
-                .remove(named("name", &name)?)
-                .await
-                .map_err(failed)
+        self.change(&operation, async {
+            let removed = self.replicas.remove(named("name", &name)?).await;
+            removed.map_err(failed)?;
+            Ok(v1::RemoveResponse {})
         })
-        .await?;
-        Ok(Response::new(v1::RemoveResponse {}))
+        .await
     }
 
     async fn transfer_leader(
         &self,
         request: Request<v1::TransferLeaderRequest>,
     ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
-        let deadline = deadline_of(&request, &self.clock);
+        let operation = operation_of(&request)?;
         let v1::TransferLeaderRequest { to } = request.into_inner();
-        let leader = self.change("TransferLeader", &deadline, async {
-            self.replicas.transfer_leader(&to).await.map_err(failed)
-        });
-        Ok(Response::new(v1::TransferLeaderResponse {
-            leader: leader.await?,
-        }))
+        self.change(&operation, async {
+            let leader = self.replicas.transfer_leader(&to).await.map_err(failed)?;
+            Ok(v1::TransferLeaderResponse { leader })
+        })
+        .await
     }
 }
 

@@ -13,13 +13,12 @@ use holdfast_proto::{
         invalidate_request,
     },
 };
-use holdfast_raft::Clock;
 use tonic::{Code, Request, Status, body::Body};
 use tonic_types::StatusExt as _;
 use tower::ServiceExt as _;
 
 use self::node::{Cluster, Node, Origin, PATIENCE, policy};
-use crate::{layers::deadline_of, policy::Policy};
+use crate::policy::Policy;
 
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -83,37 +82,6 @@ fn told(status: &Status) -> (Code, String, BTreeMap<String, String>) {
         info.reason,
         info.metadata.into_iter().collect(),
     )
-}
-
-#[test]
-fn an_answer_comes_before_its_caller_gives_up() {
-    let clock = Clock::system();
-    let given = |timeout: &'static str| {
-        let mut request = Request::new(());
-        request
-            .metadata_mut()
-            .insert("grpc-timeout", timeout.parse().unwrap());
-        deadline_of(&request, &clock).left()
-    };
-    let about = |timeout: Duration| timeout - timeout / 10..=timeout;
-    assert!(about(Duration::from_millis(1950)).contains(&given("2S")));
-    assert!(about(Duration::from_millis(70)).contains(&given("80m")));
-    assert_eq!(given("0n"), Duration::ZERO);
-    assert!(about(Duration::from_secs(5)).contains(&given("nonsense")));
-    let unnamed = deadline_of(&Request::new(()), &clock).left();
-    assert!(about(Duration::from_secs(5)).contains(&unnamed));
-
-    let mut request = Request::new(());
-    request
-        .extensions_mut()
-        .insert(clock.deadline(Duration::from_secs(9)));
-    request
-        .metadata_mut()
-        .insert("grpc-timeout", "2S".parse().unwrap());
-    assert!(
-        deadline_of(&request, &clock).left() > Duration::from_secs(2),
-        "the layers have the last word"
-    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@
 
 mod scrape;
 
-use std::{cell::Cell, time::Duration};
+use std::time::Duration;
 
 use holdfast_proto::ShardId;
 use holdfast_raft::Events;
@@ -22,38 +22,13 @@ use prometheus_client::{
 use tonic::metadata::MetadataMap;
 
 pub(crate) use self::scrape::Seen;
-use crate::error::Code;
+use crate::{
+    error::Code,
+    operation::{METHODS, Method},
+};
 
 /// What a scrape answers with.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// The methods that have a label of their own; all others are `other`. Held against the descriptors
-/// by a test.
-const METHODS: [&str; 14] = [
-    "AddMember",
-    "BatchGet",
-    "Delete",
-    "Get",
-    "Inspect",
-    "Invalidate",
-    "Promote",
-    "Remove",
-    "Scan",
-    "Set",
-    "Status",
-    "TransferLeader",
-    "health",
-    "reflection",
-];
-const STATES: [&str; 7] = [
-    "FRESH",
-    "STALE",
-    "STALE_ON_ERROR",
-    "NEGATIVE",
-    "PLACEHOLDER",
-    "MISS",
-    "ERROR",
-];
 
 /// Of a Get that is answered, as long as nothing makes the others.
 const SERVED_STATES: [&str; 4] = ["FRESH", "STALE", "STALE_ON_ERROR", "MISS"];
@@ -80,7 +55,7 @@ const UPSTREAM_SECONDS: [f64; 13] = [
 pub struct Metrics {
     registry: Registry,
     requests: Family<RequestLabels, Counter>,
-    request_duration: Family<MethodLabel, Histogram, Buckets>,
+    request_duration: Family<DurationLabels, Histogram, Buckets>,
     reads_waited: Family<WhyLabel, Counter>,
     flights_started: Family<UpstreamLabel, Counter>,
     flights_joined: Family<UpstreamLabel, Counter>,
@@ -104,8 +79,9 @@ struct RequestLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct MethodLabel {
+struct DurationLabels {
     method: &'static str,
+    state: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -138,12 +114,6 @@ struct ShardLabel {
 #[derive(Debug, Clone)]
 struct Buckets(&'static [f64]);
 
-tokio::task_local! {
-    /// Whether the request of this task has been counted, so that what ends early is counted too,
-    /// and nothing twice.
-    static COUNTED: Cell<bool>;
-}
-
 impl Metrics {
     pub fn new() -> Self {
         let mut metrics = Self {
@@ -171,7 +141,8 @@ impl Metrics {
     /// What can be counted is there before it happens, at 0: the first of its kind is a rise too,
     /// and an alert sees it.
     pub(crate) fn begin<'a>(&self, shards: ShardId, upstreams: impl IntoIterator<Item = &'a str>) {
-        for method in METHODS {
+        for method in &METHODS {
+            let method = method.name;
             let states: &[&'static str] = if method == "Get" {
                 &SERVED_STATES
             } else {
@@ -185,8 +156,9 @@ impl Metrics {
                         code: Code::Ok.name(),
                     })
                     .inc_by(0);
+                let duration = DurationLabels { method, state };
+                drop(self.request_duration.get_or_create(&duration));
             }
-            drop(self.request_duration.get_or_create(&MethodLabel { method }));
         }
         for why in WAITS {
             self.reads_waited.get_or_create(&WhyLabel { why }).inc_by(0);
@@ -230,15 +202,13 @@ impl Metrics {
         }
     }
 
-    /// Once per request, when it has ended. `method` is its last segment or its whole path; `state`
-    /// is `""` where an answer has none, and `ERROR` where a handler had no answer.
-    pub fn request(&self, method: &str, state: &str, code: Code, took: Duration) {
-        let _ = COUNTED.try_with(|counted| counted.set(true));
-        let method = known_method(method);
-        let state = STATES
-            .into_iter()
-            .find(|known| *known == state)
-            .unwrap_or("");
+    /// Once per operation, when it has ended. `state` is that of the answer: empty where an answer
+    /// has none; an operation without an answer counts as `ERROR`.
+    pub(crate) fn request(&self, method: &Method, state: &'static str, code: Code, took: Duration) {
+        let (method, state) = match code {
+            Code::Ok => (method.name, state),
+            _ => (method.name, "ERROR"),
+        };
         self.requests
             .get_or_create(&RequestLabels {
                 method,
@@ -247,7 +217,7 @@ impl Metrics {
             })
             .inc();
         self.request_duration
-            .get_or_create(&MethodLabel { method })
+            .get_or_create(&DurationLabels { method, state })
             .observe(took.as_secs_f64());
     }
 
@@ -318,7 +288,7 @@ impl Metrics {
         );
         registry.register_with_unit(
             "request_duration",
-            "Time of a request",
+            "Time of a request, by the state of its answer",
             Unit::Seconds,
             self.request_duration.clone(),
         );
@@ -454,34 +424,6 @@ impl MetricConstructor<Histogram> for Buckets {
     }
 }
 
-/// Runs the work of one request, which may call `Metrics::request`, and says whether it did.
-pub(crate) async fn counting<T>(work: impl Future<Output = T>) -> (T, bool) {
-    let counted = COUNTED.scope(Cell::new(false), async {
-        let output = work.await;
-        (output, COUNTED.with(Cell::get))
-    });
-    counted.await
-}
-
-fn known_method(method: &str) -> &'static str {
-    let service = method
-        .trim_start_matches('/')
-        .split('/')
-        .next()
-        .unwrap_or_default();
-    let name = match service {
-        "grpc.health.v1.Health" => "health",
-        "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection" => {
-            "reflection"
-        }
-        _ => method.rsplit('/').next().unwrap_or_default(),
-    };
-    METHODS
-        .into_iter()
-        .find(|known| *known == name)
-        .unwrap_or("other")
-}
-
 /// A status or a lower-case word: what no upstream can make many of.
 fn is_bounded_code(code: &str) -> bool {
     let is_status = code.len() == 3 && code.bytes().all(|byte| byte.is_ascii_digit());
@@ -491,10 +433,6 @@ fn is_bounded_code(code: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
-    use prost::Message as _;
-
     use super::*;
 
     fn text(metrics: &Metrics) -> String {
@@ -504,56 +442,25 @@ mod tests {
     }
 
     #[test]
-    fn every_public_method_has_its_own_label() {
-        let files = prost_types::FileDescriptorSet::decode(holdfast_proto::DESCRIPTORS)
-            .unwrap()
-            .file;
-        let public = files
-            .iter()
-            .filter(|file| file.package() == "holdfast.v1")
-            .flat_map(|file| &file.service);
-        let methods: BTreeSet<&str> = public
-            .flat_map(|service| &service.method)
-            .map(|method| method.name())
-            .collect();
-        let known: BTreeSet<&str> = METHODS
-            .into_iter()
-            .filter(|method| !["health", "reflection"].contains(method))
-            .collect();
-        assert_eq!(methods, known);
-    }
-
-    #[test]
     fn requests_are_counted_by_method_state_and_code() {
         let metrics = Metrics::new();
-        metrics.request("Get", "FRESH", Code::Ok, Duration::from_micros(80));
-        metrics.request(
-            "/holdfast.v1.CacheService/Get",
-            "FRESH",
-            Code::Ok,
-            Duration::from_micros(80),
-        );
-        metrics.request("/grpc.health.v1.Health/Watch", "", Code::Ok, Duration::ZERO);
-        metrics.request("Get", "ERROR", Code::Unavailable, Duration::ZERO);
+        let get = Method::of("/holdfast.v1.CacheService/Get");
+        metrics.request(get, "FRESH", Code::Ok, Duration::from_micros(80));
+        metrics.request(get, "FRESH", Code::Ok, Duration::from_micros(80));
+        metrics.request(get, "MISS", Code::Ok, Duration::from_millis(80));
+        metrics.request(get, "", Code::Unavailable, Duration::ZERO);
+        let watch = Method::of("/grpc.health.v1.Health/Watch");
+        metrics.request(watch, "", Code::Ok, Duration::ZERO);
         let text = text(&metrics);
-        assert!(
-            text.contains(r#"holdfast_requests_total{method="Get",state="FRESH",code="OK"} 2"#),
-            "{text}"
-        );
-        assert!(
-            text.contains(
-                r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#
-            ),
-            "{text}"
-        );
-        assert!(
-            text.contains(r#"holdfast_request_duration_seconds_count{method="Get"} 3"#),
-            "{text}"
-        );
-        assert!(
-            text.contains(r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#),
-            "{text}"
-        );
+        for line in [
+            r#"holdfast_requests_total{method="Get",state="FRESH",code="OK"} 2"#,
+            r#"holdfast_requests_total{method="Get",state="ERROR",code="UNAVAILABLE"} 1"#,
+            r#"holdfast_request_duration_seconds_count{method="Get",state="FRESH"} 2"#,
+            r#"holdfast_request_duration_seconds_count{method="Get",state="MISS"} 1"#,
+            r#"holdfast_requests_total{method="health",state="",code="OK"} 1"#,
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
     }
 
     #[test]
@@ -587,25 +494,17 @@ mod tests {
     fn no_client_and_no_upstream_can_make_new_labels() {
         let metrics = Metrics::new();
         for i in 0..100 {
-            metrics.request(
-                &format!("/made.up/Method{i}"),
-                &format!("state{i}"),
-                Code::Unimplemented,
-                Duration::ZERO,
-            );
+            let made_up = Method::of(&format!("/made.up/Method{i}"));
+            metrics.request(made_up, "", Code::Unimplemented, Duration::ZERO);
             metrics.upstream_called("profiles", &format!("code {i}"), Duration::ZERO);
         }
         let text = text(&metrics);
-        assert!(
-            text.contains(
-                r#"holdfast_requests_total{method="other",state="",code="UNIMPLEMENTED"} 100"#
-            ),
-            "{text}"
-        );
-        assert!(
-            text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="other"} 100"#),
-            "{text}"
-        );
+        for line in [
+            r#"holdfast_requests_total{method="other",state="ERROR",code="UNIMPLEMENTED"} 100"#,
+            r#"holdfast_upstream_calls_total{upstream="profiles",code="other"} 100"#,
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
     }
 
     #[test]
@@ -628,15 +527,5 @@ mod tests {
             text.contains(r#"holdfast_upstream_calls_total{upstream="profiles",code="200"} 1"#),
             "{text}"
         );
-    }
-
-    #[tokio::test]
-    async fn a_request_knows_whether_it_was_counted() {
-        let metrics = Metrics::new();
-        let ((), counted) =
-            counting(async { metrics.request("Get", "", Code::Ok, Duration::ZERO) }).await;
-        assert!(counted);
-        let ((), counted) = counting(async {}).await;
-        assert!(!counted);
     }
 }

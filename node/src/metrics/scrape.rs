@@ -14,13 +14,18 @@ use prometheus_client::{
 };
 
 use super::{Metrics, ShardLabel};
-use crate::{resources, serve::Listeners};
+use crate::{
+    operation::{KINDS, Load},
+    resources,
+    serve::Listeners,
+};
 
 /// What a scrape shows beside what was counted.
 #[derive(Clone, Copy)]
 pub(crate) struct Seen<'a> {
     pub(crate) replicas: &'a Replicas,
     pub(crate) listeners: &'a Listeners,
+    pub(crate) load: &'a Load,
     /// A listener beyond loopback is open without TLS and auth.
     pub(crate) is_insecure: bool,
     pub(crate) is_ready: bool,
@@ -36,6 +41,11 @@ struct PeerLabel {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ListenerLabel {
     listener: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
 }
 
 /// The gauges of the replicas.
@@ -61,6 +71,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("holdfast");
         register_node(&mut registry, seen);
         register_connections(&mut registry, seen.listeners);
+        register_load(&mut registry, seen.load);
         if let Some(peers) = seen.replicas.peers() {
             register_peers(
                 &mut registry,
@@ -128,6 +139,48 @@ fn register_connections(registry: &mut Registry, listeners: &Listeners) {
         "descriptors_limit",
         "Descriptors this process may have open",
         gauge(signed(resources::descriptors_max())),
+    );
+}
+
+fn register_load(registry: &mut Registry, load: &Load) {
+    let in_flight = Family::<KindLabel, Gauge>::default();
+    let refused = Family::<KindLabel, Counter>::default();
+    let rooms = KINDS.map(|kind| (kind.name(), load.room(kind)));
+    for (kind, room) in rooms.into_iter().chain([("waiting", load.waiting())]) {
+        let taken = i64::try_from(room.taken()).unwrap_or(i64::MAX);
+        in_flight.get_or_create(&KindLabel { kind }).set(taken);
+        refused
+            .get_or_create(&KindLabel { kind })
+            .inc_by(room.refused());
+    }
+    for (kind, count) in [
+        ("request_bytes", load.request_bytes().refused()),
+        ("answer_bytes", load.answers_refused()),
+    ] {
+        refused.get_or_create(&KindLabel { kind }).inc_by(count);
+    }
+    registry.register(
+        "requests_in_flight",
+        "Places taken, by kind; `waiting`: requests that wait beyond memory, which take none",
+        in_flight,
+    );
+    registry.register(
+        "requests_shed",
+        "Requests refused because too many, or too many bytes of them, were in flight",
+        refused,
+    );
+    let bytes = |bytes| gauge(i64::try_from(bytes).unwrap_or(i64::MAX));
+    registry.register_with_unit(
+        "request_in_flight",
+        "Bytes of requests in flight",
+        Unit::Bytes,
+        bytes(load.request_bytes().taken()),
+    );
+    registry.register_with_unit(
+        "answer_in_flight",
+        "Bytes of answers that are not taken yet",
+        Unit::Bytes,
+        bytes(load.answer_bytes()),
     );
 }
 

@@ -15,22 +15,21 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use holdfast_raft::{
     Budget, Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas, Stores,
 };
-use hyper::body::Incoming;
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tokio::{net::TcpListener, task::JoinHandle};
-use tonic::{body::Body, service::Routes};
+use tonic::service::Routes;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::{HealthReporter, health_reporter};
-use tower::ServiceBuilder;
+use tower::Layer as _;
 
 use crate::{
     admin,
     cache::{self, Cache},
     config::{self, Address, Config, ConfigError, Engine, Place, Role},
     grpc,
-    layers::{self, Limits, Load, TraceLayer},
     metrics::Metrics,
+    operation::{Limits, Operations},
     peers,
     ready::{self, Readiness},
     refresh::Refresher,
@@ -119,7 +118,7 @@ struct Parts {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     listeners: Arc<Listeners>,
-    clock: Clock,
+    operations: Arc<Operations>,
     is_insecure: bool,
 }
 
@@ -175,6 +174,7 @@ impl Node {
             metrics.clone(),
         );
 
+        let operations = Operations::new(Limits::default(), metrics.clone(), clock.clone());
         let readiness = Readiness::new(replicas.clone());
         let is_insecure = warn_of_risks(&config, engine);
         let parts = Parts {
@@ -184,7 +184,7 @@ impl Node {
             readiness,
             metrics,
             listeners: Listeners::new(&clock),
-            clock,
+            operations,
             is_insecure,
         };
         match ports.open() {
@@ -325,28 +325,13 @@ impl Parts {
                 .register_file_descriptor_set(public_descriptors())
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
-        let routes = Routes::new(grpc::cache_service(
-            self.cache.clone(),
-            self.metrics.clone(),
-            self.clock.clone(),
-        ))
-        .add_service(grpc::cluster_service(
-            self.replicas.clone(),
-            self.metrics.clone(),
-            self.clock.clone(),
-        ))
-        .add_service(health)
-        .add_service(described().build_v1()?)
-        .add_service(described().build_v1alpha()?);
-        let stack = layers::stack(
-            self.metrics.clone(),
-            Load::new(Limits::default(), self.clock.clone()),
-            self.clock.clone(),
-        );
-        let service = ServiceBuilder::new()
-            .map_request(|request: http::Request<Incoming>| request.map(Body::new))
-            .layer(stack)
-            .service(routes.prepare());
+        let routes = Routes::new(grpc::cache_service(self.cache.clone()))
+            .add_service(grpc::cluster_service(self.replicas.clone()))
+            .add_service(health)
+            .add_service(described().build_v1()?)
+            .add_service(described().build_v1alpha()?);
+        let layer = grpc::OperationLayer::new(self.operations.clone());
+        let service = layer.layer(routes.prepare());
         let known = self.listeners.client.clone();
         Ok(Serving::start(|drain, close| {
             serve::serve(
@@ -367,10 +352,7 @@ impl Parts {
                 self.cache.clone(),
                 self.refresher.clone(),
             ));
-        let service = ServiceBuilder::new()
-            .map_request(|request: http::Request<Incoming>| request.map(Body::new))
-            .layer(TraceLayer::Traced)
-            .service(routes.prepare());
+        let service = grpc::TraceLayer.layer(routes.prepare());
         let known = self.listeners.peer.clone();
         Serving::start(|drain, close| {
             serve::serve(
@@ -389,6 +371,7 @@ impl Parts {
             replicas: self.replicas.clone(),
             readiness: self.readiness.clone(),
             listeners: self.listeners.clone(),
+            operations: self.operations.clone(),
             is_insecure: self.is_insecure,
         });
         let known = self.listeners.admin.clone();

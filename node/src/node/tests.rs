@@ -185,7 +185,7 @@ async fn a_method_that_clients_do_not_have_is_unimplemented_and_counted() {
     assert_eq!(status.code(), Code::Unimplemented);
     assert_eq!(
         node.metrics()
-            .requests_counted("other", "", crate::error::Code::Unimplemented),
+            .requests_counted("other", "ERROR", crate::error::Code::Unimplemented),
         1
     );
     node.stop().await;

@@ -68,6 +68,8 @@ struct State {
     end: CancellationToken,
     requests: AtomicU64,
     in_flight: AtomicUsize,
+    /// Operations under way, which one request may have many of.
+    operations: AtomicUsize,
     /// When a request last began or ended, or the connection was made.
     active_ms: AtomicU64,
     clock: Clock,
@@ -125,7 +127,7 @@ impl Connections {
 
     /// Takes a new connection in, if there is room. The kernel gives the least descriptor that is
     /// free: so many are open at least.
-    pub(super) fn admit(
+    pub(crate) fn admit(
         self: &Arc<Self>,
         descriptor: i32,
         close: &CancellationToken,
@@ -156,6 +158,7 @@ impl Connections {
             end: close.child_token(),
             requests: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
+            operations: AtomicUsize::new(0),
             active_ms: AtomicU64::new(self.clock.monotonic_ms()),
             clock: self.clock.clone(),
         });
@@ -223,6 +226,23 @@ impl Caller {
     /// Ends its connection, and with it all that it asked for.
     pub(crate) fn end(&self) {
         self.state.end.cancel();
+    }
+
+    pub(crate) fn operations(&self) -> usize {
+        self.state.operations.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn operation_began(&self) {
+        self.state.operations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn operation_ended(&self) {
+        self.state.operations.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_ended(&self) -> bool {
+        self.state.end.is_cancelled()
     }
 
     pub(super) async fn ended(&self) {

@@ -24,8 +24,9 @@ use tonic::{
 use crate::{
     cache::{Cache, Settings},
     glob::Glob,
-    grpc::{cache_service, cluster_service},
+    grpc::{OperationLayer, cache_service, cluster_service},
     metrics::Metrics,
+    operation::{Limits, Operations},
     peers::peer_service,
     policy::{Policies, Policy, Window},
     refresh::Refresher,
@@ -186,7 +187,9 @@ impl Node {
             settings,
             metrics.clone(),
         );
+        let operations = Operations::new(Limits::default(), metrics, clock);
         let server = Server::builder()
+            .layer(OperationLayer::new(operations))
             .add_service(replicas.replica_service())
             .add_service(replicas.membership_service())
             .add_service(peer_service(
@@ -194,12 +197,8 @@ impl Node {
                 cache.clone(),
                 refresher.clone(),
             ))
-            .add_service(cluster_service(
-                replicas.clone(),
-                metrics.clone(),
-                clock.clone(),
-            ))
-            .add_service(cache_service(cache, metrics, clock));
+            .add_service(cluster_service(replicas.clone()))
+            .add_service(cache_service(cache));
         let listener = tokio::spawn(async move {
             server
                 .serve_with_incoming(TcpListenerStream::new(listener))
