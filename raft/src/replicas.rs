@@ -17,7 +17,10 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    agreement::log::{Claim, SharedLog},
+    agreement::{
+        log::{Claim, SharedLog},
+        pace::SharedPace,
+    },
     clock::Clock,
     error::ChangeError,
     events::Events,
@@ -249,6 +252,7 @@ impl Replicas {
                 "the data directory has a state and an empty log: what the log had acknowledged is gone; restore this node's data whole, or remove it and let the node join again",
             ));
         }
+        self.log.measure().await?;
         let identity = Identity {
             cluster_id: cluster.cluster_id.clone(),
             epoch: cluster.epoch,
@@ -267,6 +271,7 @@ impl Replicas {
         if let Some(dir) = self.local.durable_dir() {
             peers.acknowledged().read(dir)?;
         }
+        let pace = Arc::new(SharedPace::default());
         let mut replicas = Vec::new();
         for shard in 0..cluster.shards.max(1) {
             let parts = Parts {
@@ -275,6 +280,7 @@ impl Replicas {
                 stores: self.stores.clone(),
                 log: self.log.clone(),
                 peers: peers.clone(),
+                pace: pace.clone(),
                 snapshots: self.snapshots.clone(),
                 events: self.events.clone(),
                 memory_bytes_max: self.local.options().memory_bytes_max

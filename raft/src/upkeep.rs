@@ -68,6 +68,7 @@ impl Upkeep {
         loop {
             every.tick().await;
             if let Some(opened) = self.local.opened() {
+                opened.peers.set_sync_time(self.log.sync_time());
                 self.guard_stalled_disk(opened).await;
             }
         }

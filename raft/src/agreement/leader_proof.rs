@@ -12,11 +12,7 @@
 //! Whoever was elected before the question had a quorum's votes by then, and one of them answers
 //! here and says so.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use holdfast_proto::{
@@ -28,14 +24,14 @@ use openraft::{
 };
 use tonic::Request;
 
-use super::{RaftHandle, leadership::LeaderClock, types::vote_to};
+use super::{RaftHandle, leadership::LeaderClock, quorum::Voters, types::vote_to};
 use crate::{
     peer::{Peers, Purpose},
     state::State,
 };
 
-/// A round may take this long.
-pub(crate) const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
+/// A round may take this long, and what a voter's disk and its distance add.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a round proved nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -44,11 +40,6 @@ pub(crate) enum Unproven {
     NoLeader,
     #[error("the leader cannot reach a quorum")]
     NoQuorum,
-}
-
-/// The voters of a Raft group: two sets while it changes them, and then a quorum is one of each.
-struct Quorum {
-    configs: Vec<BTreeSet<u64>>,
 }
 
 pub(crate) struct LeaderProof {
@@ -64,9 +55,13 @@ impl LeaderProof {
         self.raft.is_leader()
     }
 
+    pub(crate) fn round_timeout(&self) -> Duration {
+        self.leader_clock.pace().answer_timeout(ROUND_TIMEOUT)
+    }
+
     /// What must be applied before a read that came before this call may be answered.
     pub(crate) async fn prove(&self) -> Result<u64, Unproven> {
-        tokio::time::timeout(ROUND_TIMEOUT, self.ask_voters())
+        tokio::time::timeout(self.round_timeout(), self.ask_voters())
             .await
             .unwrap_or(Err(Unproven::NoQuorum))
     }
@@ -85,11 +80,15 @@ impl LeaderProof {
                     .header(heard.leader, self.shard, Some(&self.state)),
             ),
         });
-        request.set_timeout(ROUND_TIMEOUT);
+        request.set_timeout(self.round_timeout());
         let mut client = self
             .peers
             .replica_client(&member.peer_address, Purpose::Control);
-        let asked = tokio::time::timeout(ROUND_TIMEOUT, client.read_index(request)).await;
+        let asked = tokio::time::timeout(
+            self.round_timeout() + self.leader_clock.pace().round_trip,
+            client.read_index(request),
+        )
+        .await;
         let response = asked
             .map_err(|_| Unproven::NoLeader)?
             .map_err(|_| Unproven::NoLeader)?
@@ -110,7 +109,7 @@ impl LeaderProof {
         }
         // Within a lease of the last acknowledgement openraft answers at once: here it only says
         // what is committed.
-        let option = LinearizerOption::new(None, true).with_wait_timeout(ROUND_TIMEOUT);
+        let option = LinearizerOption::new(None, true).with_wait_timeout(self.round_timeout());
         let linearizer = self
             .raft
             .get_read_linearizer(option)
@@ -121,26 +120,7 @@ impl LeaderProof {
         // After it: whoever was elected by other voters before the question, this node had made
         // them voters before. Their addresses are the group's too: the roster forgets a voter
         // before the group does.
-        let (quorum, addresses) = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            let membership = &metrics.membership_config;
-            let addresses: BTreeMap<u64, String> = membership
-                .nodes()
-                .map(|(&id, node)| {
-                    let member = self.peers.member(id);
-                    let address = member
-                        .map_or_else(|| node.peer_address.clone(), |member| member.peer_address);
-                    (id, address)
-                })
-                .collect();
-            (
-                Quorum {
-                    configs: membership.get_joint_config().clone(),
-                },
-                addresses,
-            )
-        };
+        let Voters { quorum, addresses } = Voters::of(&self.raft, &self.peers);
         let vote = vote_to(&vote);
         let mut agree = BTreeSet::from([me]);
         let others = quorum.voters().into_iter().filter(|&voter| voter != me);
@@ -161,7 +141,7 @@ impl LeaderProof {
         vote: holdfast_proto::peer::Vote,
     ) -> Option<u64> {
         let header = Header {
-            now_ms: self.leader_clock.leader_now(),
+            now_ms: self.leader_clock.log_time(),
             ..self.peers.header(voter, self.shard, Some(&self.state))
         };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
@@ -170,7 +150,7 @@ impl LeaderProof {
             vote: Some(vote),
             ..Default::default()
         });
-        request.set_timeout(ROUND_TIMEOUT);
+        request.set_timeout(self.round_timeout());
         let answer = self
             .peers
             .replica_client(address, Purpose::Control)
@@ -185,49 +165,5 @@ impl LeaderProof {
             | append_response::Result::Partial(_)
             | append_response::Result::Conflict(_) => Some(voter),
         }
-    }
-}
-
-impl Quorum {
-    fn voters(&self) -> BTreeSet<u64> {
-        self.configs.iter().flatten().copied().collect()
-    }
-
-    fn is_reached(&self, agree: &BTreeSet<u64>) -> bool {
-        self.configs
-            .iter()
-            .all(|config| config.intersection(agree).count() > config.len() / 2)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn reached<const N: usize>(configs: &[&[u64]], agree: [u64; N]) -> bool {
-        Quorum {
-            configs: configs
-                .iter()
-                .map(|config| config.iter().copied().collect())
-                .collect(),
-        }
-        .is_reached(&agree.into())
-    }
-
-    #[test]
-    fn a_quorum_is_more_than_half() {
-        assert!(reached(&[&[1]], [1]));
-        assert!(!reached(&[&[1, 2]], [1]));
-        assert!(reached(&[&[1, 2, 3]], [1, 3]));
-        assert!(!reached(&[&[1, 2, 3]], [1]));
-        assert!(!reached(&[&[1, 2, 3, 4]], [1, 2]));
-        assert!(!reached(&[&[1, 2, 3]], [1, 8, 9]), "others do not count");
-    }
-
-    #[test]
-    fn while_voters_change_it_is_more_than_half_of_both() {
-        assert!(!reached(&[&[1, 2, 3], &[3, 4, 5]], [1, 2, 3]));
-        assert!(!reached(&[&[1, 2, 3], &[3, 4, 5]], [3, 4, 5]));
-        assert!(reached(&[&[1, 2, 3], &[3, 4, 5]], [2, 3, 5]));
     }
 }

@@ -4,25 +4,23 @@
 //! So does nothing here: a node has a leader while it leads itself and a quorum acknowledged it
 //! within one lease, or while it heard that term's append or heartbeat within two.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{ShardId, peer, timeline::Millis};
 use parking_lot::Mutex;
 
-use super::LEASE;
+use super::{
+    alarms::Alarms,
+    lag::{Confirmations, Currency},
+    lease::Lease,
+    log_time::LogTime,
+    pace::{Pace, SharedPace},
+    quorum::Quorum,
+};
 use crate::{clock::Clock, peer::Peers, state::State};
 
-/// How long a heard leader counts.
-pub(crate) const HEARD_FOR: Duration = Duration::from_millis(2 * LEASE.as_millis() as u64);
-/// A leader whose wall clock is further than this from the voters' median follows the median, and
-/// alarms.
-const SKEW_MS_MAX: i64 = 1000;
+/// The clock of a voter that has not been heard for longer is not known.
+const CLOCK_COUNTS_FOR: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leader {
@@ -32,26 +30,32 @@ pub struct Leader {
     pub is_self: bool,
 }
 
-/// The last append or heartbeat that a leader's term accepted.
+/// The last append or heartbeat of a leader. Instants are monotonic.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heard {
     pub(crate) leader: u64,
     pub(crate) term: u64,
-    pub(crate) at: Duration,
+    at: Duration,
+    /// Of this leader in this term.
+    first_at: Duration,
+    /// When it sent what a quorum acknowledged, as far as it has said so; never too early by more
+    /// than its message took.
+    quorum_at: Option<Duration>,
 }
 
-/// The leader's time as it was said at a monotonic instant of ours.
-#[derive(Debug, Clone, Copy)]
-struct TimeBase {
-    leader_ms: Millis,
-    at: Duration,
+impl Heard {
+    /// Until when it keeps this replica from voting for others. One that no quorum acknowledges for
+    /// long, though it is heard here, keeps nobody.
+    fn until(&self, pace: Pace) -> Duration {
+        let kept_by = self.quorum_at.unwrap_or(self.first_at).max(self.first_at);
+        (self.at + pace.lease()).min(kept_by + pace.heard_for() + pace.vote_patience())
+    }
 }
 
-/// That this node led at an instant: a follower that has applied as much was current then.
-#[derive(Debug, Clone, Copy)]
-struct Proof {
-    at: Duration,
-    applied_index: u64,
+/// Log time here, and whether a leader said what it is since this node started.
+struct Time {
+    log: LogTime,
+    is_known: bool,
 }
 
 /// What a replica knows of its leader and its time.
@@ -60,36 +64,45 @@ pub(crate) struct LeaderClock {
     clock: Clock,
     state: Arc<State>,
     peers: Arc<Peers>,
+    pace: Arc<SharedPace>,
+    lease: Lease,
     heard: Mutex<Option<Heard>>,
-    /// When this replica last had applied all that its leader said was committed.
-    current_at: Mutex<Option<Duration>>,
-    base: Mutex<Option<TimeBase>>,
-    /// Of the last proposal: stamps never go back.
-    last_stamp: Mutex<Millis>,
-    voters: Mutex<Vec<u64>>,
-    skewed: AtomicBool,
-    proof: Mutex<Option<Proof>>,
+    time: Mutex<Time>,
+    quorum: Mutex<Quorum>,
+    currency: Currency,
+    confirmations: Confirmations,
+    alarms: Alarms,
 }
 
 impl LeaderClock {
-    pub(crate) fn new(shard: ShardId, clock: Clock, state: Arc<State>, peers: Arc<Peers>) -> Self {
+    pub(crate) fn new(
+        shard: ShardId,
+        clock: Clock,
+        state: Arc<State>,
+        peers: Arc<Peers>,
+        pace: Arc<SharedPace>,
+    ) -> Self {
+        let log = LogTime::new(state.applied().log_time, clock.monotonic());
         Self {
             shard,
             clock,
             state,
             peers,
+            pace,
+            lease: Lease::default(),
             heard: Mutex::default(),
-            current_at: Mutex::default(),
-            base: Mutex::default(),
-            last_stamp: Mutex::default(),
-            voters: Mutex::default(),
-            skewed: AtomicBool::new(false),
-            proof: Mutex::default(),
+            time: Mutex::new(Time {
+                log,
+                is_known: false,
+            }),
+            quorum: Mutex::default(),
+            currency: Currency::new(),
+            confirmations: Confirmations::default(),
+            alarms: Alarms::default(),
         }
     }
 
-    /// A leader's message came; it said when a quorum last acknowledged it, and what it had applied
-    /// after that.
+    /// A leader's message came.
     pub(crate) fn hear(&self, vote: Option<&peer::Vote>, header: Option<&peer::Header>) {
         let (Some(vote), Some(header)) = (vote, header) else {
             return;
@@ -101,187 +114,206 @@ impl LeaderClock {
             if heard.is_some_and(|heard| heard.term > vote.term) {
                 return;
             }
+            let before =
+                heard.filter(|heard| heard.term == vote.term && heard.leader == header.from);
             *heard = Some(Heard {
                 leader: header.from,
                 term: vote.term,
                 at,
+                first_at: before.map_or(at, |before| before.first_at),
+                quorum_at: header
+                    .proof
+                    .as_ref()
+                    .map(|proof| at.saturating_sub(Duration::from_millis(proof.ms_ago))),
             });
         }
-        *self.base.lock() = Some(TimeBase {
-            leader_ms: header.now_ms,
-            at,
-        });
-        if let Some(proof) = &header.proof
-            && proof.applied_index <= self.state.applied().index
+        *self.time.lock() = Time {
+            log: LogTime::new(header.now_ms, at),
+            is_known: true,
+        };
+        if let Some(confirmed) = header
+            .proof
+            .as_ref()
+            .and_then(|proof| proof.confirmed.as_ref())
         {
-            // Without a quorum a leader goes on sending, and others may have committed since.
-            let current_at = at.saturating_sub(Duration::from_millis(proof.ms_ago));
-            let mut known = self.current_at.lock();
-            *known = Some(known.map_or(current_at, |known| known.max(current_at)));
+            self.currency.confirmed(at, confirmed);
         }
     }
 
-    pub(crate) fn heard(&self) -> Option<Heard> {
-        (*self.heard.lock())
-            .filter(|heard| self.clock.monotonic().saturating_sub(heard.at) < HEARD_FOR)
+    // ---- at what pace ----
+
+    pub(crate) fn pace(&self) -> Pace {
+        self.pace.get()
     }
 
-    /// How long ago this replica last had all that its leader had committed; `None` if never.
-    pub(crate) fn current_ago(&self) -> Option<Duration> {
-        (*self.current_at.lock()).map(|at| self.clock.monotonic().saturating_sub(at))
+    /// Shard 0's state says what the cluster's pace is.
+    pub(crate) fn follow_pace(&self) {
+        if self.shard == 0 {
+            self.pace.set(self.state.applied().pace.into());
+        }
+    }
+
+    pub(crate) fn monotonic(&self) -> Duration {
+        self.clock.monotonic()
+    }
+
+    // ---- who leads ----
+
+    /// The leader that this replica hears, while a quorum acknowledges it.
+    pub(crate) fn heard(&self) -> Option<Heard> {
+        let (now, heard_for) = (self.clock.monotonic(), self.pace().heard_for());
+        let counts = |at: Duration| now.saturating_sub(at) < heard_for;
+        (*self.heard.lock()).filter(|heard| counts(heard.at) && heard.quorum_at.is_some_and(counts))
+    }
+
+    /// Until when a leader of this term or a later one counts here; `None` if none was heard.
+    pub(crate) fn leader_until(&self, term: u64) -> Option<Duration> {
+        let pace = self.pace();
+        (*self.heard.lock())
+            .filter(|heard| heard.term >= term)
+            .map(|heard| heard.until(pace))
+    }
+
+    /// A member acknowledged what this replica sent it then, as leader of that term.
+    pub(crate) fn acknowledged(&self, member: u64, term: u64, sent_at: Duration) {
+        let me = self.peers.identity().node_id;
+        self.lease.acknowledge(me, member, term, sent_at);
+    }
+
+    /// How long ago this leader of a term sent what a quorum acknowledged; `None` if never.
+    pub(crate) fn quorum_acknowledged_ago(&self, term: u64, now: Duration) -> Option<Duration> {
+        let me = self.peers.identity().node_id;
+        let at = self.lease.by_quorum(me, term, now)?;
+        Some(now.saturating_sub(at))
+    }
+
+    /// Whether this replica, which leads a term, may count as its leader.
+    pub(crate) fn has_lease(&self, term: u64, now: Duration) -> bool {
+        self.quorum_acknowledged_ago(term, now)
+            .is_some_and(|ago| ago < self.pace().lease())
     }
 
     /// The voters of the group, whoever leads it: a new leader needs them with its first stamp.
-    pub(crate) fn know_voters(&self, voters: Vec<u64>) {
-        *self.voters.lock() = voters;
+    pub(crate) fn know_voters(&self, quorum: Quorum) {
+        self.lease
+            .know_quorum(self.peers.identity().node_id, quorum.clone());
+        *self.quorum.lock() = quorum;
     }
 
-    /// While this node leads, its own time is the leader's. `acknowledged_ago`: by a quorum.
-    pub(crate) fn lead(&self, acknowledged_ago: Option<Duration>) {
-        let (leader_ms, at) = (self.leader_now(), self.clock.monotonic());
-        *self.base.lock() = Some(TimeBase { leader_ms, at });
-        // Applied after it: all that was acknowledged to a client until then is in it.
-        let applied_index = self.state.applied().index;
-        *self.proof.lock() = acknowledged_ago.map(|ago| Proof {
-            at: at.saturating_sub(ago),
-            applied_index,
-        });
+    // ---- how far behind it a replica may be ----
+
+    /// How long ago this replica, which follows, had all that was acknowledged; `None` if it never
+    /// had.
+    pub(crate) fn current_ago(&self) -> Option<Duration> {
+        let at = self.currency.current_at(self.state.applied().index)?;
+        Some(self.clock.monotonic().saturating_sub(at))
     }
 
-    /// What this leader's followers count their lag from.
-    pub(crate) fn proof(&self) -> Option<peer::LeaderProof> {
-        let proof = (*self.proof.lock())?;
-        let ago = self.clock.monotonic().saturating_sub(proof.at);
+    /// For each answer to the leader.
+    pub(crate) fn mark(&self) -> u64 {
+        self.currency.mark(self.clock.monotonic())
+    }
+
+    /// What a message of the leader of a term says of its leading.
+    pub(crate) fn proof(&self, term: u64, to: u64) -> Option<peer::LeaderProof> {
+        let ago = self.quorum_acknowledged_ago(term, self.clock.monotonic())?;
         Some(peer::LeaderProof {
             ms_ago: millis(ago),
-            applied_index: proof.applied_index,
+            confirmed: self.confirmations.of(term, to),
         })
     }
 
-    /// What reads judge by: the leader's time, which goes on without it; before any contact the
-    /// node's own wall clock.
-    pub(crate) fn now(&self) -> Millis {
-        let log_time = self.state.applied().log_time;
-        let estimate = self.continued().unwrap_or_else(|| self.clock.wall_ms());
-        estimate.max(log_time)
-    }
-
-    /// Whether this node's clock is off and it stamps with the voters' median.
-    pub(crate) fn is_skewed(&self) -> bool {
-        self.skewed.load(Ordering::Relaxed)
-    }
-
-    /// The leader's time as it was last known, carried on by the monotonic clock.
-    fn continued(&self) -> Option<Millis> {
-        let base = (*self.base.lock())?;
-        Some(
-            base.leader_ms
-                .saturating_add(millis(self.clock.monotonic().saturating_sub(base.at))),
-        )
-    }
-
-    /// The time of a log entry that this leader proposes.
-    pub(crate) fn stamp(&self) -> Millis {
-        let now = self.leader_now().max(self.state.applied().log_time);
-        let mut last = self.last_stamp.lock();
-        *last = now.max(*last);
-        *last
-    }
-
-    /// Own wall clock, or the voters' median if that is far off.
-    pub(crate) fn leader_now(&self) -> Millis {
-        let (me, monotonic, wall) = (
-            self.peers.identity().node_id,
-            millis(self.clock.monotonic()),
-            self.clock.wall_ms(),
-        );
-        let others: Vec<Millis> = {
-            let voters = self.voters.lock();
-            let views = voters
-                .iter()
-                .filter(|&&voter| voter != me)
-                .filter_map(|&voter| self.peers.view(self.shard, voter));
-            views
-                .map(|view| monotonic.saturating_add_signed(view.wall_ahead_of_monotonic_ms))
-                .collect()
+    /// Confirms to followers that they are current. This replica leads the term and has applied what
+    /// was before it.
+    pub(crate) fn confirm(&self, term: u64, members: impl Iterator<Item = u64>) {
+        let now = self.clock.monotonic();
+        let Some(ago) = self.quorum_acknowledged_ago(term, now) else {
+            return;
         };
-        let median = median(wall, others, self.continued());
-        let off_ms = i64::try_from(i128::from(median) - i128::from(wall)).unwrap_or(i64::MAX);
-        let skewed = off_ms.abs() > SKEW_MS_MAX;
-        if skewed != self.skewed.swap(skewed, Ordering::Relaxed) {
-            if skewed {
-                tracing::error!(
-                    off_ms,
-                    "this node's clock is far from the voters' median: as leader it stamps with the median"
-                );
-            } else {
-                tracing::info!("this node's clock agrees with the voters again");
+        // Applied after it: all that was acknowledged to a client until then is in it.
+        let applied_index = self.state.applied().index;
+        for member in members {
+            let view = self.peers.view(self.shard, member);
+            if let Some((mark, heard_at)) = view.and_then(|view| Some((view.mark?, view.heard_at)))
+            {
+                let quorum_at = now.saturating_sub(ago);
+                self.confirmations
+                    .step(term, member, (mark, heard_at), quorum_at, applied_index);
             }
         }
-        if skewed { median } else { wall }
     }
-}
 
-/// Of all voters whose clocks are known. Of an even number the leader's time so far decides, and
-/// before there was any this node's own clock: the later half of two must not win because it is
-/// later.
-fn median(own: Millis, others: Vec<Millis>, so_far: Option<Millis>) -> Millis {
-    let mut clocks = others;
-    clocks.push(own);
-    if clocks.len().is_multiple_of(2) {
-        let Some(so_far) = so_far else { return own };
-        clocks.push(so_far);
+    // ---- what time it is ----
+
+    /// What reads judge by: log time, as the leader had it and as it goes on without it; before any
+    /// contact the node's own wall clock.
+    pub(crate) fn now(&self) -> Millis {
+        let applied = self.state.applied().log_time;
+        let time = self.time.lock();
+        let now = if time.is_known {
+            time.log.at(self.clock.monotonic())
+        } else {
+            self.clock.wall_ms()
+        };
+        now.max(applied)
     }
-    clocks.sort_unstable();
-    clocks[clocks.len() / 2]
+
+    /// What a leader tells its followers of its time: never later than its next stamp.
+    pub(crate) fn log_time(&self) -> Millis {
+        self.time.lock().log.at(self.clock.monotonic())
+    }
+
+    /// The time of a log entry that this leader proposes; never before the one before.
+    pub(crate) fn stamp(&self) -> Millis {
+        let now = self.clock.monotonic();
+        let voters = self.voters_clock(now);
+        let mut time = self.time.lock();
+        time.log.advance(now, voters, self.state.applied().log_time);
+        time.is_known = true;
+        time.log.at(now)
+    }
+
+    /// Keeps log time at the voters' clock while this replica leads, and says when a clock is wrong.
+    pub(crate) fn keep_time(&self) {
+        self.stamp();
+        let now = self.clock.monotonic();
+        if let Some(voters) = self.voters_clock(now) {
+            let ahead_ms = self.time.lock().log.ahead_ms(now, voters);
+            self.alarms
+                .note(difference_ms(self.clock.wall_ms(), voters), ahead_ms);
+        }
+    }
+
+    /// How far log time is ahead of the voters' clock, as this leader last saw it.
+    pub(crate) fn log_time_ahead_ms(&self) -> i64 {
+        self.alarms.log_time_ahead_ms()
+    }
+
+    /// Whether this leader's own clock is off.
+    pub(crate) fn is_skewed(&self) -> bool {
+        self.alarms.is_skewed()
+    }
+
+    /// The latest instant that the clocks of a quorum have reached; `None` if too few are known.
+    fn voters_clock(&self, now: Duration) -> Option<Millis> {
+        let me = self.peers.identity().node_id;
+        let clock_of = |voter| {
+            if voter == me {
+                return Some(Duration::from_millis(self.clock.wall_ms()));
+            }
+            let view = self.peers.view(self.shard, voter)?;
+            let is_there = now.saturating_sub(view.heard_at) < CLOCK_COUNTS_FOR;
+            let wall = millis(now).saturating_add_signed(view.wall_ahead_of_monotonic_ms);
+            is_there.then(|| Duration::from_millis(wall))
+        };
+        self.quorum.lock().latest(clock_of).map(millis)
+    }
 }
 
 fn millis(duration: Duration) -> Millis {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NOW: Millis = 10_000_000;
-    const HOUR: Millis = 3_600_000;
-
-    #[test]
-    fn one_clock_that_is_off_never_decides() {
-        for own in [NOW, NOW + HOUR, NOW - HOUR] {
-            assert_eq!(median(own, vec![NOW, NOW], None), NOW, "three voters");
-        }
-        assert_eq!(median(NOW, vec![NOW + HOUR, NOW], None), NOW);
-    }
-
-    #[test]
-    fn of_two_the_leaders_time_so_far_decides() {
-        assert_eq!(
-            median(NOW, vec![NOW + HOUR], Some(NOW)),
-            NOW,
-            "the other one is ahead"
-        );
-        assert_eq!(
-            median(NOW + HOUR, vec![NOW], Some(NOW)),
-            NOW,
-            "this one is ahead"
-        );
-        assert_eq!(
-            median(NOW - HOUR, vec![NOW], Some(NOW)),
-            NOW,
-            "this one is behind"
-        );
-        assert_eq!(
-            median(NOW, vec![NOW + HOUR], None),
-            NOW,
-            "there was no leader yet"
-        );
-    }
-
-    #[test]
-    fn a_lone_voter_has_its_own_clock() {
-        assert_eq!(median(NOW, vec![], None), NOW);
-        assert_eq!(median(NOW, vec![], Some(NOW + HOUR)), NOW);
-    }
+fn difference_ms(one: Millis, other: Millis) -> i64 {
+    i64::try_from(i128::from(one) - i128::from(other)).unwrap_or(i64::MAX)
 }

@@ -11,11 +11,12 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use holdfast_proto::{
     limits::{ENTRY_BYTES_MAX, ENTRY_COMMANDS_MAX},
-    peer::{Command, LogEntry, Outcome},
+    peer::{Command, LogEntry, Outcome, command::Op},
 };
 use openraft::{
     errors::{ClientWriteError, ForwardToLeader},
     impls::OneshotResponder,
+    type_config::async_runtime::watch::WatchReceiver,
 };
 use parking_lot::Mutex;
 use prost::Message;
@@ -145,6 +146,10 @@ async fn propose(
     in_flight: OwnedSemaphorePermit,
 ) {
     let (commands, callers): (Vec<_>, Vec<_>) = entry.into_iter().unzip();
+    if !may_propose(raft, leader_clock, &commands) {
+        answer_all(callers, &WriteError::NoQuorum);
+        return;
+    }
     let encoded = LogEntry {
         format: u32::from(FORMAT),
         stamp_ms: leader_clock.stamp(),
@@ -183,6 +188,22 @@ async fn propose(
         }
     };
     tokio::spawn(answer.in_current_span());
+}
+
+/// A leader that no quorum acknowledges proposes nothing for anybody: it would be of unknown outcome.
+/// It may go on with what only the cluster itself waits for. Who does not lead is told so by
+/// openraft.
+fn may_propose(raft: &RaftHandle, leader_clock: &LeaderClock, commands: &[Command]) -> bool {
+    let of_the_cluster =
+        |command: &Command| matches!(command.op, Some(Op::Tick(_) | Op::SetPace(_)));
+    let (leads, term) = {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        (metrics.state.is_leader(), metrics.current_term)
+    };
+    !leads
+        || commands.iter().all(of_the_cluster)
+        || leader_clock.has_lease(term, leader_clock.monotonic())
 }
 
 fn leader_of(forward: &ForwardToLeader<Types>) -> Option<u64> {

@@ -44,7 +44,6 @@ use tonic::{Code, Request, Status};
 use super::{Peers, Purpose, snapshot::SnapshotError};
 use crate::{
     agreement::{
-        self,
         leadership::LeaderClock,
         pins::LogPins,
         state_machine::SnapshotData,
@@ -55,14 +54,16 @@ use crate::{
 
 /// A stream on which nothing was answered for this long, though something was asked, is dead.
 const STREAM_STALLED: Duration = Duration::from_secs(2);
-/// A unary call ends after this, unless openraft asks for longer.
-const CALL_TIMEOUT_MIN: Duration = Duration::from_millis(250);
-/// A heartbeat is given up after this, long after openraft counts it: the farthest learner has it
-/// by then.
+/// What a call may take that waits for nothing.
+const CALL_TIMEOUT: Duration = Duration::from_millis(500);
+/// A vote counts for as long as its candidate stands: slow disks, whose pace nobody may know yet,
+/// only make it late.
+const VOTE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A heartbeat is given up after this: the farthest learner has it by then. Until then its answer
+/// counts, however late.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Heartbeats on their way to one peer: as many as are sent until the first of them is given up.
-const HEARTBEATS_MAX: usize =
-    (HEARTBEAT_TIMEOUT.as_millis() / agreement::HEARTBEAT.as_millis()) as usize;
+const HEARTBEATS_MAX: usize = 64;
 /// A peer that does not answer a heartbeat within this is sent no snapshot.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -82,12 +83,13 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// Followers judge by the time that the leader stamps with, not by its raw clock.
-    fn header(&self, to: u64) -> wire::Header {
+    /// Followers judge by log time, not by their leader's raw clock. A leader's message names its
+    /// term.
+    fn header(&self, to: u64, leads: Option<u64>) -> wire::Header {
         let header = self.peers.header(to, self.shard, Some(&self.state));
         wire::Header {
-            now_ms: self.leader_clock.leader_now(),
-            proof: self.leader_clock.proof(),
+            now_ms: self.leader_clock.log_time(),
+            proof: leads.and_then(|term| self.leader_clock.proof(term, to)),
             ..header
         }
     }
@@ -131,8 +133,8 @@ pub(crate) struct PeerClient {
 }
 
 impl PeerClient {
-    fn header(&self) -> Option<wire::Header> {
-        Some(self.network.header(self.target))
+    fn header(&self, leads: Option<u64>) -> Option<wire::Header> {
+        Some(self.network.header(self.target, leads))
     }
 
     fn heard(&self, reply: Option<&wire::ReplyHeader>) {
@@ -182,6 +184,13 @@ impl PeerClient {
         }
     }
 
+    fn call_timeout(&self) -> Duration {
+        self.network
+            .leader_clock
+            .pace()
+            .answer_timeout(CALL_TIMEOUT)
+    }
+
     fn request<T>(&self, message: T, timeout: Duration) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(timeout);
@@ -206,7 +215,9 @@ impl PeerClient {
             .clone()
             .try_acquire_owned()
             .map_err(too_many)?;
-        let mut header = self.network.header(self.target);
+        let mut header = self
+            .network
+            .header(self.target, Some(rpc.vote.leader_id.term));
         header.acknowledged = self
             .network
             .peers
@@ -224,14 +235,21 @@ impl PeerClient {
             self.request(message, timeout),
         );
         let (peers, shard, target) = (self.network.peers.clone(), self.network.shard, self.target);
+        let (leader_clock, term) = (self.network.leader_clock.clone(), rpc.vote.leader_id.term);
         let call = crate::task::spawn(async move {
             let _permit = permit;
+            let sent_at = leader_clock.monotonic();
             // The request's own timeout does not count the dial.
             let response = tokio::time::timeout(timeout, client.append(request)).await;
             let response = response
                 .map_err(|_| Status::deadline_exceeded("the peer does not answer"))??
                 .into_inner();
             peers.heard(shard, target, response.header.as_ref());
+            let took = leader_clock.monotonic().saturating_sub(sent_at);
+            peers.measured(target, took, response.header.as_ref());
+            if is_acknowledged(response.result.as_ref()) {
+                leader_clock.acknowledged(target, term, sent_at);
+            }
             Ok::<_, Status>(response.result)
         });
         let result = call
@@ -289,7 +307,7 @@ impl PeerClient {
             .send(
                 state,
                 self.client(Purpose::Bulk),
-                self.header(),
+                self.header(None),
                 vote,
                 install_timeout,
             )
@@ -317,10 +335,9 @@ impl RaftNetworkV2<Types> for PeerClient {
     async fn append_entries(
         &mut self,
         rpc: AppendEntriesRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Rpc<AppendEntriesResponse<Types>> {
-        self.append(&rpc, option.hard_ttl().max(CALL_TIMEOUT_MIN))
-            .await
+        self.append(&rpc, self.call_timeout()).await
     }
 
     fn stream_append<'s, S>(
@@ -338,9 +355,15 @@ impl RaftNetworkV2<Types> for PeerClient {
             let Some(first) = input.next().await else {
                 return Ok(futures::stream::empty().boxed());
             };
-            // openraft's heartbeat worker sends a stream of one, and drops it after 50 ms.
+            // openraft's heartbeat worker sends a stream of one, and the next when this one is
+            // done: it is not kept waiting longer than until the next is due.
             if self.purpose == Purpose::Control {
-                let answer = self.append(&first, HEARTBEAT_TIMEOUT).await?;
+                let pace = self.network.leader_clock.pace();
+                let answer = self.append(&first, pace.answer_timeout(HEARTBEAT_TIMEOUT));
+                let late = |_| RPCError::Network(NetworkError::from_string("the answer is late"));
+                let answer = tokio::time::timeout(pace.heartbeat(), answer)
+                    .await
+                    .map_err(late)??;
                 let last = first
                     .entries
                     .last()
@@ -379,44 +402,18 @@ impl RaftNetworkV2<Types> for PeerClient {
     async fn vote(
         &mut self,
         rpc: VoteRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Rpc<VoteResponse<Types>> {
         self.open()?;
         let message = wire::VoteRequest {
-            header: self.header(),
+            header: self.header(None),
             vote: Some(vote_to(&rpc.vote)),
             last_log_id: rpc.last_log_id.as_ref().map(log_id_to),
             leadership_transfer: rpc.leadership_transfer,
         };
         let response = self
             .client(Purpose::Control)
-            .vote(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
-            .await
-            .map_err(|status| self.failed(&status))?
-            .into_inner();
-        self.heard(response.header.as_ref());
-        Ok(VoteResponse::new(
-            vote_of(response.vote)?,
-            response.last_log_id.map(log_id_from),
-            response.granted,
-        ))
-    }
-
-    async fn pre_vote(
-        &mut self,
-        rpc: VoteRequest<Types>,
-        option: RPCOption,
-    ) -> Rpc<VoteResponse<Types>> {
-        self.open()?;
-        let message = wire::PreVoteRequest {
-            header: self.header(),
-            vote: Some(vote_to(&rpc.vote)),
-            last_log_id: rpc.last_log_id.as_ref().map(log_id_to),
-            leadership_transfer: rpc.leadership_transfer,
-        };
-        let response = self
-            .client(Purpose::Control)
-            .pre_vote(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
+            .vote(self.request(message, VOTE_TIMEOUT))
             .await
             .map_err(|status| self.failed(&status))?
             .into_inner();
@@ -450,18 +447,18 @@ impl RaftNetworkV2<Types> for PeerClient {
     async fn transfer_leader(
         &mut self,
         req: TransferLeaderRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Rpc<openraft::raft::TransferLeaderResponse<Types>> {
         self.open()?;
         let message = wire::TransferLeaderRequest {
-            header: self.header(),
+            header: self.header(None),
             from_leader: Some(vote_to(req.from_leader())),
             to_node: *req.to_node_id(),
             last_log_id: req.last_log_id().map(log_id_to),
         };
         let sent = self
             .client(Purpose::Control)
-            .transfer_leader(self.request(message, option.hard_ttl().max(CALL_TIMEOUT_MIN)))
+            .transfer_leader(self.request(message, self.call_timeout()))
             .await;
         let response = sent.map_err(|status| self.failed(&status))?.into_inner();
         self.heard(response.header.as_ref());
@@ -520,7 +517,7 @@ impl PeerClient {
                 }
                 progress.sent.fetch_add(1, Ordering::Relaxed);
                 Some(wire::StreamAppendRequest {
-                    header: Some(network.header(target)),
+                    header: Some(network.header(target, Some(rpc.vote.leader_id.term))),
                     vote: Some(vote_to(&rpc.vote)),
                     prev_log_id: rpc.prev_log_id.as_ref().map(log_id_to),
                     entries: rpc.entries.iter().map(entry_to).collect(),
@@ -537,7 +534,12 @@ impl PeerClient {
         progress: &Progress,
     ) -> Option<Rpc<StreamAppendResult<Types>>> {
         let response = loop {
-            match tokio::time::timeout(STREAM_STALLED, responses.message()).await {
+            let stalled = self
+                .network
+                .leader_clock
+                .pace()
+                .answer_timeout(STREAM_STALLED);
+            match tokio::time::timeout(stalled, responses.message()).await {
                 Ok(response) => break response,
                 Err(_)
                     if progress.sent.load(Ordering::Relaxed)
@@ -565,6 +567,18 @@ impl PeerClient {
             Ok(None) => self.open().err().map(Err),
             Err(status) => Some(Err(self.failed(&status))),
         }
+    }
+}
+
+/// Whoever answers so takes this leader for the leader of its term.
+fn is_acknowledged(result: Option<&append_response::Result>) -> bool {
+    match result {
+        Some(
+            append_response::Result::Success(_)
+            | append_response::Result::Partial(_)
+            | append_response::Result::Conflict(_),
+        ) => true,
+        Some(append_response::Result::HigherVote(_)) | None => false,
     }
 }
 

@@ -79,6 +79,10 @@ pub struct PeerView {
     /// The peer's wall clock minus our monotonic one, to about a round trip: a step of our own wall
     /// clock changes nothing here.
     pub wall_ahead_of_monotonic_ms: i64,
+    /// Its instant of that answer, for it to count its lag from.
+    pub mark: Option<u64>,
+    /// What its slower syncs take.
+    pub sync_time: Duration,
     pub disk_used_permille: u32,
     pub file_system_is_full: bool,
     /// It lost log that it had acknowledged, and does not vote until it has it again.
@@ -107,6 +111,9 @@ pub struct Peers {
     views: Mutex<HashMap<(ShardId, u64), PeerView>>,
     roster: Roster,
     acknowledged: Acknowledged,
+    /// To each peer and back, without what it did in between; smoothed as TCP does (RFC 6298).
+    round_trips: Mutex<HashMap<u64, Duration>>,
+    sync_ms: AtomicU32,
     /// While set, this node neither sends to peers nor takes anything from them.
     closed: AtomicBool,
     /// The same for good.
@@ -129,6 +136,8 @@ impl Peers {
             views: Mutex::default(),
             roster: Roster::default(),
             acknowledged: Acknowledged::default(),
+            round_trips: Mutex::default(),
+            sync_ms: AtomicU32::new(0),
             closed: AtomicBool::new(false),
             retired: AtomicBool::new(false),
             disk_used_bytes: AtomicU64::new(0),
@@ -174,6 +183,9 @@ impl Peers {
             feature_level: FEATURE_LEVEL,
             applied_index: applied.index,
             revision: applied.revision,
+            sync_ms: self.sync_ms.load(Ordering::Relaxed),
+            held_us: None,
+            mark: None,
         }
     }
 
@@ -289,6 +301,8 @@ impl Peers {
         let view = PeerView {
             heard_at,
             wall_ahead_of_monotonic_ms: ahead_ms(reply.now_ms, heard_at),
+            mark: reply.mark,
+            sync_time: Duration::from_millis(reply.sync_ms.into()),
             disk_used_permille: reply.disk_used_permille,
             file_system_is_full: reply.file_system_full,
             log_is_short: reply.log_is_short,
@@ -297,6 +311,26 @@ impl Peers {
             revision: reply.revision,
         };
         self.views.lock().insert((shard, from), view);
+    }
+
+    /// A request was answered after `took`, of which the peer held it for a while.
+    pub(crate) fn measured(&self, peer: u64, took: Duration, reply: Option<&ReplyHeader>) {
+        let Some(held_us) = reply.and_then(|reply| reply.held_us) else {
+            return;
+        };
+        let round_trip = took.saturating_sub(Duration::from_micros(held_us.into()));
+        let mut round_trips = self.round_trips.lock();
+        let smoothed = round_trips.entry(peer).or_insert(round_trip);
+        *smoothed = *smoothed * 7 / 8 + round_trip / 8;
+    }
+
+    /// How long a message takes to a peer and back; nothing if it was never measured.
+    pub(crate) fn round_trip(&self, peer: u64) -> Duration {
+        self.round_trips
+            .lock()
+            .get(&peer)
+            .copied()
+            .unwrap_or_default()
     }
 
     pub fn view(&self, shard: ShardId, peer: u64) -> Option<PeerView> {
@@ -347,6 +381,16 @@ impl Peers {
             true => self.short_logs.fetch_add(1, Ordering::Relaxed),
             false => self.short_logs.fetch_sub(1, Ordering::Relaxed),
         };
+    }
+
+    /// What the slower syncs of this node's log take.
+    pub(crate) fn sync_time(&self) -> Duration {
+        Duration::from_millis(self.sync_ms.load(Ordering::Relaxed).into())
+    }
+
+    pub(crate) fn set_sync_time(&self, sync_time: Duration) {
+        let ms = u32::try_from(sync_time.as_millis()).unwrap_or(u32::MAX);
+        self.sync_ms.store(ms, Ordering::Relaxed);
     }
 
     pub(crate) fn set_disk(&self, fill: Fill) {

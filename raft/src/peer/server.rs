@@ -7,15 +7,15 @@ use futures::{Stream, StreamExt, stream::BoxStream};
 use holdfast_proto::{
     ShardId,
     peer::{
-        self as wire, Header, append_response, install_snapshot_request::Part, propose_response,
-        replica_service_server::ReplicaService, stream_append_response,
+        self as wire, Header, ReplyHeader, append_response, install_snapshot_request::Part,
+        propose_response, replica_service_server::ReplicaService, stream_append_response,
     },
     timeout,
 };
 use openraft::{
     raft::{
         AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult,
-        TransferLeaderRequest, VoteRequest,
+        TransferLeaderRequest, VoteResponse,
     },
     storage::Snapshot,
 };
@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     agreement::{
+        campaign::voting_past_leases,
         state_machine::{SnapshotData, snapshot_meta},
         types::{Types, entry_from, log_id_from, log_id_to, vote_from, vote_to},
     },
@@ -73,7 +74,7 @@ impl ReplicaServer {
     /// A voter that restarted may have granted a lease it no longer knows of: it votes for nobody
     /// until that has run out.
     fn may_vote(replica: &Replica) -> Result<(), Status> {
-        if replica.votes_quietly() {
+        if replica.campaign().is_quiet() {
             return Err(Status::unavailable(
                 "this node started just now and votes for nobody yet",
             ));
@@ -132,6 +133,7 @@ impl ReplicaService for ReplicaServer {
     ) -> Result<Response<wire::AppendResponse>, Status> {
         let message = request.into_inner();
         let replica = self.raft_replica(message.header.as_ref())?;
+        let arrived_at = replica.monotonic();
         replica.check_hash(message.header.as_ref())?;
         replica.note_acknowledged(message.header.as_ref());
         // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is
@@ -158,8 +160,12 @@ impl ReplicaService for ReplicaServer {
                 append_response::Result::HigherVote(vote_to(&vote))
             }
         };
+        let held = replica.monotonic().saturating_sub(arrived_at);
         Ok(Response::new(wire::AppendResponse {
-            header: Some(replica.reply()),
+            header: Some(ReplyHeader {
+                held_us: u32::try_from(held.as_micros()).ok(),
+                ..replica.reply()
+            }),
             result: Some(result),
         }))
     }
@@ -171,12 +177,17 @@ impl ReplicaService for ReplicaServer {
         let message = request.into_inner();
         let replica = self.raft_replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
-        let rpc = vote_request(
-            message.vote,
-            message.last_log_id,
-            message.leadership_transfer,
-        )?;
-        let response = replica.raft().vote(rpc).await.map_err(fatal)?;
+        let campaign = replica.campaign();
+        let candidate = vote_from(message.vote).map_err(missing)?;
+        let last = message.last_log_id.map(log_id_from);
+        let refused = !campaign.may_vote(message.leadership_transfer);
+        let response = if refused {
+            VoteResponse::new(campaign.vote(), campaign.last_log_id(), false)
+        } else {
+            campaign.promise(candidate.leader_id.voted_for);
+            let asked = replica.raft().vote(voting_past_leases(candidate, last));
+            asked.await.map_err(fatal)?
+        };
         Ok(Response::new(wire::VoteResponse {
             header: Some(replica.reply()),
             vote: Some(vote_to(&response.vote)),
@@ -192,17 +203,13 @@ impl ReplicaService for ReplicaServer {
         let message = request.into_inner();
         let replica = self.raft_replica(message.header.as_ref())?;
         Self::may_vote(&replica)?;
-        let rpc = vote_request(
-            message.vote,
-            message.last_log_id,
-            message.leadership_transfer,
-        )?;
-        let response = replica.raft().pre_vote(rpc).await.map_err(fatal)?;
+        let candidate = vote_from(message.vote).map_err(missing)?;
+        let last = message.last_log_id.map(log_id_from);
+        let granted = replica.campaign().would_vote(&candidate, last);
         Ok(Response::new(wire::PreVoteResponse {
             header: Some(replica.reply()),
-            vote: Some(vote_to(&response.vote)),
-            granted: response.vote_granted,
-            last_log_id: response.last_log_id.as_ref().map(log_id_to),
+            vote: Some(vote_to(&replica.campaign().vote())),
+            granted,
         }))
     }
 
@@ -389,14 +396,4 @@ fn append_request(
             .map_err(missing)?,
         leader_commit: commit.map(log_id_from),
     })
-}
-
-fn vote_request(
-    vote: Option<wire::Vote>,
-    last: Option<wire::LogId>,
-    leadership_transfer: bool,
-) -> Result<VoteRequest<Types>, Status> {
-    let mut request = VoteRequest::new(vote_from(vote).map_err(missing)?, last.map(log_id_from));
-    request.leadership_transfer = leadership_transfer;
-    Ok(request)
 }

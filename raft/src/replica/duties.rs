@@ -9,18 +9,33 @@ use holdfast_proto::peer::{Command, Tick, command::Op};
 
 use super::Replica;
 use crate::{
-    agreement::{leader_proof::ROUND_TIMEOUT, leadership::Leader},
+    agreement::{
+        leadership::Leader,
+        pace::{Governor, Pace},
+        quorum::Quorum,
+    },
     task::every,
 };
 
 /// How often a replica looks at who leads.
 const WATCH_EVERY: Duration = Duration::from_millis(20);
+/// How often the leader looks at what the pace follows from.
+const PACE_EVERY: Duration = Duration::from_millis(500);
+/// What was measured of a voter that has not been heard for longer does not count.
+const MEASURE_COUNTS_FOR: Duration = Duration::from_secs(10);
 /// Log time moves at least this often while there is a leader.
 const TICK_EVERY: Duration = Duration::from_millis(500);
 
 impl Replica {
     pub(super) fn start_duties(self: &Arc<Self>) {
         self.duty("replica.watch", Self::watch_who_leads);
+        self.duty("replica.heartbeat", |replica| async move {
+            replica.campaign.send_heartbeats().await;
+        });
+        self.duty("replica.stand", |replica| async move {
+            replica.campaign.stand_when_due().await;
+        });
+        self.duty("replica.pace", Self::keep_pace);
         self.duty("replica.tick", Self::tick);
         self.duty("replica.sweep", Self::sweep);
         self.duty("replica.purge", Self::purge);
@@ -47,17 +62,17 @@ impl Replica {
 
     async fn watch_who_leads(self: Arc<Self>) {
         let mut every = every(WATCH_EVERY);
-        let mut campaigning = false;
         loop {
             every.tick().await;
-            if !campaigning && !self.votes_quietly() {
-                self.raft.runtime_config().elect(true);
-                campaigning = true;
-            }
+            self.leader_clock.follow_pace();
+            self.leader_clock.know_voters(Quorum::of(&self.raft));
             let leader = self.leader();
-            self.leader_clock.know_voters(self.voters());
-            if leader.is_some_and(|leader| leader.is_self) {
-                self.leader_clock.lead(self.quorum_acknowledged_ago());
+            if let Some(leader) = leader.filter(|leader| leader.is_self) {
+                self.leader_clock.keep_time();
+                if self.leads() == Some(leader.term) {
+                    let members = self.voters().into_iter().chain(self.learners());
+                    self.leader_clock.confirm(leader.term, members);
+                }
             }
             let changed = self.leader.send_if_modified(|known| {
                 let other = known.map(|leader| (leader.id, leader.term))
@@ -99,7 +114,7 @@ impl Replica {
                 return;
             };
             if self
-                .wait_for_index(index, &self.clock.deadline(ROUND_TIMEOUT))
+                .wait_for_index(index, &self.clock.deadline(self.proof.round_timeout()))
                 .await
                 .is_err()
             {
@@ -112,7 +127,7 @@ impl Replica {
     async fn watch_catching_up(&self) {
         if let Some(Ok(index)) = self.read_rounds.join().await
             && self
-                .wait_for_index(index, &self.clock.deadline(ROUND_TIMEOUT))
+                .wait_for_index(index, &self.clock.deadline(self.proof.round_timeout()))
                 .await
                 .is_ok()
         {
@@ -149,5 +164,45 @@ impl Replica {
                 last_index = self.applied().index;
             }
         }
+    }
+
+    /// The leader of shard 0 measures what the cluster's pace follows from, and proposes another one
+    /// when it changed.
+    async fn keep_pace(self: Arc<Self>) {
+        let mut every = every(PACE_EVERY);
+        let mut governor = Governor::default();
+        loop {
+            every.tick().await;
+            if self.shard != 0 || !self.raft.is_leader() {
+                governor = Governor::default();
+                continue;
+            }
+            let (now, pace) = (self.clock.monotonic(), self.leader_clock.pace());
+            if let Some(next) = governor.adjust(now, pace, self.measured_pace(now)) {
+                tracing::info!(?pace, ?next, "the pace of the cluster changes");
+                let set = Command {
+                    request_id: None,
+                    caller: String::new(),
+                    op: Some(Op::SetPace(next.into())),
+                };
+                let timeout = pace.max(next).answer_timeout(PACE_EVERY);
+                let _ = self.propose_here(set, timeout).await;
+            }
+        }
+    }
+
+    /// The slowest disk and the longest way among the voters that are there.
+    fn measured_pace(&self, now: Duration) -> Pace {
+        let own = Pace::new(self.peers.sync_time(), Duration::ZERO);
+        let me = self.peers.identity().node_id;
+        self.voters()
+            .into_iter()
+            .filter(|&voter| voter != me)
+            .filter_map(|voter| {
+                let view = self.peers.view(self.shard, voter)?;
+                let is_there = now.saturating_sub(view.heard_at) < MEASURE_COUNTS_FOR;
+                is_there.then(|| Pace::new(view.sync_time, self.peers.round_trip(voter)))
+            })
+            .fold(own, Pace::max)
     }
 }

@@ -25,7 +25,7 @@ use holdfast_proto::{
     timeline::Millis,
     v1::Role,
 };
-use openraft::{Instant as _, ServerState, type_config::async_runtime::watch::WatchReceiver};
+use openraft::{ServerState, type_config::async_runtime::watch::WatchReceiver};
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -35,10 +35,12 @@ pub use self::{
 };
 use crate::{
     agreement::{
-        self, LEASE, RaftHandle,
+        self, RaftHandle,
+        campaign::Campaign,
         leader_proof::LeaderProof,
         leadership::{Leader, LeaderClock},
         log::{LogKept, ShardLog, SharedLog},
+        pace::{Pace, SharedPace},
         pins::LogPins,
         proposer::Proposer,
         read_rounds::ReadRounds,
@@ -62,6 +64,7 @@ pub(crate) struct Parts {
     pub(crate) stores: Stores,
     pub(crate) log: SharedLog,
     pub(crate) peers: Arc<Peers>,
+    pub(crate) pace: Arc<SharedPace>,
     pub(crate) snapshots: Arc<snapshot::Sender>,
     pub(crate) events: Arc<dyn Events>,
     pub(crate) memory_bytes_max: u64,
@@ -85,12 +88,11 @@ pub struct Replica {
     pins: LogPins,
     log_kept: LogKept,
     events: Arc<dyn Events>,
-    /// Until then a replica that had a vote before it started grants none and stands for none.
-    quiet_until: Duration,
+    campaign: Arc<Campaign>,
     /// It joined and has not been level with its leader since.
     must_catch_up: AtomicBool,
     /// Its log lost what it had acknowledged and is not level with its leader since.
-    log_is_short: AtomicBool,
+    log_is_short: Arc<AtomicBool>,
     /// Snapshots that are being installed.
     installing: AtomicUsize,
     leader: watch::Sender<Option<Leader>>,
@@ -152,6 +154,7 @@ impl Replica {
             stores,
             log,
             peers,
+            pace,
             snapshots,
             events,
             memory_bytes_max,
@@ -171,7 +174,9 @@ impl Replica {
             clock.clone(),
             state.clone(),
             peers.clone(),
+            pace,
         ));
+        leader_clock.follow_pace();
         let pins = LogPins::new(clock.clone());
         let network = Network {
             peers: peers.clone(),
@@ -183,7 +188,6 @@ impl Replica {
             pins: pins.clone(),
         };
         let machine = StateMachine::new(state.clone(), snapshots.clone(), events.clone())?;
-        let had_vote = log.has_vote();
         if log.first_index() > state.applied().index + 1 {
             let message = format!(
                 "the state of shard {shard} is at log index {}, the log begins at {}: what is between is gone; remove the data and let the node join again",
@@ -214,13 +218,18 @@ impl Replica {
             state: state.clone(),
             leader_clock: leader_clock.clone(),
         });
+        let log_is_short = Arc::new(AtomicBool::new(lost.is_some()));
+        let campaign = Arc::new(Campaign::new(
+            shard,
+            raft.clone(),
+            log.clone(),
+            peers.clone(),
+            leader_clock.clone(),
+            log_is_short.clone(),
+        ));
         let replica = Arc::new(Self {
             shard,
-            quiet_until: if had_vote {
-                clock.monotonic() + LEASE
-            } else {
-                Duration::ZERO
-            },
+            campaign,
             proposer: Proposer::start(raft.clone(), leader_clock.clone()),
             read_rounds: ReadRounds::start(proof.clone()),
             proof,
@@ -236,7 +245,7 @@ impl Replica {
             log_kept,
             events,
             must_catch_up: AtomicBool::new(must_catch_up || lost.is_some()),
-            log_is_short: AtomicBool::new(lost.is_some()),
+            log_is_short,
             installing: AtomicUsize::new(0),
             leader: watch::Sender::new(None),
             leads: watch::Sender::new(None),
@@ -308,7 +317,10 @@ impl Replica {
     /// How long ago this replica last knew itself to be current; `None` if it never did.
     pub fn lag(&self) -> Option<Duration> {
         match self.leader() {
-            Some(leader) if leader.is_self => Some(Duration::ZERO),
+            Some(leader) if leader.is_self && self.leads() == Some(leader.term) => {
+                let now = self.clock.monotonic();
+                self.leader_clock.quorum_acknowledged_ago(leader.term, now)
+            }
             _ => self.leader_clock.current_ago(),
         }
     }
@@ -320,15 +332,11 @@ impl Replica {
         let metrics = metrics.borrow_watched();
         let id = self.peers.identity().node_id;
         if metrics.state == ServerState::Leader {
-            let heard = metrics
-                .last_quorum_acked
-                .as_ref()
-                .is_some_and(|at| at.elapsed() < LEASE);
-            // A lone voter is its own quorum, and nobody else acknowledges anything.
-            let acknowledged = heard || metrics.membership_config.voter_ids().eq([id]);
-            return acknowledged.then_some(Leader {
+            let term = metrics.current_term;
+            let has_lease = self.leader_clock.has_lease(term, self.clock.monotonic());
+            return has_lease.then_some(Leader {
                 id,
-                term: metrics.current_term,
+                term,
                 is_self: true,
             });
         }
@@ -340,19 +348,9 @@ impl Replica {
         })
     }
 
-    /// When a quorum last acknowledged this leader, as far as openraft knows.
-    fn quorum_acknowledged_ago(&self) -> Option<Duration> {
-        let metrics = self.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let alone = metrics
-            .membership_config
-            .voter_ids()
-            .eq([self.peers.identity().node_id]);
-        if alone {
-            Some(Duration::ZERO)
-        } else {
-            metrics.last_quorum_acked.as_ref().map(|at| at.elapsed())
-        }
+    /// What heartbeats and elections are timed by.
+    pub fn pace(&self) -> Pace {
+        self.leader_clock.pace()
     }
 
     pub fn watch_leader(&self) -> watch::Receiver<Option<Leader>> {
@@ -400,7 +398,12 @@ impl Replica {
             .map(|(&id, _)| id)
     }
 
-    /// Whether this leader's clock is off and it stamps with the voters' median.
+    /// How far log time is ahead of the voters' clocks, as seen when this replica last led.
+    pub fn log_time_ahead_ms(&self) -> i64 {
+        self.leader_clock.log_time_ahead_ms()
+    }
+
+    /// Whether this leader's own clock is off.
     pub fn clock_is_skewed(&self) -> bool {
         self.leader_clock.is_skewed()
     }
@@ -473,11 +476,14 @@ impl Replica {
 
     /// What an answer to a peer about this shard begins with.
     pub fn reply(&self) -> ReplyHeader {
-        self.peers.reply(Some(&self.state))
+        ReplyHeader {
+            mark: Some(self.leader_clock.mark()),
+            ..self.peers.reply(Some(&self.state))
+        }
     }
 
-    pub(crate) fn votes_quietly(&self) -> bool {
-        self.log_is_short() || self.clock.monotonic() < self.quiet_until
+    pub(crate) fn campaign(&self) -> &Campaign {
+        &self.campaign
     }
 
     /// As a leader: how far the log of each member has what this one has; 0 if it has nothing.

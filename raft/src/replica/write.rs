@@ -10,12 +10,7 @@ use holdfast_proto::{
 use tonic::Request;
 
 use super::{RETRY_PAUSE, Replica};
-use crate::{
-    agreement::{LEASE, leadership::Leader},
-    clock::Deadline,
-    error::WriteError,
-    peer::Purpose,
-};
+use crate::{agreement::leadership::Leader, clock::Deadline, error::WriteError, peer::Purpose};
 
 impl Replica {
     /// Proposes a command, here or through the leader, and says what it came to. A forwarded
@@ -129,7 +124,7 @@ impl Replica {
         {
             return std::future::pending().await;
         }
-        tokio::time::sleep(LEASE).await;
+        tokio::time::sleep(self.pace().lease()).await;
     }
 
     async fn leader_change(&self, within: Duration) {

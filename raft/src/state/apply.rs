@@ -199,6 +199,10 @@ impl<'a> Run<'a> {
             Op::PromoteMember(promote) => self.promote_member(promote.id),
             Op::ForgetMember(forget) => self.forget_member(forget.id),
             Op::RaiseFeatureLevel(raise) => self.raise_feature_level(raise.level),
+            Op::SetPace(pace) => {
+                self.applied.pace = Some(*pace);
+                Ok(self.unchanged())
+            }
         }
     }
 

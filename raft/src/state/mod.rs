@@ -37,7 +37,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use holdfast_proto::{
     Revision, ShardId,
-    peer::{AppliedRecord, LogId, Member, Membership, Outcome, RosterRecord},
+    peer::{AppliedRecord, LogId, Member, Membership, Outcome, RosterRecord, SetPace},
     timeline::Millis,
 };
 use parking_lot::Mutex;
@@ -63,6 +63,8 @@ pub struct Applied {
     pub index: u64,
     pub revision: Revision,
     pub log_time: Millis,
+    /// The cluster's, in shard 0.
+    pub pace: SetPace,
 }
 
 /// The running hash of applied state at one index.
@@ -403,6 +405,7 @@ impl Writer {
             index: self.applied.last_applied.map_or(0, |log_id| log_id.index),
             revision: self.applied.revision,
             log_time: self.applied.log_time_ms,
+            pace: self.applied.pace.unwrap_or_default(),
         }
     }
 }

@@ -424,21 +424,32 @@ async fn a_leader_that_a_quorum_has_left_proves_nothing() {
     for node in &nodes {
         node.member().await;
     }
+    let mut forged = 0;
     for round in 0..5 {
-        let leader = leader_of(&nodes).await;
-        let replica = nodes[leader].replica();
-        replica
-            .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
-            .await
-            .expect("it leads");
+        // Elected after the last one was left, and by now it knows that.
+        let (leader, replica) = loop {
+            let leader = leader_of(&nodes).await;
+            let replica = nodes[leader].replica();
+            let seen = replica
+                .wait_until_seen(&Seen::Everything, PATIENCE, &patience())
+                .await;
+            seen.expect("somebody leads");
+            if replica
+                .leader()
+                .is_some_and(|leader| leader.is_self && leader.term > forged)
+            {
+                break (leader, replica);
+            }
+        };
         let others: Vec<_> = (0..3)
             .filter(|&node| node != leader)
             .map(|node| nodes[node].replica())
             .collect();
         let term = replica.term();
+        forged = term + 1;
         let vote = peer::Vote {
             term: term + 1,
-            voted_for: Some(replica.peers_identity().node_id),
+            voted_for: Some(others[0].peers_identity().node_id),
             committed: false,
         };
         let vote = vote_from(Some(vote)).unwrap_or_else(|_| panic!("a vote"));

@@ -277,7 +277,6 @@ async fn who_is_in_no_roster_is_no_peer() {
             header: header.clone(),
             vote,
             last_log_id,
-            leadership_transfer: true,
         };
         let vote = VoteRequest {
             header: header.clone(),

@@ -11,6 +11,7 @@
 //! next sync, or reaches the file within 100 ms, so that a node that restarts alone shows what was
 //! committed. The thread groups whatever came while it was syncing: no timers.
 
+mod sync_times;
 mod tail;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ use parking_lot::RwLock;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::{
+    sync_times::SyncTimes,
     tail::{Tail, TailState, Weight},
     thread::{Syncer, Write},
 };
@@ -84,6 +86,7 @@ struct Inner {
     clock: Clock,
     /// When the write that is under way began; 0 if none is. A watchdog looks at it.
     writing_since_ms: AtomicU64,
+    sync_times: SyncTimes,
     failed: watch::Sender<Option<String>>,
     thread: parking_lot::Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -105,6 +108,7 @@ impl SharedLog {
             queue,
             clock,
             writing_since_ms: AtomicU64::new(0),
+            sync_times: SyncTimes::default(),
             failed: watch::Sender::new(None),
             thread: parking_lot::Mutex::new(None),
         });
@@ -146,6 +150,23 @@ impl SharedLog {
             0 => Duration::ZERO,
             since => Duration::from_millis(self.inner.clock.monotonic_ms().saturating_sub(since)),
         }
+    }
+
+    /// How long a sync takes here, of the slower ones; the one that is under way counts as soon as
+    /// it takes longer.
+    pub(crate) fn sync_time(&self) -> Duration {
+        self.inner.sync_times.slow().max(self.stalled_for())
+    }
+
+    /// Syncs twice for nothing, so that a cluster without a leader knows how long that takes:
+    /// what an election may take depends on it.
+    pub(crate) async fn measure(&self) -> io::Result<()> {
+        for _ in 0..2 {
+            let (done, synced) = oneshot::channel();
+            self.enqueue(Write::Barrier { done }).await?;
+            let _ = synced.await;
+        }
+        Ok(())
     }
 
     /// Why the log can be written no more; `None` while it can.
@@ -236,6 +257,12 @@ pub(crate) struct ShardLog {
 impl ShardLog {
     pub(crate) fn last_index(&self) -> u64 {
         self.tail.state.read().last.as_ref().map_or(0, LogId::index)
+    }
+
+    /// Of the newest entry, purged or not.
+    pub(crate) fn last_id(&self) -> Option<LogId> {
+        let state = self.tail.state.read();
+        state.last.or(state.purged)
     }
 
     /// First index to keep: so many entries after it, or so many bytes, whichever are fewer.

@@ -162,6 +162,7 @@ impl Syncer {
         match result {
             Ok(()) => {
                 if sync {
+                    self.log.sync_times.add(took);
                     self.events.log_synced(took);
                 }
                 waiting.succeed();

@@ -176,6 +176,7 @@ impl Pair {
                 clock.clone(),
                 state.clone(),
                 peers.clone(),
+                Arc::default(),
             )),
             peers,
             state,
