@@ -265,6 +265,36 @@ impl Cluster {
             .join(format!("{}.log", self.nodes[node].name))
     }
 
+    /// Gives nodes that do not run other ports, in their own files and those of `told`.
+    pub fn move_nodes(&mut self, moved: &[usize], told: &[usize]) -> anyhow::Result<()> {
+        let ports = free_ports(moved.len() * 3)?;
+        for (&node, ports) in moved.iter().zip(ports.chunks(3)) {
+            let old = self.nodes[node].addresses;
+            let new = Addresses {
+                client: ports[0],
+                peer: ports[1],
+                admin: ports[2],
+            };
+            for file in [&[node], told]
+                .concat()
+                .iter()
+                .map(|&n| &self.nodes[n].file)
+            {
+                let mut config = std::fs::read_to_string(file)?;
+                for (old, new) in [
+                    (old.client, new.client),
+                    (old.peer, new.peer),
+                    (old.admin, new.admin),
+                ] {
+                    config = config.replace(&format!("\"{old}\""), &format!("\"{new}\""));
+                }
+                std::fs::write(file, config)?;
+            }
+            self.nodes[node].addresses = new;
+        }
+        Ok(())
+    }
+
     // ---- starting and stopping ----
 
     pub async fn start_node(&mut self, node: usize) -> anyhow::Result<()> {

@@ -18,6 +18,7 @@ mod forming;
 #[cfg(feature = "rocksdb")]
 mod isolation;
 mod membership;
+mod membership_truth;
 mod operation;
 mod proposals;
 mod refresh;
