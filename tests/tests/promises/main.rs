@@ -17,6 +17,8 @@ mod first_minutes;
 mod forming;
 #[cfg(feature = "rocksdb")]
 mod isolation;
+#[cfg(feature = "rocksdb")]
+mod linearizability;
 mod membership;
 mod membership_truth;
 mod operation;
