@@ -1,11 +1,11 @@
-//! First figures of a cluster of three child processes on this machine: writes and reads a second,
-//! with 1 and 64 callers. All processes and all callers share the machine's cores: read the ratios,
-//! not the digits.
+//! First figures of a cluster of three child processes on this machine: writes and reads a second
+//! and how long they take, with 1 and 64 callers. All processes and all callers share the machine's
+//! cores: read the ratios, not the digits. A call that fails is counted and shown.
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -31,7 +31,7 @@ fn main() -> anyhow::Result<()> {
         let cluster = Setup::new(PROGRAMS, Place::Processes).start().await?;
         let leader = cluster.leader().await?;
         let follower = cluster.follower().await?;
-        println!("| what | where | 1 caller, /s | 64 callers, /s | ratio |\n|--|--|--|--|--|");
+        println!("| what | where | callers | /s | p50 | p99 | failed |\n|--|--|--|--|--|--|--|");
         for (what, work, node, place) in [
             ("Set, 128 bytes", Work::Set, leader, "leader"),
             ("Set, 128 bytes", Work::Set, follower, "follower"),
@@ -60,47 +60,77 @@ fn main() -> anyhow::Result<()> {
                 "follower",
             ),
         ] {
-            let (one, many) = (
-                rate(&cluster, node, work, 1).await?,
-                rate(&cluster, node, work, 64).await?,
-            );
-            println!(
-                "| {what} | {place} | {one:.0} | {many:.0} | {:.1} |",
-                many / one
-            );
+            for callers in [1, 64] {
+                let Load { done, failed } = load(&cluster, node, work, callers).await?;
+                let rate = done.len() as f64 / TIME.as_secs_f64();
+                let (p50, p99) = (percentile(&done, 50), percentile(&done, 99));
+                println!(
+                    "| {what} | {place} | {callers} | {rate:.0} | {p50:.1?} | {p99:.1?} | {failed} |"
+                );
+            }
         }
         cluster.stop().await
     })
 }
 
-/// Calls that succeeded a second.
-async fn rate(cluster: &Cluster, node: usize, work: Work, callers: u64) -> anyhow::Result<f64> {
-    let done = Arc::new(AtomicU64::new(0));
+/// What callers saw in [`TIME`].
+#[derive(Default)]
+struct Load {
+    /// How long each call took, in order.
+    done: Vec<Duration>,
+    failed: u64,
+}
+
+/// Of numbers in order.
+fn percentile(done: &[Duration], percent: usize) -> Duration {
+    let last = done.len().saturating_sub(1);
+    done.get(last * percent / 100).copied().unwrap_or_default()
+}
+
+async fn load(cluster: &Cluster, node: usize, work: Work, callers: u64) -> anyhow::Result<Load> {
+    let counts = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let mut tasks = tokio::task::JoinSet::new();
     // As many services: a connection for each eight callers.
     let clients: Vec<Client> = (0..callers.div_ceil(8))
         .map(|_| cluster.client(node))
         .collect();
     for caller in 0..callers {
-        let (client, done) = (clients[(caller / 8) as usize].clone(), done.clone());
+        let client = clients[(caller / 8) as usize].clone();
+        let (counts, stop, clock) = (counts.clone(), stop.clone(), cluster.clock.clone());
         tasks.spawn(async move {
-            let value = vec![b'v'; 128];
+            let (value, mut load) = (vec![b'v'; 128], Load::default());
             for n in 0u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
                 let key = format!("key-{}", (caller * 7919 + n) % KEYS);
+                let (called, counted) = (clock.monotonic(), counts.load(Ordering::Relaxed));
                 let succeeded = match work {
-                    Work::Set => client.set(key, value.clone()).await.is_ok(),
+                    Work::Set => client.set(key, &value).await.is_ok(),
                     Work::Get(consistency) => {
                         client.get(key).consistency(consistency).await.is_ok()
                     }
                 };
-                done.fetch_add(u64::from(succeeded), Ordering::Relaxed);
+                if counted && succeeded {
+                    load.done.push(clock.monotonic().saturating_sub(called));
+                } else if counted {
+                    load.failed += 1;
+                }
             }
+            load
         });
     }
     tokio::time::sleep(TIME / 5).await;
-    let before = done.load(Ordering::Relaxed);
+    counts.store(true, Ordering::Relaxed);
     tokio::time::sleep(TIME).await;
-    let after = done.load(Ordering::Relaxed);
-    tasks.shutdown().await;
-    Ok((after - before) as f64 / TIME.as_secs_f64())
+    counts.store(false, Ordering::Relaxed);
+    stop.store(true, Ordering::Relaxed);
+    let mut all = Load::default();
+    for load in tasks.join_all().await {
+        all.done.extend(load.done);
+        all.failed += load.failed;
+    }
+    all.done.sort_unstable();
+    Ok(all)
 }

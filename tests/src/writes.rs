@@ -2,6 +2,7 @@
 //! under it. Every write has its own key, so that none hides the loss of another.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -32,8 +33,18 @@ pub struct Written {
     pub acknowledged: Vec<String>,
     /// Failed, and said `applied: no`: must never be seen.
     pub refused: Vec<String>,
+    /// Failed, and may have happened or may happen yet: once seen it must stay.
+    pub unknown: Vec<String>,
+    seen: Arc<Mutex<Seen>>,
     /// Has seen all that was acknowledged.
     pub token: Token,
+}
+
+/// The writes of unknown outcome that a check has seen, and how far that check was.
+#[derive(Debug, Default)]
+struct Seen {
+    keys: HashSet<String>,
+    token: Token,
 }
 
 struct Shared {
@@ -135,10 +146,16 @@ impl Written {
     pub fn merge(&mut self, other: Self) {
         self.acknowledged.extend(other.acknowledged);
         self.refused.extend(other.refused);
+        self.unknown.extend(other.unknown);
         self.token.merge(&other.token);
+        let other = std::mem::take(&mut *other.seen.lock());
+        let mut seen = self.seen.lock();
+        seen.keys.extend(other.keys);
+        seen.token.merge(&other.token);
     }
 
-    /// Every acknowledged write is there for a client, none that was said not to be.
+    /// Every acknowledged write is there for a client, none that was said not to be, and what an
+    /// earlier check has seen of the others.
     pub async fn check(&self, client: &Client) -> anyhow::Result<()> {
         for keys in self.acknowledged.chunks(BATCH) {
             let batch = client.batch_get(keys).token(self.token.clone()).await?;
@@ -148,6 +165,22 @@ impl Written {
                     .with_context(|| format!("{key} was acknowledged and is lost"))?;
                 ensure!(value.starts_with(key.as_bytes()), "{key} has another value");
             }
+        }
+        for keys in self.unknown.chunks(BATCH) {
+            let token = self.seen.lock().token.clone();
+            let batch = client.batch_get(keys).token(token).await?;
+            let mut seen = self.seen.lock();
+            for (key, result) in keys.iter().zip(batch.results) {
+                if result?.value.is_some() {
+                    seen.keys.insert(key.clone());
+                } else {
+                    ensure!(
+                        !seen.keys.contains(key),
+                        "{key} was seen, though nobody knew of it, and is lost"
+                    );
+                }
+            }
+            seen.token.merge(&batch.token);
         }
         for keys in self.refused.chunks(BATCH) {
             let batch = client
@@ -194,8 +227,9 @@ async fn write(shared: Arc<Shared>, client: Client) {
             }
             Err(error) => {
                 kept.last_error = Some(format!("{error} ({})", error.reason()));
-                if error.applied() == Applied::No {
-                    kept.written.refused.push(key);
+                match error.applied() {
+                    Applied::No => kept.written.refused.push(key),
+                    Applied::Unknown => kept.written.unknown.push(key),
                 }
             }
         }
