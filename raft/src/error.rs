@@ -14,6 +14,8 @@ pub enum WriteError {
     NoQuorum,
     #[error("this node does not lead the shard")]
     NotLeader { leader: Option<u64> },
+    #[error("the leader cannot be reached")]
+    Unreachable,
     #[error("too many writes wait already")]
     Overloaded,
     #[error("the disk of a voter is at its limit: values are refused until space is free again")]
@@ -44,6 +46,7 @@ impl WriteError {
             Self::NoLeader
             | Self::NoQuorum
             | Self::NotLeader { .. }
+            | Self::Unreachable
             | Self::Overloaded
             | Self::DiskFull
             | Self::DeadlineBefore
@@ -53,7 +56,7 @@ impl WriteError {
 
     pub fn reason(&self) -> &str {
         match self {
-            Self::NoLeader | Self::NotLeader { .. } => reason::NO_LEADER,
+            Self::NoLeader | Self::NotLeader { .. } | Self::Unreachable => reason::NO_LEADER,
             Self::NoQuorum | Self::Unknown(_) => reason::NO_QUORUM,
             Self::Overloaded => reason::OVERLOADED,
             Self::DiskFull => reason::DISK_FULL,

@@ -48,7 +48,8 @@ pub use events::Events;
 pub use identity::IdentityError;
 pub use local::{Membership, Options};
 pub use peer::{
-    Identity, PeerView, Peers, membership_server::MembershipServer, server::ReplicaServer,
+    CallError, Identity, PeerView, Peers, membership_server::MembershipServer,
+    server::ReplicaServer,
 };
 pub use replica::{InMemory, Inspected, Replica, Seen};
 pub use replicas::{OpenError, Replicas};

@@ -260,7 +260,11 @@ impl Replicas {
             incarnation: record.incarnation,
             session: self.local.session(),
         };
-        let peers = Arc::new(Peers::new(self.local.clock().clone(), identity));
+        let peers = Arc::new(Peers::new(
+            self.local.clock().clone(),
+            identity,
+            self.events.clone(),
+        ));
         let founders = record.accepted.iter();
         peers
             .roster()

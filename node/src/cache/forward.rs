@@ -4,8 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, peer::ReadRequest, reason, v1};
-use holdfast_raft::{Deadline, Events as _, Leader, ReadError, Replica, Seen};
-use tonic::Request;
+use holdfast_raft::{CallError, Deadline, Leader, ReadError, Replica, Seen};
 
 use super::{Cache, controls::Controls};
 use crate::{error::Error, grpc::error_of};
@@ -137,26 +136,25 @@ impl Cache {
         deadline: &Deadline,
     ) -> Result<v1::BatchGetResponse, Error> {
         let peers = self.peers()?;
-        let member = peers.member(leader.id).ok_or_else(Error::no_leader)?;
-        let left = deadline.left();
-        let mut request = Request::new(ReadRequest {
-            header: Some(replica.header(leader.id)),
+        let header = replica.header(leader.id);
+        let question = ReadRequest {
+            header: None,
             keys: keys.iter().map(|key| key.as_bytes().clone()).collect(),
             consistency: controls.consistency.into(),
             token: controls.token.clone(),
-        });
-        request.set_timeout(left);
-        self.metrics.outgoing(request.metadata_mut());
-        self.metrics.read_waited("forwarded");
-        let mut client = peers.refresh_client(&member.peer_address);
-        let response = match tokio::time::timeout(left, client.read(request)).await {
-            Err(_) => return Err(Error::deadline()),
-            Ok(Err(status)) => {
-                return Err(error_of(&status).unwrap_or_else(Error::no_leader));
-            }
-            Ok(Ok(response)) => response.into_inner(),
         };
-        peers.heard(replica.shard(), leader.id, response.header.as_ref());
+        self.metrics.read_waited("forwarded");
+        let response =
+            peers
+                .call(header, deadline, question)
+                .await
+                .map_err(|error| match error {
+                    CallError::Timeout => Error::deadline(),
+                    CallError::Refused(status) => {
+                        error_of(&status).unwrap_or_else(Error::no_leader)
+                    }
+                    _ => Error::no_leader(),
+                })?;
         match response.response {
             Some(read) if read.results.len() == keys.len() => Ok(read),
             _ => Err(Error::internal(

@@ -6,8 +6,8 @@ use holdfast_proto::{
     Key,
     peer::{FetchRequest, fetch_response},
 };
-use holdfast_raft::{Deadline, Events, Leader, Replica};
-use tonic::{Code, Request};
+use holdfast_raft::{CallError, Deadline, Leader, Replica};
+use tonic::Code;
 
 use super::{Refresher, join::another_leader, outcome::FetchOutcome};
 
@@ -27,37 +27,25 @@ impl Refresher {
         let Some(peers) = self.replicas.peers() else {
             return FetchOutcome::NotLeading;
         };
-        let Some(member) = peers.member(leader.id) else {
-            return FetchOutcome::NotLeading;
-        };
-        let header = Some(replica.header(leader.id));
-        let mut request = Request::new(FetchRequest {
-            header,
+        let header = replica.header(leader.id);
+        let question = FetchRequest {
+            header: None,
             key: key.as_bytes().clone(),
-        });
-        request.set_timeout(deadline.left());
-        self.metrics.outgoing(request.metadata_mut());
-        let mut client = peers.refresh_client(&member.peer_address);
+        };
         // A leader that hangs is left as soon as there is another.
-        let response = tokio::select! {
-            response = deadline.limit(client.fetch(request)) => response,
-            () = another_leader(replica, leader) => return FetchOutcome::NotLeading,
-        };
-        let response = match response {
-            Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) if status.code() == Code::ResourceExhausted => {
-                return FetchOutcome::Overloaded;
+        let another = another_leader(replica, leader);
+        match peers.call_until(header, deadline, question, another).await {
+            Ok(response) => response
+                .result
+                .map_or(FetchOutcome::NotLeading, FetchOutcome::from),
+            Err(CallError::Refused(status)) if status.code() == Code::ResourceExhausted => {
+                FetchOutcome::Overloaded
             }
-            Ok(Err(status)) => {
-                tracing::debug!(leader = leader.id, code = ?status.code(), "the leader did not fetch");
-                return FetchOutcome::NotLeading;
+            Err(error) => {
+                tracing::debug!(leader = leader.id, %error, "the leader did not fetch");
+                FetchOutcome::NotLeading
             }
-            Err(_) => return FetchOutcome::NotLeading,
-        };
-        peers.heard(replica.shard(), leader.id, response.header.as_ref());
-        response
-            .result
-            .map_or(FetchOutcome::NotLeading, FetchOutcome::from)
+        }
     }
 
     /// Joins the flight of a follower's reader, who waits so long, by the policies of this node,

@@ -8,9 +8,8 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, ShardId, peer::ReportReadsRequest};
-use holdfast_raft::{Events, Leader, Replica};
+use holdfast_raft::{Leader, Replica};
 use tokio::time::MissedTickBehavior;
-use tonic::Request;
 
 use super::{
     Refresher,
@@ -110,30 +109,15 @@ impl Refresher {
         let Some(peers) = self.replicas.peers() else {
             return false;
         };
-        let Some(member) = peers.member(leader.id) else {
-            return false;
-        };
-        let header = Some(replica.header(leader.id));
+        let header = replica.header(leader.id);
         let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
-        let mut request = Request::new(ReportReadsRequest {
-            header,
+        let question = ReportReadsRequest {
+            header: None,
             read: bytes(&report.read),
             due: bytes(&report.due),
-        });
-        request.set_timeout(TIMEOUT);
-        self.metrics.outgoing(request.metadata_mut());
-        let mut client = peers.refresh_client(&member.peer_address);
-        match tokio::time::timeout(TIMEOUT, client.report_reads(request)).await {
-            Ok(Ok(response)) => {
-                peers.heard(
-                    replica.shard(),
-                    leader.id,
-                    response.into_inner().header.as_ref(),
-                );
-                true
-            }
-            _ => false,
-        }
+        };
+        let deadline = self.clock.deadline(TIMEOUT);
+        peers.call(header, &deadline, question).await.is_ok()
     }
 }
 

@@ -22,13 +22,9 @@ use holdfast_proto::{
 use openraft::{
     raft::linearizable_read::LinearizerOption, type_config::async_runtime::watch::WatchReceiver,
 };
-use tonic::Request;
 
 use super::{RaftHandle, leadership::LeaderClock, quorum::Voters, types::vote_to};
-use crate::{
-    peer::{Peers, Purpose},
-    state::State,
-};
+use crate::{peer::Peers, state::State};
 
 /// A round may take this long, and what a voter's disk and its distance add.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
@@ -73,26 +69,15 @@ impl LeaderProof {
             return self.prove().await;
         }
         let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
-        let member = self.peers.member(heard.leader).ok_or(Unproven::NoLeader)?;
-        let mut request = Request::new(ReadIndexRequest {
-            header: Some(
-                self.peers
-                    .header(heard.leader, self.shard, Some(&self.state)),
-            ),
-        });
-        request.set_timeout(self.round_timeout());
-        let mut client = self
+        let header = self
             .peers
-            .replica_client(&member.peer_address, Purpose::Control);
-        let asked = tokio::time::timeout(
-            self.round_timeout() + self.leader_clock.pace().round_trip,
-            client.read_index(request),
-        )
-        .await;
-        let response = asked
-            .map_err(|_| Unproven::NoLeader)?
-            .map_err(|_| Unproven::NoLeader)?
-            .into_inner();
+            .header(heard.leader, self.shard, Some(&self.state));
+        let within = self.round_timeout() + self.leader_clock.pace().round_trip;
+        let deadline = self.peers.clock().deadline(within);
+        let asked = self
+            .peers
+            .call(header, &deadline, ReadIndexRequest::default());
+        let response = asked.await.map_err(|_| Unproven::NoLeader)?;
         match response.read_log_id {
             Some(log_id) if response.confirmed => Ok(log_id.index),
             _ => Err(Unproven::NoQuorum),
@@ -145,20 +130,13 @@ impl LeaderProof {
             ..self.peers.header(voter, self.shard, Some(&self.state))
         };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
-        let mut request = Request::new(AppendRequest {
-            header: Some(header),
+        let question = AppendRequest {
             vote: Some(vote),
             ..Default::default()
-        });
-        request.set_timeout(self.round_timeout());
-        let answer = self
-            .peers
-            .replica_client(address, Purpose::Control)
-            .append(request)
-            .await
-            .ok()?
-            .into_inner();
-        self.peers.heard(self.shard, voter, answer.header.as_ref());
+        };
+        let deadline = self.peers.clock().deadline(self.round_timeout());
+        let asked = self.peers.call_at(address, header, &deadline, question);
+        let answer = asked.await.ok()?;
         match answer.result? {
             append_response::Result::HigherVote(_) => None,
             append_response::Result::Success(_)

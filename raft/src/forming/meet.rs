@@ -4,14 +4,10 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use futures::future::join_all;
-use holdfast_proto::peer::{
-    HelloRequest, HelloResponse, IdentityRecord, NodeState,
-    membership_service_client::MembershipServiceClient,
-};
-use tonic::Request;
+use holdfast_proto::peer::{HelloRequest, HelloResponse, IdentityRecord, NodeState};
 
 use super::Met;
-use crate::{local::Local, peer::connect_lazy};
+use crate::{local::Local, peer::ask_stranger};
 
 pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_millis(700);
 
@@ -41,7 +37,7 @@ pub(crate) async fn greet(
     address: &str,
     timeout: Duration,
 ) -> Option<HelloResponse> {
-    ask(hello(local), address, timeout).await
+    ask(local, hello(local), address, timeout).await
 }
 
 /// Only asks who is there.
@@ -54,14 +50,17 @@ pub(crate) async fn probe(
         is_probe: true,
         ..hello(local)
     };
-    ask(probe, address, timeout).await
+    ask(local, probe, address, timeout).await
 }
 
-async fn ask(hello: HelloRequest, address: &str, timeout: Duration) -> Option<HelloResponse> {
-    let mut client = MembershipServiceClient::new(connect_lazy(address));
-    let asked = client.hello(Request::new(hello));
-    let answer = tokio::time::timeout(timeout, asked).await;
-    Some(answer.ok()?.ok()?.into_inner())
+async fn ask(
+    local: &Local,
+    hello: HelloRequest,
+    address: &str,
+    timeout: Duration,
+) -> Option<HelloResponse> {
+    let deadline = local.clock().deadline(timeout);
+    ask_stranger(address, &deadline, hello).await.ok()
 }
 
 /// Who this node is.

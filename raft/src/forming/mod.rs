@@ -16,10 +16,9 @@ use std::{collections::BTreeSet, io, net::SocketAddr, sync::Arc, time::Duration}
 
 use holdfast_proto::peer::{
     AcceptRequest, ClusterRecord, Formation, HelloRequest, JoinRequest, Joined, Member, NodeState,
-    join_response, membership_service_client::MembershipServiceClient,
+    join_response,
 };
 use parking_lot::Mutex;
-use tonic::Request;
 
 pub(crate) use self::rules::Met;
 use self::{
@@ -27,8 +26,9 @@ use self::{
     rules::{Mine, Step},
 };
 use crate::{
+    clock::Deadline,
     local::{Local, Membership},
-    peer::connect_lazy,
+    peer::ask_stranger,
 };
 
 const HELLO_EVERY: Duration = Duration::from_millis(150);
@@ -135,12 +135,17 @@ impl Forming {
         let Some(formation) = self.local.identity().record().accepted else {
             return BTreeSet::new();
         };
+        let deadline = &self.local.clock().deadline(HELLO_TIMEOUT);
         let asked = nodes.into_iter().map(|(incarnation, address)| {
             let request = AcceptRequest {
                 formation: Some(formation.clone()),
                 proposer: self.local.identity().incarnation(),
             };
-            async move { accepts(address, request).await.then_some(incarnation) }
+            async move {
+                accepts(address, deadline, request)
+                    .await
+                    .then_some(incarnation)
+            }
         });
         let answers = futures::future::join_all(asked).await;
         answers.into_iter().flatten().collect()
@@ -200,10 +205,9 @@ impl Forming {
         let request = JoinRequest {
             member: Some(self.local.myself()),
         };
-        let mut client = MembershipServiceClient::new(connect_lazy(address));
-        let asked = client.join(Request::new(request));
-        let answer = tokio::time::timeout(JOIN_TIMEOUT, asked).await;
-        answer.ok()?.ok()?.into_inner().result
+        let deadline = self.local.clock().deadline(JOIN_TIMEOUT);
+        let answer = ask_stranger(address, &deadline, request).await;
+        answer.ok()?.result
     }
 
     /// Tells people what this node waits for, when it changes or has been so for a while.
@@ -261,13 +265,10 @@ impl Forming {
     }
 }
 
-async fn accepts(address: SocketAddr, request: AcceptRequest) -> bool {
-    let mut client = MembershipServiceClient::new(connect_lazy(&address.to_string()));
-    let asked = client.accept(Request::new(request));
-    let Ok(Ok(answer)) = tokio::time::timeout(HELLO_TIMEOUT, asked).await else {
+async fn accepts(address: SocketAddr, deadline: &Deadline, request: AcceptRequest) -> bool {
+    let Ok(answer) = ask_stranger(&address.to_string(), deadline, request).await else {
         return false;
     };
-    let answer = answer.into_inner();
     if !answer.accepted {
         tracing::info!(%address, refusal = answer.refusal, "a node did not accept the formation yet");
     }

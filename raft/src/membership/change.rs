@@ -10,7 +10,6 @@ use holdfast_proto::{
         PromoteMember, change_member_request, command::Op, outcome,
     },
 };
-use tonic::Request;
 
 use super::{
     CAUGHT_UP_ENTRIES, CHANGE_TIMEOUT, entries_behind, members_of, propose, rules,
@@ -20,7 +19,7 @@ use crate::{
     error::{ChangeError, WriteError},
     forming::meet,
     local::Local,
-    peer::Peers,
+    peer::{CallError, Peers},
     replica::{Replica, Seen},
 };
 
@@ -167,17 +166,16 @@ async fn ask_leader(
     leader: u64,
     change: Change,
 ) -> Result<Changed, ChangeError> {
-    let member = peers.member(leader).ok_or(WriteError::NoLeader)?;
-    let mut request = Request::new(ChangeMemberRequest {
-        header: Some(peers.header(leader, shard, None)),
+    let question = ChangeMemberRequest {
+        header: None,
         change: Some(change.into()),
-    });
-    request.set_timeout(CHANGE_TIMEOUT);
-    let mut client = peers.membership_client(&member.peer_address);
-    let answer = client.change_member(request).await;
-    let answer = answer
-        .map_err(|status| WriteError::Unknown(status.message().into()))?
-        .into_inner();
+    };
+    let deadline = peers.clock().deadline(CHANGE_TIMEOUT);
+    let asked = peers.call(peers.header(leader, shard, None), &deadline, question);
+    let answer = asked.await.map_err(|error| match error {
+        CallError::NeverSent(_) => WriteError::Unreachable,
+        error => WriteError::Unknown(error.to_string()),
+    })?;
     if !answer.reason.is_empty() {
         return Err(ChangeError::Remote {
             reason: answer.reason,

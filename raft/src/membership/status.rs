@@ -8,7 +8,6 @@ use holdfast_proto::{
     peer::{Accusation, Member, ReportRequest, ReportResponse, ShardReport},
     v1,
 };
-use tonic::Request;
 
 use super::{health, members_of};
 use crate::{local::Local, peer::Peers, replica::Replica};
@@ -175,13 +174,15 @@ pub(super) async fn ask_for_report(
     if member.id == peers.identity().node_id {
         return Some(report(local));
     }
-    let mut request = Request::new(ReportRequest {
-        header: Some(peers.header(member.id, 0, None)),
-    });
-    request.set_timeout(REPORT_TIMEOUT);
-    let mut client = peers.membership_client(&member.peer_address);
-    let answer = tokio::time::timeout(REPORT_TIMEOUT, client.report(request)).await;
-    Some(answer.ok()?.ok()?.into_inner())
+    let header = peers.header(member.id, 0, None);
+    let deadline = local.clock().deadline(REPORT_TIMEOUT);
+    let asked = peers.call_at(
+        &member.peer_address,
+        header,
+        &deadline,
+        ReportRequest::default(),
+    );
+    asked.await.ok()
 }
 
 /// This node's word of itself.

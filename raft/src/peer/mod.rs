@@ -6,6 +6,8 @@
 //! arrival and said on both sides.
 
 mod acknowledged;
+mod call;
+mod channel;
 pub(crate) mod client;
 pub(crate) mod membership_server;
 mod roster;
@@ -14,42 +16,37 @@ pub(crate) mod snapshot;
 
 use std::{
     collections::HashMap,
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use holdfast_proto::{
     ShardId,
     limits::PEER_MESSAGE_BYTES_MAX,
-    peer::{
-        Header, Member, ReplyHeader, membership_service_client::MembershipServiceClient,
-        refresh_service_client::RefreshServiceClient, replica_service_client::ReplicaServiceClient,
-    },
+    peer::{Header, Member, ReplyHeader, replica_service_client::ReplicaServiceClient},
     timeline::Millis,
 };
 use parking_lot::Mutex;
-use tonic::{
-    Status,
-    metadata::AsciiMetadataValue,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Status, metadata::AsciiMetadataValue, transport::Channel};
+
+pub use self::call::CallError;
+use self::channel::Channels;
+pub(crate) use self::{call::ask_stranger, channel::Purpose};
 
 use self::roster::Stranger;
 pub(crate) use self::{acknowledged::Acknowledged, roster::Roster};
 use crate::{
     clock::Clock,
+    events::Events,
     state::{State, apply::FEATURE_LEVEL},
     store::space::Fill,
 };
 
 /// The version of the peer protocol.
 pub(crate) const PROTOCOL: u32 = 1;
-/// A dial that takes longer is given up; the next request dials again, resolving the name again.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
-/// HTTP/2 windows: the product of a fast link and a far region's round trip.
-const WINDOW_BYTES: u32 = 16 << 20;
 /// The same refusal is said again no sooner: whoever is refused tries on for ever.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 /// Refusals remembered as said.
@@ -92,22 +89,12 @@ pub struct PeerView {
     pub revision: u64,
 }
 
-/// What a channel is for: heartbeats and votes never queue behind appends, nor either behind a
-/// snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Purpose {
-    Append,
-    Control,
-    /// Reads and fetches that readers wait for: they may be many, slow and large.
-    Fetch,
-    Bulk,
-}
-
 /// One per node.
 pub struct Peers {
     clock: Clock,
     identity: Identity,
-    channels: Mutex<HashMap<(String, Purpose), Channel>>,
+    events: Arc<dyn Events>,
+    channels: Channels,
     views: Mutex<HashMap<(ShardId, u64), PeerView>>,
     roster: Roster,
     acknowledged: Acknowledged,
@@ -128,11 +115,12 @@ pub struct Peers {
 }
 
 impl Peers {
-    pub(crate) fn new(clock: Clock, identity: Identity) -> Self {
+    pub(crate) fn new(clock: Clock, identity: Identity, events: Arc<dyn Events>) -> Self {
         Self {
             clock,
             identity,
-            channels: Mutex::default(),
+            events,
+            channels: Channels::default(),
             views: Mutex::default(),
             roster: Roster::default(),
             acknowledged: Acknowledged::default(),
@@ -146,6 +134,10 @@ impl Peers {
             short_logs: AtomicU32::new(0),
             said: Mutex::default(),
         }
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     pub fn identity(&self) -> &Identity {
@@ -423,46 +415,10 @@ impl Peers {
         address: &str,
         purpose: Purpose,
     ) -> ReplicaServiceClient<Channel> {
-        ReplicaServiceClient::new(self.channel(address, purpose))
+        ReplicaServiceClient::new(self.channels.to(address, purpose))
             .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
     }
-
-    /// To the refresh engine of the node with this address.
-    pub fn refresh_client(&self, address: &str) -> RefreshServiceClient<Channel> {
-        RefreshServiceClient::new(self.channel(address, Purpose::Fetch))
-            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
-    }
-
-    pub(crate) fn membership_client(&self, address: &str) -> MembershipServiceClient<Channel> {
-        MembershipServiceClient::new(self.channel(address, Purpose::Control))
-    }
-
-    fn channel(&self, address: &str, purpose: Purpose) -> Channel {
-        let mut channels = self.channels.lock();
-        if let Some(channel) = channels.get(&(address.to_owned(), purpose)) {
-            return channel.clone();
-        }
-        let channel = connect_lazy(address);
-        channels.insert((address.to_owned(), purpose), channel.clone());
-        channel
-    }
-}
-
-/// A channel that dials when it is used, and resolves its host name at each dial.
-pub(crate) fn connect_lazy(address: &str) -> Channel {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .unwrap_or_else(|_| Endpoint::from_static("http://address.invalid"));
-    endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .connect_lazy()
 }
 
 fn ahead_ms(wall: Millis, monotonic: Duration) -> i64 {
@@ -482,7 +438,7 @@ mod tests {
             incarnation: 22,
             session: 2,
         };
-        let peers = Peers::new(Clock::system(), identity);
+        let peers = Peers::new(Clock::system(), identity, Arc::new(()));
         let member = Member {
             id: 1,
             incarnation: 11,

@@ -390,7 +390,7 @@ mod tests {
         };
         roster.meet(&moved, 7);
         assert_eq!(roster.member(2), Some(moved.clone()));
-        assert_eq!(roster.announced(), [moved.clone()]);
+        assert_eq!(roster.announced(), std::slice::from_ref(&moved));
         let mut after = record(2, 3, &[1, 2]);
         after.members[1] = moved.clone();
         roster.set(&after, []);

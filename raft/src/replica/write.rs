@@ -7,10 +7,9 @@ use holdfast_proto::{
     peer::{Command, Outcome, ProposeRequest, command::Op, propose_response},
     v1::RequestId,
 };
-use tonic::Request;
 
 use super::{RETRY_PAUSE, Replica};
-use crate::{agreement::leadership::Leader, clock::Deadline, error::WriteError, peer::Purpose};
+use crate::{agreement::leadership::Leader, clock::Deadline, error::WriteError, peer::CallError};
 
 impl Replica {
     /// Proposes a command, here or through the leader, and says what it came to. A forwarded
@@ -26,30 +25,30 @@ impl Replica {
             caller: String::new(),
             op: Some(op),
         };
-        loop {
-            let left = deadline.left();
-            if left.is_zero() {
-                return Err(WriteError::NoLeader);
-            }
-            match self.leader() {
-                None => self.leader_change(left).await,
-                Some(leader) if leader.is_self => {
-                    match self.propose_here(command.clone(), left).await {
-                        // Certain not to be in the log: whoever leads now may have it.
-                        Err(WriteError::NotLeader { .. } | WriteError::NoQuorum) => {
-                            tokio::time::sleep(RETRY_PAUSE.min(left)).await
-                        }
-                        outcome => return outcome,
-                    }
+        let mut last = WriteError::NoLeader;
+        while !deadline.has_passed() {
+            let outcome = match self.leader() {
+                None => {
+                    self.leader_change(deadline.left()).await;
+                    continue;
                 }
-                Some(leader) => match self.forward(leader, command.clone(), left).await {
-                    // There was no connection to forward it on: not forwarded, and whoever leads
-                    // next may have it.
-                    Err(WriteError::NoLeader) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
-                    outcome => return outcome,
-                },
+                Some(leader) if leader.is_self => {
+                    self.propose_here(command.clone(), deadline.left()).await
+                }
+                Some(leader) => self.forward(leader, command.clone(), deadline).await,
+            };
+            match outcome {
+                // Certain not to be in a log, whoever leads now or next may have it.
+                Err(
+                    error @ (WriteError::NotLeader { .. }
+                    | WriteError::NoQuorum
+                    | WriteError::Unreachable),
+                ) => last = error,
+                outcome => return outcome,
             }
+            tokio::time::sleep(RETRY_PAUSE.min(deadline.left())).await;
         }
+        Err(last)
     }
 
     /// Proposes here, whether this node leads or not: only a leader gets an outcome.
@@ -68,39 +67,27 @@ impl Replica {
         &self,
         leader: Leader,
         command: Command,
-        timeout: Duration,
+        deadline: &Deadline,
     ) -> Result<Outcome, WriteError> {
-        let Some(member) = self.peers.member(leader.id) else {
-            return Err(WriteError::NoLeader);
-        };
-        let header = Some(self.peers.header(leader.id, self.shard, None));
-        let mut request = Request::new(ProposeRequest {
-            header,
+        let header = self.peers.header(leader.id, self.shard, None);
+        let question = ProposeRequest {
+            header: None,
             command: Some(command),
-        });
-        request.set_timeout(timeout);
-        self.events.outgoing(request.metadata_mut());
-        let mut client = self
+        };
+        let response = self
             .peers
-            .replica_client(&member.peer_address, Purpose::Control);
-        let answer = tokio::select! {
-            answer = tokio::time::timeout(timeout, client.propose(request)) => answer,
-            () = self.deposed(leader) => return Err(WriteError::Unknown("another leader was elected while the write was under way".into())),
-        };
-        let response = match answer {
-            Err(_) => return Err(WriteError::DeadlineAfter),
-            Ok(Err(status)) if timed_out(&status) => return Err(WriteError::DeadlineAfter),
-            Ok(Err(status)) if never_connected(&status) => return Err(WriteError::NoLeader),
-            Ok(Err(status)) => {
-                return Err(WriteError::Unknown(format!(
-                    "the leader did not answer: {}",
-                    status.message()
-                )));
-            }
-            Ok(Ok(response)) => response.into_inner(),
-        };
-        self.peers
-            .heard(self.shard, leader.id, response.header.as_ref());
+            .call_until(header, deadline, question, self.deposed(leader))
+            .await
+            .map_err(|error| match error {
+                CallError::NeverSent(_) => WriteError::Unreachable,
+                CallError::Timeout => WriteError::DeadlineAfter,
+                CallError::GivenUp => WriteError::Unknown(
+                    "another leader was elected while the write was under way".into(),
+                ),
+                CallError::Refused(_) | CallError::Lost(_) => {
+                    WriteError::Unknown(error.to_string())
+                }
+            })?;
         match response.result {
             Some(propose_response::Result::Outcome(outcome)) => Ok(outcome),
             Some(propose_response::Result::Failed(failed)) => Err(WriteError::Remote {
@@ -135,19 +122,4 @@ impl Replica {
         )
         .await;
     }
-}
-
-/// The request did not leave this node: there was no connection to send it on.
-fn never_connected(status: &tonic::Status) -> bool {
-    is_caused_by::<tonic::ConnectError>(status)
-}
-
-/// The transport keeps the deadline too, and may be first to see it pass.
-fn timed_out(status: &tonic::Status) -> bool {
-    is_caused_by::<tonic::TimeoutExpired>(status)
-}
-
-fn is_caused_by<E: std::error::Error + 'static>(status: &tonic::Status) -> bool {
-    std::iter::successors(std::error::Error::source(status), |error| error.source())
-        .any(|error| error.is::<E>())
 }

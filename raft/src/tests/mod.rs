@@ -5,3 +5,4 @@ mod group;
 mod membership;
 mod quiet;
 mod suite;
+mod unreachable;

@@ -165,7 +165,7 @@ impl Pair {
             node_id: 1,
             incarnation: 1,
         };
-        let peers = Arc::new(Peers::new(clock.clone(), identity));
+        let peers = Arc::new(Peers::new(clock.clone(), identity, Arc::new(())));
         let space = Arc::new(DiskSpace::open(None, u64::MAX).expect("a disk"));
         let scratch = home.path().join("snapshots");
         let snapshots =
@@ -349,15 +349,7 @@ async fn votes_never_wait_behind_appends() {
     let _ = client
         .transfer_leader(TransferLeaderRequest::new(vote(), 2, None), option)
         .await;
-    let used: Vec<Purpose> = pair
-        .network
-        .peers
-        .channels
-        .lock()
-        .keys()
-        .map(|(_, purpose)| *purpose)
-        .collect();
-    assert_eq!(used, [Purpose::Control]);
+    assert_eq!(pair.network.peers.channels.used_for(), [Purpose::Control]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
