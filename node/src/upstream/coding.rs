@@ -152,6 +152,14 @@ mod tests {
     }
 
     #[test]
+    fn decoding_stops_at_the_bound() {
+        let mut decoded = vec![0; 10];
+        let failed = read(std::io::repeat(0), &mut decoded, 1000);
+        assert_eq!(failed, Err(FailureClass::TooLarge));
+        assert_eq!(decoded.len(), 1001);
+    }
+
+    #[test]
     fn what_is_cut_or_changed_is_malformed() {
         for (coding, encode) in both() {
             let whole = encode(b"a value of some length, whole and unchanged");

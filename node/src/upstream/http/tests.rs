@@ -1,5 +1,8 @@
 //! What is refused before anything is sent, and TLS, both ways.
 
+mod http2;
+mod large;
+
 use std::io::{Read, Write};
 
 use rustls::RootCertStore;
@@ -179,8 +182,7 @@ async fn fetch_by_tls(host: &str, tls: Tls, is_mutual: bool) -> Result<Fetched, 
     fetched
 }
 
-/// One connection, one answer; an error is the caller's refusal.
-fn answer_by_tls(listener: std::net::TcpListener, is_mutual: bool) -> std::io::Result<()> {
+fn server_config(is_mutual: bool) -> std::io::Result<rustls::ServerConfig> {
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(CERTIFICATE_KEY));
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let clients =
@@ -195,9 +197,14 @@ fn answer_by_tls(listener: std::net::TcpListener, is_mutual: bool) -> std::io::R
     } else {
         builder.with_no_client_auth()
     };
-    let config = builder
+    builder
         .with_single_cert(vec![CertificateDer::from_slice(CERTIFICATE)], key)
-        .map_err(std::io::Error::other)?;
+        .map_err(std::io::Error::other)
+}
+
+/// One connection, one answer; an error is the caller's refusal.
+fn answer_by_tls(listener: std::net::TcpListener, is_mutual: bool) -> std::io::Result<()> {
+    let config = server_config(is_mutual)?;
     let session = rustls::ServerConnection::new(Arc::new(config)).map_err(std::io::Error::other)?;
     let mut stream = rustls::StreamOwned::new(session, listener.accept()?.0);
     let mut head = Vec::new();
