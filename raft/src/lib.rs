@@ -53,5 +53,5 @@ pub use peer::{
 };
 pub use replica::{InMemory, Inspected, Replica, Seen};
 pub use replicas::{OpenError, Replicas};
-pub use state::{Applied, MemoryUse, Scanned, Shown, View};
+pub use state::{Applied, Change, Changes, MemoryUse, Scanned, Shown, View};
 pub use store::{Budget, Engine, Stores};

@@ -336,11 +336,8 @@ impl Replicas {
                 .await;
             let ends = self.replicas().iter().map(|replica| {
                 Box::pin(async move {
-                    let mut diverged = replica.watch_diverged();
-                    tokio::select! {
-                        why = replica.died() => format!("the replica of shard {} stopped: {why}", replica.shard()),
-                        why = diverged.wait_for(Option::is_some) => why.ok().and_then(|why| why.clone()).unwrap_or_default(),
-                    }
+                    let why = replica.died().await;
+                    format!("the replica of shard {} stopped: {why}", replica.shard())
                 })
             });
             futures::future::select_all(ends).await.0

@@ -114,11 +114,10 @@ impl Upkeep {
         let Some(first) = opened.replicas.first() else {
             return;
         };
-        let roster = match first.state().roster() {
-            Ok(roster) if !roster.members.is_empty() => roster,
-            Ok(_) => return,
-            Err(error) => return tracing::warn!(%error, "reading the roster failed"),
-        };
+        let roster = first.state().roster();
+        if roster.members.is_empty() {
+            return;
+        }
         let groups = opened.replicas.iter().flat_map(|group| group.members());
         let groups: Vec<Member> = groups.collect();
         let me = opened.peers.identity().node_id;

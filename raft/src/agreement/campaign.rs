@@ -49,6 +49,8 @@ pub(crate) struct Campaign {
     quiet_until: Duration,
     /// Its log lost what it had acknowledged: until it is level again its vote is worth nothing.
     log_is_short: Arc<AtomicBool>,
+    /// Its state is not the majority's: it votes, since its log is right, and does not stand.
+    diverged: Arc<AtomicBool>,
     election: Mutex<Election>,
 }
 
@@ -60,6 +62,7 @@ impl Campaign {
         peers: Arc<Peers>,
         leader_clock: Arc<LeaderClock>,
         log_is_short: Arc<AtomicBool>,
+        diverged: Arc<AtomicBool>,
     ) -> Self {
         let quiet_until = if log.has_vote() {
             // Twice, since clocks do not run equally fast.
@@ -75,6 +78,7 @@ impl Campaign {
             leader_clock,
             quiet_until,
             log_is_short,
+            diverged,
             election: Mutex::default(),
         }
     }
@@ -140,7 +144,7 @@ impl Campaign {
         if metrics.state == ServerState::Leader {
             return Situation::Leads;
         }
-        if !votes || self.is_quiet() {
+        if !votes || self.is_quiet() || self.diverged.load(Ordering::Relaxed) {
             return Situation::Bystander;
         }
         match self.leader_clock.leader_until(metrics.current_term) {
@@ -222,7 +226,7 @@ impl Campaign {
         pace: Pace,
     ) -> Option<(u64, PreVoteResponse)> {
         let mut request = Request::new(PreVoteRequest {
-            header: Some(self.peers.header(voter, self.shard, None)),
+            header: Some(self.peers.header(voter, self.shard)),
             vote: Some(vote_to(&vote)),
             last_log_id: self.log.last_id().as_ref().map(log_id_to),
         });

@@ -24,7 +24,7 @@ use openraft::{
 };
 
 use super::{RaftHandle, leadership::LeaderClock, quorum::Voters, types::vote_to};
-use crate::{peer::Peers, state::State};
+use crate::peer::Peers;
 
 /// A round may take this long, and what a voter's disk and its distance add.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(1);
@@ -42,7 +42,6 @@ pub(crate) struct LeaderProof {
     pub(crate) shard: ShardId,
     pub(crate) raft: RaftHandle,
     pub(crate) peers: Arc<Peers>,
-    pub(crate) state: Arc<State>,
     pub(crate) leader_clock: Arc<LeaderClock>,
 }
 
@@ -69,9 +68,7 @@ impl LeaderProof {
             return self.prove().await;
         }
         let heard = self.leader_clock.heard().ok_or(Unproven::NoLeader)?;
-        let header = self
-            .peers
-            .header(heard.leader, self.shard, Some(&self.state));
+        let header = self.peers.header(heard.leader, self.shard);
         let within = self.round_timeout() + self.leader_clock.pace().round_trip;
         let deadline = self.peers.clock().deadline(within);
         let asked = self
@@ -127,7 +124,7 @@ impl LeaderProof {
     ) -> Option<u64> {
         let header = Header {
             now_ms: self.leader_clock.log_time(),
-            ..self.peers.header(voter, self.shard, Some(&self.state))
+            ..self.peers.header(voter, self.shard)
         };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.
         let question = AppendRequest {

@@ -2,6 +2,7 @@
 //! proposer, the rounds that make a read linearizable, and the leader's clock. Nothing of
 //! openraft's leaves this crate.
 
+pub(crate) mod agreed;
 pub(crate) mod alarms;
 pub(crate) mod campaign;
 pub(crate) mod election;

@@ -6,27 +6,34 @@
 
 use std::{io, sync::Arc};
 
-use futures::{Stream, StreamExt};
-use holdfast_proto::peer::AppliedRecord;
+use futures::{FutureExt as _, Stream, StreamExt};
+use holdfast_proto::peer::{AppliedRecord, Outcome};
 use openraft::{
+    RaftLogReader as _,
     entry::RaftEntry,
-    storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot},
+    storage::{
+        ApplyResponder, EntryResponder, RaftLogStorage as _, RaftSnapshotBuilder, RaftStateMachine,
+        Snapshot,
+    },
 };
 use parking_lot::Mutex;
 
+use super::log::ShardLog;
 use super::types::{
-    Entry, LogId, Outcomes, Payload, SnapshotMeta, StoredMembership, Types, log_id_from, log_id_to,
-    membership_from, membership_to,
+    Entry, LogId, Outcomes, Payload, SnapshotMeta, StoredMembership, Types, entry_bytes,
+    log_id_from, log_id_to, membership_from, membership_to,
 };
 use crate::{
     events::Events,
     peer::snapshot::{self, Scratch},
-    state::{Committed, CommittedPayload, State},
+    state::{Committed, CommittedPayload, Install, State},
     task,
 };
 
-/// Entries of one run: enough to amortise the batch, few enough that readers see progress.
+/// A run ends with the entry that reaches either: enough to amortise a batch, few enough that
+/// readers see progress, and bounded memory, however far behind this replica is.
 const RUN_ENTRIES: usize = 512;
+const RUN_BYTES: usize = 4 << 20;
 
 /// What a snapshot is made of.
 pub(crate) enum SnapshotData {
@@ -77,8 +84,12 @@ impl RaftStateMachine<Types> for StateMachine {
     where
         Strm: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + Send,
     {
-        let mut runs = entries.ready_chunks(RUN_ENTRIES);
-        while let Some(run) = runs.next().await {
+        let mut entries = entries;
+        let size = |item: &io::Result<EntryResponder<Types>>| match item {
+            Ok((entry, _)) => entry_bytes(entry),
+            Err(_) => 0,
+        };
+        while let Some(run) = next_run(&mut entries, size).await {
             let mut committed = Vec::with_capacity(run.len());
             let mut responders: Vec<Option<ApplyResponder<Types>>> = Vec::with_capacity(run.len());
             for item in run {
@@ -86,13 +97,7 @@ impl RaftStateMachine<Types> for StateMachine {
                 committed.push(committed_entry(entry));
                 responders.push(responder);
             }
-            // It may read what is evicted: a disk that hangs must not take one of the runtime's few
-            // workers with it.
-            let state = self.state.clone();
-            let outcomes = task::blocking(move || state.apply(&committed))
-                .await
-                .map_err(io::Error::other)?
-                .map_err(io::Error::other)?;
+            let outcomes = apply_run(&self.state, committed).await?;
             for (responder, outcomes) in responders.into_iter().zip(outcomes) {
                 if let Some(responder) = responder {
                     responder.send(Outcomes(outcomes));
@@ -125,7 +130,7 @@ impl RaftStateMachine<Types> for StateMachine {
             SnapshotData::Promise(source) => (self.snapshots.copy(source).await?, 0),
         };
         let state = self.state.clone();
-        let record = task::blocking(move || state.install(dir.path()))
+        let record = task::blocking(move || state.install(dir.path(), Install::Newer))
             .await
             .map_err(io::Error::other)??;
         if let Some(meta) = snapshot_meta(&record)? {
@@ -157,6 +162,7 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
     async fn build_snapshot(
         &mut self,
     ) -> io::Result<openraft::type_config::alias::SnapshotOf<Types, SnapshotData>> {
+        let is_level = self.state.is_level_with_log();
         let state = self.state.clone();
         let record = task::blocking(move || {
             // The record first: what is flushed is at least that far.
@@ -166,6 +172,13 @@ impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
         .await
         .map_err(io::Error::other)??;
         let meta = snapshot_meta(&record)?.unwrap_or_default();
+        // openraft knows no state that is ahead of what it has applied, as a repaired one may be.
+        if !is_level && let Some(known) = self.current.lock().clone() {
+            return Ok(Snapshot {
+                meta: known,
+                snapshot: SnapshotData::Promise(self.state.clone()),
+            });
+        }
         announce(&self.current, meta.clone());
         Ok(Snapshot {
             meta,
@@ -182,6 +195,58 @@ fn announce(current: &Mutex<Option<SnapshotMeta>>, meta: SnapshotMeta) {
         .is_none_or(|known| known.last_log_id < meta.last_log_id)
     {
         *current = Some(meta);
+    }
+}
+
+/// What is ready of a stream, at least one item, until a run is full.
+async fn next_run<T>(
+    entries: &mut (impl Stream<Item = T> + Unpin),
+    bytes: impl Fn(&T) -> usize,
+) -> Option<Vec<T>> {
+    let first = entries.next().await?;
+    let mut held = bytes(&first);
+    let mut run = vec![first];
+    while run.len() < RUN_ENTRIES
+        && held < RUN_BYTES
+        && let Some(Some(next)) = entries.next().now_or_never()
+    {
+        held += bytes(&next);
+        run.push(next);
+    }
+    Some(run)
+}
+
+async fn apply_run(state: &Arc<State>, run: Vec<Committed>) -> io::Result<Vec<Vec<Outcome>>> {
+    // It may read what is evicted: a disk that hangs must not take one of the runtime's few workers
+    // with it.
+    let state = state.clone();
+    task::blocking(move || state.apply(&run))
+        .await
+        .map_err(io::Error::other)?
+        .map_err(io::Error::other)
+}
+
+/// Brings a state up to what its log says is committed, before openraft looks at it: openraft would
+/// hold 64 entries at once, however large they are.
+pub(crate) async fn replay(state: &Arc<State>, log: &mut ShardLog) -> io::Result<()> {
+    let committed = log.read_committed().await?;
+    let end = committed.map_or(0, |committed| committed.index + 1);
+    loop {
+        let next = state.applied().index + 1;
+        // The first entry of all has index 0.
+        let next = match state.applied_record().last_applied {
+            Some(_) => next,
+            None => 0,
+        };
+        if next >= end {
+            return Ok(());
+        }
+        let entries = log.limited_get_log_entries(next, end).await?;
+        let run: Vec<_> = entries.into_iter().map(committed_entry).collect();
+        if run.is_empty() {
+            return Ok(());
+        }
+        apply_run(state, run).await?;
     }
 }
 
@@ -231,6 +296,29 @@ mod tests {
         snapshot_meta(&record)
             .expect("no membership to misread")
             .expect("not empty")
+    }
+
+    #[tokio::test]
+    async fn a_run_is_bounded_by_entries_and_by_bytes() {
+        async fn runs(sizes: Vec<usize>) -> Vec<(usize, usize)> {
+            let mut entries = futures::stream::iter(sizes);
+            let mut runs = Vec::new();
+            while let Some(run) = next_run(&mut entries, |size| *size).await {
+                runs.push((run.len(), run.iter().sum()));
+            }
+            runs
+        }
+        assert_eq!(runs(vec![1; 1_000]).await, [(512, 512), (488, 488)]);
+        let large = runs(vec![1 << 20; 64]).await;
+        assert!(
+            large.iter().all(|&(_, bytes)| bytes <= RUN_BYTES),
+            "{large:?}"
+        );
+        // One that is larger than a run stands alone.
+        assert_eq!(
+            runs(vec![8 << 20, 8 << 20]).await,
+            [(1, 8 << 20), (1, 8 << 20)]
+        );
     }
 
     #[test]

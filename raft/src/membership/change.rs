@@ -7,7 +7,7 @@ use holdfast_proto::{
     ShardId,
     peer::{
         AdmitMember, ChangeMemberRequest, ForgetMember, Joined, Member, NodeState, Outcome,
-        PromoteMember, change_member_request, command::Op, outcome,
+        PromoteMember, RosterRecord, change_member_request, command::Op, outcome,
     },
 };
 
@@ -171,7 +171,7 @@ async fn ask_leader(
         change: Some(change.into()),
     };
     let deadline = peers.clock().deadline(CHANGE_TIMEOUT);
-    let asked = peers.call(peers.header(leader, shard, None), &deadline, question);
+    let asked = peers.call(peers.header(leader, shard), &deadline, question);
     let answer = asked.await.map_err(|error| match error {
         CallError::NeverSent(_) => WriteError::Unreachable,
         error => WriteError::Unknown(error.to_string()),
@@ -208,9 +208,7 @@ impl Changes {
             epoch: identity.epoch,
             shards: u32::try_from(self.local.replicas().len()).unwrap_or(u32::MAX),
             node_id: id,
-            roster: Some(first.state().roster().map_err(|error| {
-                ChangeError::Refused(format!("the roster could not be read: {error}"))
-            })?),
+            roster: Some(RosterRecord::clone(&first.state().roster())),
         }))
     }
 

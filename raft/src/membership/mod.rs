@@ -20,7 +20,7 @@ mod status;
 
 use std::time::Duration;
 
-use holdfast_proto::peer::{Command, Member, Outcome, RosterRecord, command::Op, outcome};
+use holdfast_proto::peer::{Command, Member, Outcome, command::Op, outcome};
 
 pub(crate) use self::{
     change::{Admission, Change, Changes},
@@ -38,13 +38,14 @@ const ALIVE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The roster, or before the first applied membership whoever this node was told of.
 fn members_of(local: &Local, first: &Replica) -> Vec<Member> {
-    match first.state().roster() {
-        Ok(RosterRecord { members, .. }) if !members.is_empty() => members,
-        _ => local
-            .peers()
-            .map(|peers| peers.members())
-            .unwrap_or_default(),
+    let roster = first.state().roster();
+    if !roster.members.is_empty() {
+        return roster.members.clone();
     }
+    local
+        .peers()
+        .map(|peers| peers.members())
+        .unwrap_or_default()
 }
 
 fn entries_behind(replica: &Replica, peers: &Peers, member: u64) -> Option<u64> {

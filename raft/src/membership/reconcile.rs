@@ -45,10 +45,10 @@ impl Reconciler {
         let Some(first) = opened.replicas.first() else {
             return;
         };
-        let roster = match first.state().roster() {
-            Ok(roster) if !roster.members.is_empty() => roster,
-            _ => return,
-        };
+        let roster = first.state().roster();
+        if roster.members.is_empty() {
+            return;
+        }
         for group in &opened.replicas {
             if group.leads().is_some() && rules::next_step(&group_of(group), &roster).is_some() {
                 reconcile(first, group).await;
@@ -135,9 +135,7 @@ async fn reconcile(first: &Replica, group: &Replica) {
     if seen.await.is_err() {
         return;
     }
-    let Ok(roster) = first.state().roster() else {
-        return;
-    };
+    let roster = first.state().roster();
     let Some(step) = rules::next_step(&group_of(group), &roster) else {
         return;
     };

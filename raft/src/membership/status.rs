@@ -174,7 +174,7 @@ pub(super) async fn ask_for_report(
     if member.id == peers.identity().node_id {
         return Some(report(local));
     }
-    let header = peers.header(member.id, 0, None);
+    let header = peers.header(member.id, 0);
     let deadline = local.clock().deadline(REPORT_TIMEOUT);
     let asked = peers.call_at(
         &member.peer_address,

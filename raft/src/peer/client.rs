@@ -44,6 +44,7 @@ use tonic::{Code, Request, Status};
 use super::{Peers, Purpose, snapshot::SnapshotError};
 use crate::{
     agreement::{
+        agreed::Agreed,
         leadership::LeaderClock,
         pins::LogPins,
         state_machine::SnapshotData,
@@ -80,16 +81,18 @@ pub(crate) struct Network {
     pub(crate) snapshots: Arc<super::snapshot::Sender>,
     pub(crate) leader_clock: Arc<LeaderClock>,
     pub(crate) pins: LogPins,
+    pub(crate) agreed: Arc<Agreed>,
 }
 
 impl Network {
     /// Followers judge by log time, not by their leader's raw clock. A leader's message names its
     /// term.
     fn header(&self, to: u64, leads: Option<u64>) -> wire::Header {
-        let header = self.peers.header(to, self.shard, Some(&self.state));
+        let header = self.peers.header(to, self.shard);
         wire::Header {
             now_ms: self.leader_clock.log_time(),
             proof: leads.and_then(|term| self.leader_clock.proof(term, to)),
+            agreed: leads.and_then(|_| self.agreed.get()),
             ..header
         }
     }

@@ -26,7 +26,7 @@ use std::{
 use holdfast_proto::{
     ShardId,
     limits::PEER_MESSAGE_BYTES_MAX,
-    peer::{Header, Member, ReplyHeader, replica_service_client::ReplicaServiceClient},
+    peer::{Header, Member, ReplyHeader, StateHash, replica_service_client::ReplicaServiceClient},
     timeline::Millis,
 };
 use parking_lot::Mutex;
@@ -87,6 +87,10 @@ pub struct PeerView {
     pub feature_level: u32,
     pub applied_index: u64,
     pub revision: u64,
+    /// At the newest index that hashes are compared at.
+    pub state_hash: Option<StateHash>,
+    /// Its state is not the majority's.
+    pub diverged: bool,
 }
 
 /// One per node.
@@ -146,8 +150,7 @@ impl Peers {
 
     // ---- what is said ----
 
-    pub fn header(&self, to: u64, shard: ShardId, state: Option<&State>) -> Header {
-        let hash = state.map(State::chain_hash).unwrap_or_default();
+    pub fn header(&self, to: u64, shard: ShardId) -> Header {
         Header {
             cluster_id: self.identity.cluster_id.clone(),
             epoch: self.identity.epoch,
@@ -159,8 +162,7 @@ impl Peers {
             shard,
             protocol: PROTOCOL,
             now_ms: self.clock.wall_ms(),
-            hash_index: hash.index,
-            hash: hash.hash,
+            agreed: None,
             proof: None,
         }
     }
@@ -178,6 +180,8 @@ impl Peers {
             sync_ms: self.sync_ms.load(Ordering::Relaxed),
             held_us: None,
             mark: None,
+            state_hash: state.and_then(State::hash),
+            diverged: false,
         }
     }
 
@@ -301,6 +305,8 @@ impl Peers {
             feature_level: reply.feature_level,
             applied_index: reply.applied_index,
             revision: reply.revision,
+            state_hash: reply.state_hash,
+            diverged: reply.diverged,
         };
         self.views.lock().insert((shard, from), view);
     }

@@ -108,15 +108,14 @@ impl ReplicaService for ReplicaServer {
             return Ok(Response::new(futures::stream::empty().boxed()));
         };
         let replica = self.raft_replica(first.header.as_ref())?;
-        replica.check_hash(first.header.as_ref())?;
 
         let (server, target) = (self.clone(), replica.clone());
         let requests = futures::stream::once(futures::future::ready(Ok(first))).chain(messages);
         let requests = requests.map(move |message| {
             let message = message?;
             server.raft_replica(message.header.as_ref())?;
-            target.check_hash(message.header.as_ref())?;
             target.heard_append(message.vote.as_ref(), message.header.as_ref());
+            target.hear_agreed(message.vote.as_ref(), message.header.as_ref());
             append_request(
                 message.vote,
                 message.prev_log_id,
@@ -134,7 +133,6 @@ impl ReplicaService for ReplicaServer {
         let message = request.into_inner();
         let replica = self.raft_replica(message.header.as_ref())?;
         let arrived_at = replica.monotonic();
-        replica.check_hash(message.header.as_ref())?;
         replica.note_acknowledged(message.header.as_ref());
         // On arrival, as on the stream: the answer waits for the disk, and for a snapshot that is
         // being installed.
@@ -219,6 +217,11 @@ impl ReplicaService for ReplicaServer {
     ) -> Result<Response<wire::TransferLeaderResponse>, Status> {
         let message = request.into_inner();
         let replica = self.raft_replica(message.header.as_ref())?;
+        if replica.is_diverged() {
+            return Err(Status::unavailable(
+                "the state of this replica is not the majority's: it cannot lead",
+            ));
+        }
         Self::may_vote(&replica)?;
         let vote = vote_from(message.from_leader).map_err(missing)?;
         let rpc = TransferLeaderRequest::<Types>::new(
@@ -250,11 +253,28 @@ impl ReplicaService for ReplicaServer {
             ));
         };
         let replica = self.raft_replica(header.header.as_ref())?;
+        let sender_vote = header.vote;
         let vote = vote_from(header.vote).map_err(missing)?;
+        if header.repair
+            && !(replica.is_diverged()
+                && replica.is_from_leader(sender_vote.as_ref(), header.header.as_ref()))
+        {
+            return Err(Status::failed_precondition(
+                "this replica needs no other state, or not from this node",
+            ));
+        }
         // The old state goes on answering until it is replaced.
         let received = replica.snapshots().receive(&header, &mut parts).await;
         let (dir, applied, bytes) =
             received.map_err(|error| Status::data_loss(error.to_string()))?;
+        if header.repair {
+            let _installing = replica.install_begins();
+            replica.repair(dir).await.map_err(fatal)?;
+            return Ok(Response::new(wire::InstallSnapshotResponse {
+                header: Some(replica.reply()),
+                vote: sender_vote,
+            }));
+        }
         let meta = snapshot_meta(&applied)
             .map_err(fatal)?
             .ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;

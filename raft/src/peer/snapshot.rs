@@ -161,9 +161,42 @@ impl Sender {
     pub(crate) async fn send(
         &self,
         state: &Arc<State>,
-        mut client: ReplicaServiceClient<Channel>,
+        client: ReplicaServiceClient<Channel>,
         header: Option<Header>,
         vote: &Vote,
+        install_timeout: Duration,
+    ) -> Result<InstallSnapshotResponse, SnapshotError> {
+        let header = SnapshotHeader {
+            header,
+            vote: Some(vote_to(vote)),
+            ..Default::default()
+        };
+        self.send_as(state, client, header, install_timeout).await
+    }
+
+    /// As `send`, to a follower whose state has diverged.
+    pub(crate) async fn repair(
+        &self,
+        state: &Arc<State>,
+        client: ReplicaServiceClient<Channel>,
+        header: Option<Header>,
+        vote: &Vote,
+        install_timeout: Duration,
+    ) -> Result<InstallSnapshotResponse, SnapshotError> {
+        let header = SnapshotHeader {
+            header,
+            vote: Some(vote_to(vote)),
+            repair: true,
+            ..Default::default()
+        };
+        self.send_as(state, client, header, install_timeout).await
+    }
+
+    async fn send_as(
+        &self,
+        state: &Arc<State>,
+        mut client: ReplicaServiceClient<Channel>,
+        header: SnapshotHeader,
         install_timeout: Duration,
     ) -> Result<InstallSnapshotResponse, SnapshotError> {
         let _turn = self.sending.acquire().await.map_err(io::Error::other)?;
@@ -185,14 +218,13 @@ impl Sender {
             "sending a snapshot"
         );
         let announced = SnapshotHeader {
-            header,
-            vote: Some(vote_to(vote)),
             format: FORMAT,
             engine: self.stores.engine_version().into(),
             last_log_id: applied.last_applied,
             membership_log_id: applied.membership_log_id,
             membership: applied.membership,
             files: files.clone(),
+            ..header
         };
         let progress = Arc::new(Progress::default());
         let parts = futures::stream::once(futures::future::ready(InstallSnapshotRequest {
@@ -208,6 +240,21 @@ impl Sender {
         };
         self.events.snapshot_sent(state.shard(), bytes);
         Ok(response)
+    }
+
+    /// Keeps a copy of a state that is about to be replaced: one for each shard, the newest.
+    pub(crate) async fn set_aside(&self, state: Arc<State>) -> io::Result<()> {
+        let Some(data) = self.scratch.parent().filter(|_| self.stores.is_durable()) else {
+            return Ok(());
+        };
+        let dir = data.join("diverged").join(state.shard().to_string());
+        task::blocking(move || {
+            remove(&dir);
+            std::fs::create_dir_all(dir.parent().unwrap_or(&dir))?;
+            state.checkpoint(&dir)
+        })
+        .await
+        .map_err(io::Error::other)?
     }
 
     /// The state as files, for who is here.

@@ -39,6 +39,7 @@ impl Replica {
         self.duty("replica.tick", Self::tick);
         self.duty("replica.sweep", Self::sweep);
         self.duty("replica.purge", Self::purge);
+        self.duty("replica.judge", Self::judge_states);
     }
 
     /// Runs until the replica closes; the replica awaits it then.
@@ -95,7 +96,7 @@ impl Replica {
                 }
             }
             self.watch_own_leadership(leader).await;
-            if self.must_catch_up() {
+            if self.must_catch_up.load(Ordering::Relaxed) {
                 self.watch_catching_up().await;
             }
         }

@@ -3,6 +3,7 @@
 //! for (`read.rs`); the rest is what a replica does by itself for as long as it is open.
 
 mod disk;
+mod divergence;
 mod duties;
 mod look_up;
 mod purge;
@@ -36,6 +37,7 @@ pub use self::{
 use crate::{
     agreement::{
         self, RaftHandle,
+        agreed::Agreed,
         campaign::Campaign,
         leader_proof::LeaderProof,
         leadership::{Leader, LeaderClock},
@@ -44,13 +46,13 @@ use crate::{
         pins::LogPins,
         proposer::Proposer,
         read_rounds::ReadRounds,
-        state_machine::StateMachine,
+        state_machine::{StateMachine, replay},
         types::LogId,
     },
     clock::{Clock, Deadline},
     events::Events,
     peer::{Peers, client::Network, snapshot},
-    state::{Applied, MemoryUse, State, owner},
+    state::{Applied, Changes, MemoryUse, State, owner},
     store::{Lost, Stores},
 };
 
@@ -98,7 +100,11 @@ pub struct Replica {
     leader: watch::Sender<Option<Leader>>,
     /// The term in which this node leads and has applied all that came before.
     leads: watch::Sender<Option<u64>>,
-    diverged: watch::Sender<Option<String>>,
+    /// The state is not the majority's.
+    diverged: Arc<AtomicBool>,
+    /// As leader: no majority has the same state.
+    split: AtomicBool,
+    agreed: Arc<Agreed>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -166,9 +172,10 @@ impl Replica {
             state.generation().store.as_ref(),
             &peers.identity().cluster_id,
         )?;
-        let log = log.shard(shard)?;
+        let mut log = log.shard(shard)?;
         log.heal(state.applied_record().last_applied).await?;
         let keep_from = Arc::new(AtomicU64::new(0));
+        let agreed = Arc::new(Agreed::default());
         let leader_clock = Arc::new(LeaderClock::new(
             shard,
             clock.clone(),
@@ -186,6 +193,7 @@ impl Replica {
             snapshots: snapshots.clone(),
             leader_clock: leader_clock.clone(),
             pins: pins.clone(),
+            agreed: agreed.clone(),
         };
         let machine = StateMachine::new(state.clone(), snapshots.clone(), events.clone())?;
         if log.first_index() > state.applied().index + 1 {
@@ -196,6 +204,7 @@ impl Replica {
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, message));
         }
+        replay(&state, &mut log).await?;
         let raft = RaftHandle::new(
             peers.identity().node_id,
             agreement::config(shard).map_err(io::Error::other)?,
@@ -215,10 +224,10 @@ impl Replica {
             shard,
             raft: raft.clone(),
             peers: peers.clone(),
-            state: state.clone(),
             leader_clock: leader_clock.clone(),
         });
         let log_is_short = Arc::new(AtomicBool::new(lost.is_some()));
+        let diverged = Arc::new(AtomicBool::new(false));
         let campaign = Arc::new(Campaign::new(
             shard,
             raft.clone(),
@@ -226,6 +235,7 @@ impl Replica {
             peers.clone(),
             leader_clock.clone(),
             log_is_short.clone(),
+            diverged.clone(),
         ));
         let replica = Arc::new(Self {
             shard,
@@ -249,7 +259,9 @@ impl Replica {
             installing: AtomicUsize::new(0),
             leader: watch::Sender::new(None),
             leads: watch::Sender::new(None),
-            diverged: watch::Sender::new(None),
+            diverged,
+            split: AtomicBool::new(false),
+            agreed,
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -278,6 +290,11 @@ impl Replica {
         self.state.visible()
     }
 
+    /// Every change of a key that is applied here from now on.
+    pub fn follow(&self) -> Changes {
+        self.state.follow()
+    }
+
     pub fn memory_use(&self) -> MemoryUse {
         self.state.memory_use()
     }
@@ -294,7 +311,7 @@ impl Replica {
 
     /// Joined and not yet level with its leader: it must not answer reads by itself.
     pub fn must_catch_up(&self) -> bool {
-        self.must_catch_up.load(Ordering::Relaxed)
+        self.must_catch_up.load(Ordering::Relaxed) || self.is_diverged()
     }
 
     /// The log lost what this replica had acknowledged: until it is level again it neither votes nor
@@ -471,13 +488,14 @@ impl Replica {
 
     /// What a message to a peer about this shard begins with.
     pub fn header(&self, to: u64) -> Header {
-        self.peers.header(to, self.shard, Some(&self.state))
+        self.peers.header(to, self.shard)
     }
 
     /// What an answer to a peer about this shard begins with.
     pub fn reply(&self) -> ReplyHeader {
         ReplyHeader {
             mark: Some(self.leader_clock.mark()),
+            diverged: self.is_diverged(),
             ..self.peers.reply(Some(&self.state))
         }
     }
@@ -529,30 +547,6 @@ impl Replica {
         self.leader_clock.hear(vote, header);
     }
 
-    /// Compares the running hash of applied state with a peer's. Replicas that differ have applied
-    /// different things: this one stops rather than answer wrongly.
-    pub(crate) fn check_hash(&self, header: Option<&Header>) -> Result<(), tonic::Status> {
-        let Some(header) = header.filter(|header| header.hash_index != 0) else {
-            return Ok(());
-        };
-        match self.state.chain_hash_at(header.hash_index) {
-            Some(mine) if mine != header.hash => {
-                let message = format!(
-                    "the state of this replica of shard {} differs from node {}'s at log index {}: stop it, remove its data, let it join again",
-                    self.shard, header.from, header.hash_index
-                );
-                tracing::error!("{message}");
-                self.diverged.send_replace(Some(message.clone()));
-                Err(tonic::Status::data_loss(message))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    pub(crate) fn watch_diverged(&self) -> watch::Receiver<Option<String>> {
-        self.diverged.subscribe()
-    }
-
     /// Resolves when this replica can go on no more, and says why.
     pub(crate) async fn died(&self) -> String {
         let mut metrics = self.raft.metrics();
@@ -578,6 +572,7 @@ impl Replica {
                 .filter_map(|voter| {
                     self.peers
                         .view(self.shard, voter)
+                        .filter(|view| !view.diverged)
                         .map(|view| (view.heard_at, view.applied_index, voter))
                 })
                 .max_by_key(|&(heard_at, index, _)| (index, heard_at))

@@ -69,7 +69,7 @@ impl Replica {
         command: Command,
         deadline: &Deadline,
     ) -> Result<Outcome, WriteError> {
-        let header = self.peers.header(leader.id, self.shard, None);
+        let header = self.peers.header(leader.id, self.shard);
         let question = ProposeRequest {
             header: None,
             command: Some(command),

@@ -14,9 +14,9 @@ use holdfast_proto::{
     limits::TOMBSTONE_KEPT,
     peer::{
         Admitted, AppliedRecord, Command, CommitFetch, Conflict, Done, EntryRecord, FailureRecord,
-        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Outcome, Rejected, RemovedMember,
-        RosterRecord, Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op, commit_fetch,
-        outcome,
+        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Membership, Outcome, Rejected,
+        RemovedMember, RosterRecord, Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op,
+        commit_fetch, outcome,
     },
     reason,
     timeline::{Millis, Phase, Timeline, after},
@@ -26,6 +26,8 @@ use prost::Message as _;
 
 use super::{
     clients::{Clients, Recall},
+    effects::Effects,
+    hash::{self, Sum},
     memory::{Entry, Lookup, Memory},
     record::{self, DueKind, FORMAT},
 };
@@ -37,7 +39,7 @@ pub(crate) const FEATURE_LEVEL: u32 = 1;
 const REMOVED_MAX: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
+pub(crate) enum ApplyError {
     #[error(
         "log entry {index} has format {format}, this version reads up to {FORMAT}: upgrade this node"
     )]
@@ -66,17 +68,25 @@ pub(crate) struct Run<'a> {
     memory: &'a Memory,
     clients: &'a mut Clients,
     applied: AppliedRecord,
-    batch: StateBatch,
+    effects: Effects,
     entries: HashMap<Key, Option<Arc<Entry>>>,
     tombstones: HashMap<Key, Option<TombstoneRecord>>,
+    /// Of the runs before this one; `None` before the first membership.
+    roster_before: Option<Arc<RosterRecord>>,
     roster: Option<RosterRecord>,
+    commands: usize,
 }
+
+/// Each key that a run changed, with what it has at the end.
+pub(crate) type Changed = HashMap<Key, Option<Arc<Entry>>>;
 
 /// What a run came to.
 pub(crate) struct Finished {
     pub batch: StateBatch,
-    pub changes: HashMap<Key, Option<Arc<Entry>>>,
+    pub changes: Changed,
     pub applied: AppliedRecord,
+    /// If it changed.
+    pub roster: Option<RosterRecord>,
 }
 
 impl<'a> Run<'a> {
@@ -85,16 +95,19 @@ impl<'a> Run<'a> {
         memory: &'a Memory,
         clients: &'a mut Clients,
         applied: AppliedRecord,
+        roster_before: Option<Arc<RosterRecord>>,
     ) -> Self {
         Self {
             store,
             memory,
             clients,
+            effects: Effects::new(Sum(applied.hash_sum)),
             applied,
-            batch: StateBatch::default(),
             entries: HashMap::new(),
             tombstones: HashMap::new(),
+            roster_before,
             roster: None,
+            commands: 0,
         }
     }
 
@@ -104,8 +117,30 @@ impl<'a> Run<'a> {
         self.applied.last_applied = Some(log_id);
     }
 
-    pub(crate) fn applied_mut(&mut self) -> &mut AppliedRecord {
-        &mut self.applied
+    pub(crate) fn apply_membership(&mut self, log_id: LogId, membership: &Membership) {
+        self.applied.membership_log_id = Some(log_id);
+        self.applied.membership = Some(membership.clone());
+        // Those that founded the cluster, until one comes or goes.
+        if self.roster_before.is_none() && self.roster.is_none() {
+            self.roster = Some(super::founding_roster(&self.applied));
+        }
+        self.apply_empty(log_id);
+    }
+
+    /// Commands so far: what a run is cut by.
+    pub(crate) fn commands(&self) -> usize {
+        self.commands
+    }
+
+    pub(crate) fn has_applied(&self, log_id: LogId) -> bool {
+        self.applied
+            .last_applied
+            .is_some_and(|last| last.index >= log_id.index)
+    }
+
+    /// What the state comes to here: equal on all replicas at the same index.
+    pub(crate) fn hash(&self) -> u64 {
+        self.effects.sum.at(&self.applied, &self.roster())
     }
 
     /// Applies one log entry, `encoded` as the leader wrote it, and tells what each of its commands
@@ -128,35 +163,39 @@ impl<'a> Run<'a> {
         }
         self.applied.log_time_ms = self.applied.log_time_ms.max(entry.stamp_ms);
         self.clients
-            .forget_idle(self.applied.log_time_ms, &mut self.batch);
+            .forget_idle(self.applied.log_time_ms, &mut self.effects);
 
         let outcomes = entry
             .commands
             .iter()
             .map(|command| self.command(log_id, command))
             .collect::<Result<Vec<_>, _>>()?;
-        self.chain(index, encoded, &outcomes);
+        self.commands += outcomes.len();
         self.applied.last_applied = Some(log_id);
         Ok(outcomes)
     }
 
     pub(crate) fn finish(mut self) -> Finished {
+        self.clients.finish(&mut self.effects);
         if let Some(roster) = &self.roster {
-            self.batch.put(
+            self.effects.put(
                 Family::System,
                 Bytes::from_static(record::ROSTER),
                 record::encode(roster),
             );
         }
-        self.batch.put(
+        self.applied.hash_sum = self.effects.sum.0;
+        self.applied.hash_version = hash::VERSION;
+        self.effects.put(
             Family::System,
             Bytes::from_static(record::APPLIED),
             record::encode(&self.applied),
         );
         Finished {
-            batch: self.batch,
+            batch: self.effects.batch,
             changes: self.entries,
             applied: self.applied,
+            roster: self.roster,
         }
     }
 
@@ -172,7 +211,7 @@ impl<'a> Run<'a> {
             self.store,
             request,
             self.applied.log_time_ms,
-            &mut self.batch,
+            &mut self.effects,
         )? {
             Recall::Done(outcome) => Ok(outcome),
             Recall::Forgotten => Ok(rejected(
@@ -181,7 +220,7 @@ impl<'a> Run<'a> {
             )),
             Recall::New => {
                 let outcome = self.operation(log_id, op)?;
-                self.clients.remember(request, &outcome, &mut self.batch);
+                self.clients.remember(request, &outcome, &mut self.effects);
                 Ok(outcome)
             }
         }
@@ -411,7 +450,7 @@ impl<'a> Run<'a> {
         let member = member.ok_or(ApplyError::UnknownCommand {
             index: log_id.index,
         })?;
-        let mut roster = self.roster()?;
+        let mut roster = self.roster();
         roster.version += 1;
         let same = |known: &&mut Member| known.incarnation == member.incarnation;
         if let Some(known) = roster.members.iter_mut().find(same) {
@@ -459,7 +498,7 @@ impl<'a> Run<'a> {
     }
 
     fn promote_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
-        let mut roster = self.roster()?;
+        let mut roster = self.roster();
         if !roster.members.iter().any(|member| member.id == id) {
             return Ok(rejected(
                 reason::NO_MEMBER,
@@ -475,7 +514,7 @@ impl<'a> Run<'a> {
     }
 
     fn forget_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
-        let mut roster = self.roster()?;
+        let mut roster = self.roster();
         roster.version += 1;
         forget(&mut roster, id);
         self.roster = Some(roster);
@@ -517,7 +556,9 @@ impl Run<'_> {
         match self.memory.peek(key) {
             Lookup::Found(entry) => Ok(Some(entry)),
             Lookup::Absent => Ok(None),
-            Lookup::Unknown(_) => Ok(super::read::read_entry(self.store, key)?.map(Arc::new)),
+            // What an operation goes by is in the record: the value stays on disk.
+            Lookup::Unknown(_) => Ok(super::read::read_record(self.store, key)?
+                .map(|record| Arc::new(Entry::without_value(record)))),
         }
     }
 
@@ -531,15 +572,10 @@ impl Run<'_> {
             .transpose()?)
     }
 
-    /// Who has which id. Before the first admission it is the membership's own members.
-    fn roster(&self) -> Result<RosterRecord, ApplyError> {
-        if let Some(own) = &self.roster {
-            return Ok(own.clone());
-        }
-        if let Some(bytes) = self.store.get(Family::System, record::ROSTER)? {
-            return Ok(record::decode("roster", &bytes)?);
-        }
-        Ok(super::founding_roster(&self.applied))
+    /// Who has which id.
+    fn roster(&self) -> RosterRecord {
+        let before = || self.roster_before.as_deref().cloned();
+        self.roster.clone().or_else(before).unwrap_or_default()
     }
 
     /// The record, if the value would still be served.
@@ -575,19 +611,21 @@ impl Run<'_> {
     ) {
         if let Some(old) = old {
             self.remove_due_rows(key, &old.record);
+            self.effects.sum.toggle(hash::entry(key, &old.record));
         }
+        self.effects.sum.toggle(hash::entry(key, &record));
         for row in record::due_rows(key, &record) {
-            self.batch
+            self.effects
                 .put(Family::Due, row, Bytes::from_static(&[FORMAT]));
         }
-        self.batch.put(
+        self.effects.put(
             Family::Entry,
             key.as_bytes().clone(),
             record::encode(&record),
         );
         let entry = match (value, old) {
             (Some(value), _) => {
-                self.batch.put(
+                self.effects.put(
                     Family::Value,
                     key.as_bytes().clone(),
                     record::encode_value(value),
@@ -602,14 +640,15 @@ impl Run<'_> {
 
     fn remove_entry(&mut self, key: &Key, old: &EntryRecord) {
         self.remove_due_rows(key, old);
-        self.batch.delete(Family::Entry, key.as_bytes().clone());
-        self.batch.delete(Family::Value, key.as_bytes().clone());
+        self.effects.sum.toggle(hash::entry(key, old));
+        self.effects.delete(Family::Entry, key.as_bytes().clone());
+        self.effects.delete(Family::Value, key.as_bytes().clone());
         self.entries.insert(key.clone(), None);
     }
 
     fn remove_due_rows(&mut self, key: &Key, old: &EntryRecord) {
         for row in record::due_rows(key, old) {
-            self.batch.delete(Family::Due, row);
+            self.effects.delete(Family::Due, row);
         }
     }
 
@@ -630,12 +669,13 @@ impl Run<'_> {
             revision,
             expires_at_ms,
         };
-        self.batch.put(
+        self.effects.sum.toggle(hash::tombstone(key, &tombstone));
+        self.effects.put(
             Family::Tombstone,
             key.as_bytes().clone(),
             record::encode(&tombstone),
         );
-        self.batch.put(
+        self.effects.put(
             Family::Due,
             record::due_key(DueKind::Tombstone, expires_at_ms, key),
             Bytes::from_static(&[FORMAT]),
@@ -645,29 +685,14 @@ impl Run<'_> {
     }
 
     fn remove_tombstone(&mut self, key: &Key, tombstone: &TombstoneRecord) {
-        self.batch.delete(Family::Tombstone, key.as_bytes().clone());
-        self.batch.delete(
+        self.effects.sum.toggle(hash::tombstone(key, tombstone));
+        self.effects
+            .delete(Family::Tombstone, key.as_bytes().clone());
+        self.effects.delete(
             Family::Due,
             record::due_key(DueKind::Tombstone, tombstone.expires_at_ms, key),
         );
         self.tombstones.insert(key.clone(), None);
-    }
-
-    /// The running hash: equal on all replicas at the same index, or their states have parted.
-    fn chain(&mut self, index: u64, encoded: &Bytes, outcomes: &[Outcome]) {
-        let mut hasher = xxhash_rust::xxh3::Xxh3::with_seed(self.applied.chain_hash);
-        hasher.update(&index.to_be_bytes());
-        hasher.update(encoded);
-        for outcome in outcomes {
-            match &outcome.result {
-                // Its words are for people and may differ between versions.
-                Some(outcome::Result::Rejected(rejected)) => {
-                    hasher.update(rejected.reason.as_bytes())
-                }
-                _ => hasher.update(&outcome.encode_to_vec()),
-            }
-        }
-        self.applied.chain_hash = hasher.digest();
     }
 
     fn done(&self, existed: bool) -> Outcome {

@@ -17,8 +17,12 @@ use holdfast_proto::{
     v1::RequestId,
 };
 
-use super::record::{self, BadRecord, ClientId, client_head_key, client_outcome_key};
-use crate::store::{Family, StateBatch, StateStore};
+use super::{
+    effects::Effects,
+    hash,
+    record::{self, BadRecord, ClientId, client_head_key, client_outcome_key},
+};
+use crate::store::{Family, StateStore};
 
 /// Idle clients forgotten per log entry: bounds the work of one entry.
 const FORGET_PER_ENTRY: usize = 64;
@@ -30,6 +34,8 @@ pub(crate) struct Clients {
     by_last_seen: BTreeSet<(Millis, ClientId)>,
     /// Outcomes of the run that is being applied: not yet in the store.
     unwritten: HashMap<(ClientId, u64), Outcome>,
+    /// Clients whose head that run changed: each is written once, at its end.
+    changed: BTreeSet<ClientId>,
 }
 
 /// What is known of a request.
@@ -65,12 +71,12 @@ impl Clients {
         store: &dyn StateStore,
         request: &RequestId,
         now: Millis,
-        batch: &mut StateBatch,
+        effects: &mut Effects,
     ) -> io::Result<Recall> {
         let Some(client) = client_id(request) else {
             return Ok(Recall::New);
         };
-        self.see(client, request, now, batch);
+        self.see(client, request, now, effects);
         let head = &self.heads[&client];
         if request.seq < head.done_below {
             return Ok(Recall::Forgotten);
@@ -95,7 +101,7 @@ impl Clients {
         &mut self,
         request: &RequestId,
         outcome: &Outcome,
-        batch: &mut StateBatch,
+        effects: &mut Effects,
     ) {
         let Some(client) = client_id(request) else {
             return;
@@ -105,8 +111,9 @@ impl Clients {
         };
         if let Err(place) = head.seqs.binary_search(&request.seq) {
             head.seqs.insert(place, request.seq);
+            effects.sum.toggle(hash::outcome(&client, request.seq));
         }
-        batch.put(
+        effects.put(
             Family::Client,
             client_outcome_key(&client, request.seq),
             record::encode(outcome),
@@ -114,19 +121,18 @@ impl Clients {
         self.unwritten
             .insert((client, request.seq), outcome.clone());
         if head.seqs.len() > OUTCOMES_PER_CLIENT_MAX {
+            effects.sum.toggle(hash::client(&client, head));
             let lowest = head.seqs.remove(0);
             head.done_below = lowest + 1;
-            batch.delete(Family::Client, client_outcome_key(&client, lowest));
+            effects.sum.toggle(hash::client(&client, head));
+            effects.sum.toggle(hash::outcome(&client, lowest));
+            effects.delete(Family::Client, client_outcome_key(&client, lowest));
         }
-        batch.put(
-            Family::Client,
-            client_head_key(&client),
-            record::encode(head),
-        );
+        self.changed.insert(client);
     }
 
     /// Forgets clients that have been silent too long, a bounded number at a time.
-    pub(crate) fn forget_idle(&mut self, now: Millis, batch: &mut StateBatch) {
+    pub(crate) fn forget_idle(&mut self, now: Millis, effects: &mut Effects) {
         for _ in 0..FORGET_PER_ENTRY {
             let Some(&(last_seen, client)) = self.by_last_seen.first() else {
                 return;
@@ -134,7 +140,21 @@ impl Clients {
             if last_seen.saturating_add(CLIENT_IDLE.as_millis() as Millis) > now {
                 return;
             }
-            self.forget(client, batch);
+            self.forget(client, effects);
+        }
+    }
+
+    /// Ends a run: what became of each client's head.
+    pub(crate) fn finish(&mut self, effects: &mut Effects) {
+        for client in std::mem::take(&mut self.changed) {
+            match self.heads.get(&client) {
+                Some(head) => effects.put(
+                    Family::Client,
+                    client_head_key(&client),
+                    record::encode(head),
+                ),
+                None => effects.delete(Family::Client, client_head_key(&client)),
+            }
         }
     }
 
@@ -143,12 +163,16 @@ impl Clients {
         self.unwritten.clear();
     }
 
-    fn see(&mut self, client: ClientId, request: &RequestId, now: Millis, batch: &mut StateBatch) {
+    fn see(&mut self, client: ClientId, request: &RequestId, now: Millis, effects: &mut Effects) {
         if !self.heads.contains_key(&client)
             && self.heads.len() >= CLIENTS_MAX
             && let Some(&(_, longest_silent)) = self.by_last_seen.first()
         {
-            self.forget(longest_silent, batch);
+            self.forget(longest_silent, effects);
+        }
+        self.changed.insert(client);
+        if let Some(head) = self.heads.get(&client) {
+            effects.sum.toggle(hash::client(&client, head));
         }
         let head = self.heads.entry(client).or_default();
         self.by_last_seen.remove(&(head.last_seen_ms, client));
@@ -161,27 +185,26 @@ impl Clients {
             head.done_below = done_below;
             let known = head.seqs.partition_point(|&seq| seq < done_below);
             for seq in head.seqs.drain(..known) {
-                batch.delete(Family::Client, client_outcome_key(&client, seq));
+                effects.sum.toggle(hash::outcome(&client, seq));
+                effects.delete(Family::Client, client_outcome_key(&client, seq));
                 self.unwritten.remove(&(client, seq));
             }
         }
-        batch.put(
-            Family::Client,
-            client_head_key(&client),
-            record::encode(head),
-        );
+        effects.sum.toggle(hash::client(&client, head));
     }
 
-    fn forget(&mut self, client: ClientId, batch: &mut StateBatch) {
+    fn forget(&mut self, client: ClientId, effects: &mut Effects) {
         let Some(head) = self.heads.remove(&client) else {
             return;
         };
         self.by_last_seen.remove(&(head.last_seen_ms, client));
+        effects.sum.toggle(hash::client(&client, &head));
         for seq in head.seqs {
-            batch.delete(Family::Client, client_outcome_key(&client, seq));
+            effects.sum.toggle(hash::outcome(&client, seq));
+            effects.delete(Family::Client, client_outcome_key(&client, seq));
             self.unwritten.remove(&(client, seq));
         }
-        batch.delete(Family::Client, client_head_key(&client));
+        self.changed.insert(client);
     }
 }
 

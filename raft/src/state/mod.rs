@@ -15,6 +15,9 @@
 pub(crate) mod apply;
 mod clients;
 mod closed;
+mod effects;
+mod feed;
+mod hash;
 #[allow(dead_code, reason = "cleared no more: a generation goes as a whole")]
 pub(crate) mod memory;
 pub(crate) mod owner;
@@ -23,10 +26,11 @@ pub(crate) mod record;
 #[cfg(test)]
 mod tests;
 mod view;
+mod write;
 
 use std::{
+    collections::VecDeque,
     io,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -37,24 +41,25 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use holdfast_proto::{
     Revision, ShardId,
-    peer::{AppliedRecord, LogId, Member, Membership, Outcome, RosterRecord, SetPace},
+    peer::{AppliedRecord, LogId, Member, Membership, RosterRecord, SetPace, StateHash},
     timeline::Millis,
 };
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-pub(crate) use self::memory::Lookup;
 use self::{
-    apply::{ApplyError, Run},
-    clients::Clients,
     closed::Closed,
+    feed::Feed,
     memory::{Loaded, Memory},
     read::read_entry,
+    write::{Writer, applied_of},
 };
 pub use self::{
+    feed::{Change, Changes},
     read::{Scanned, Shown},
     view::View,
 };
+pub(crate) use self::{memory::Lookup, write::Install};
 use crate::store::{Family, StateStore, Stores};
 
 /// How far a replica is: what can be seen by a read that starts now.
@@ -67,18 +72,6 @@ pub struct Applied {
     pub pace: SetPace,
 }
 
-/// The running hash of applied state at one index.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ChainHash {
-    pub index: u64,
-    pub hash: u64,
-}
-
-/// Hashes are compared at multiples of this index, so that replicas need to keep few.
-const HASH_EVERY: u64 = 256;
-/// Hashes kept for comparison with peers that are ahead or behind.
-const HASHES_KEPT: usize = 64;
-
 /// What the memory tier holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
@@ -89,12 +82,12 @@ pub struct MemoryUse {
 }
 
 /// One committed log entry, ready to be applied.
-pub struct Committed {
+pub(crate) struct Committed {
     pub log_id: LogId,
     pub payload: CommittedPayload,
 }
 
-pub enum CommittedPayload {
+pub(crate) enum CommittedPayload {
     Blank,
     /// An encoded `LogEntry`.
     Commands(Bytes),
@@ -111,14 +104,20 @@ pub struct State {
     /// Index up to which the store is known to be on disk: what a restart replays from, and purging
     /// never passes.
     flushed_index: AtomicU64,
+    /// Index that the log has brought here, also where a snapshot was ahead of it.
+    passed_index: AtomicU64,
     writer: Mutex<Writer>,
-    hashes: Mutex<std::collections::VecDeque<ChainHash>>,
+    published: ArcSwap<Published>,
+    hashes: Mutex<VecDeque<StateHash>>,
+    feed: Feed,
 }
 
-/// Everything that changes only in apply and install.
-struct Writer {
-    applied: AppliedRecord,
-    clients: Clients,
+/// What is known of a state without asking whoever writes to it.
+#[derive(Clone)]
+struct Published {
+    applied: Arc<AppliedRecord>,
+    /// `None` before the first membership.
+    roster: Option<Arc<RosterRecord>>,
 }
 
 /// A store and the memory in front of it; replaced together by a snapshot.
@@ -131,7 +130,7 @@ impl State {
     pub fn open(stores: &Stores, shard: ShardId, memory_bytes_max: u64) -> io::Result<Arc<Self>> {
         let store = stores.open_state(shard)?;
         let writer = Writer::load(store.as_ref())?;
-        let applied = writer.published();
+        let applied = applied_of(&writer.published.applied);
         let state = Arc::new(Self {
             shard,
             stores: stores.clone(),
@@ -143,8 +142,11 @@ impl State {
             visible: AtomicU64::new(applied.revision),
             applied: watch::Sender::new(applied),
             flushed_index: AtomicU64::new(applied.index),
+            passed_index: AtomicU64::new(applied.index),
+            published: ArcSwap::from_pointee(writer.published.clone()),
             writer: Mutex::new(writer),
             hashes: Mutex::default(),
+            feed: Feed::default(),
         });
         state.load_memory();
         Ok(state)
@@ -160,15 +162,14 @@ impl State {
         self.generation.load_full()
     }
 
-    pub fn roster(&self) -> io::Result<RosterRecord> {
-        match self
-            .generation()
-            .store
-            .get(Family::System, record::ROSTER)?
-        {
-            Some(bytes) => Ok(record::decode("roster", &bytes)?),
-            None => Ok(founding_roster(&self.applied_record())),
-        }
+    /// Who has which id, as of the last run.
+    pub fn roster(&self) -> Arc<RosterRecord> {
+        self.published.load().roster.clone().unwrap_or_default()
+    }
+
+    /// Every change from now on.
+    pub(crate) fn follow(&self) -> Changes {
+        self.feed.follow()
     }
 
     pub(crate) fn memory_use(&self) -> MemoryUse {
@@ -195,87 +196,32 @@ impl State {
         self.applied.subscribe()
     }
 
-    pub fn applied_record(&self) -> AppliedRecord {
-        self.writer.lock().applied.clone()
+    /// As of the last run.
+    pub fn applied_record(&self) -> Arc<AppliedRecord> {
+        self.published.load().applied.clone()
+    }
+
+    /// Whether the log is as far as the state: not while a snapshot is ahead of it.
+    pub(crate) fn is_level_with_log(&self) -> bool {
+        self.applied().index <= self.passed_index.load(Ordering::Acquire)
     }
 
     pub fn flushed_index(&self) -> u64 {
         self.flushed_index.load(Ordering::Acquire)
     }
 
-    /// The newest hash to show to a peer.
-    pub fn chain_hash(&self) -> ChainHash {
-        self.hashes.lock().back().copied().unwrap_or_default()
+    /// At the newest index that hashes are compared at.
+    pub(crate) fn hash(&self) -> Option<StateHash> {
+        self.hashes.lock().back().copied()
     }
 
-    /// What this replica's hash was at an index, if it remembers.
-    pub fn chain_hash_at(&self, index: u64) -> Option<u64> {
-        self.hashes
-            .lock()
-            .iter()
-            .find(|known| known.index == index)
-            .map(|known| known.hash)
+    /// What it was at an index, if it is remembered.
+    pub(crate) fn hash_at(&self, index: u64) -> Option<StateHash> {
+        let hashes = self.hashes.lock();
+        hashes.iter().find(|known| known.index == index).copied()
     }
 
-    // ---- writing: apply, flush, snapshots ----
-
-    /// Applies a run of committed entries as one batch and says what their commands came to.
-    pub fn apply(&self, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
-        let generation = self.generation.load_full();
-        let mut writer = self.writer.lock();
-        let Writer { applied, clients } = &mut *writer;
-        let mut batch = Run::new(
-            generation.store.as_ref(),
-            &generation.memory,
-            clients,
-            applied.clone(),
-        );
-        let mut outcomes = Vec::with_capacity(run.len());
-        let mut hashes = Vec::new();
-        for committed in run {
-            outcomes.push(match &committed.payload {
-                CommittedPayload::Commands(encoded) => batch.apply(committed.log_id, encoded)?,
-                CommittedPayload::Blank => {
-                    batch.apply_empty(committed.log_id);
-                    Vec::new()
-                }
-                CommittedPayload::Membership(membership) => {
-                    batch.applied_mut().membership_log_id = Some(committed.log_id);
-                    batch.applied_mut().membership = Some(membership.clone());
-                    batch.apply_empty(committed.log_id);
-                    Vec::new()
-                }
-            });
-            if committed.log_id.index.is_multiple_of(HASH_EVERY) {
-                hashes.push(ChainHash {
-                    index: committed.log_id.index,
-                    hash: batch.applied_mut().chain_hash,
-                });
-            }
-        }
-        let finished = batch.finish();
-
-        self.visible
-            .store(finished.applied.revision, Ordering::Release);
-        generation.store.write(finished.batch)?;
-        generation.memory.apply(finished.changes);
-        writer.applied = finished.applied;
-        writer.clients.written();
-        self.remember_hashes(hashes);
-        self.applied.send_replace(writer.published());
-        Ok(outcomes)
-    }
-
-    /// Everything applied so far survives a restart without the log. Returns the index that is
-    /// certain.
-    pub fn flush(&self) -> io::Result<u64> {
-        let index = self.applied().index;
-        self.generation().store.flush()?;
-        Ok(self
-            .flushed_index
-            .fetch_max(index, Ordering::AcqRel)
-            .max(index))
-    }
+    // ---- writing: `write.rs` ----
 
     pub fn compact(&self) -> io::Result<()> {
         self.generation().store.compact()
@@ -285,40 +231,6 @@ impl State {
         self.generation().store.disk_bytes()
     }
 
-    /// A copy of the state as files in `dir`, to send to a follower. The applied record inside it
-    /// says how far it is.
-    pub fn checkpoint(&self, dir: &Path) -> io::Result<()> {
-        self.generation().store.checkpoint(dir)
-    }
-
-    /// Replaces everything by a checkpoint that was fully received into `dir`. Never goes
-    /// backwards.
-    pub fn install(self: &Arc<Self>, dir: &Path) -> io::Result<AppliedRecord> {
-        let mut writer = self.writer.lock();
-        let store = self.stores.install_state(self.shard, dir)?;
-        let installed = Writer::load(store.as_ref())?;
-        let record = installed.applied.clone();
-        if record.revision < writer.applied.revision {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "a snapshot would take this replica back in time",
-            ));
-        }
-        *writer = installed;
-        self.visible.store(record.revision, Ordering::Release);
-        self.generation.store(Arc::new(Generation {
-            store,
-            memory: Memory::new(self.memory_bytes_max),
-        }));
-        let applied = writer.published();
-        self.flushed_index.store(applied.index, Ordering::Release);
-        self.hashes.lock().clear();
-        self.applied.send_replace(applied);
-        drop(writer);
-        self.load_memory();
-        Ok(record)
-    }
-
     /// Lets go of the store, so that it can be opened again. Whoever still reads finds an error,
     /// never another state.
     pub(crate) fn close(&self) {
@@ -326,14 +238,6 @@ impl State {
             store: Arc::new(Closed),
             memory: Memory::new(0),
         }));
-    }
-
-    fn remember_hashes(&self, new: Vec<ChainHash>) {
-        let mut hashes = self.hashes.lock();
-        hashes.extend(new);
-        while hashes.len() > HASHES_KEPT {
-            hashes.pop_front();
-        }
     }
 
     /// Brings the stored entries into memory in the background. Until it ends, a look-up that finds
@@ -380,34 +284,6 @@ fn load_all(generation: &Generation, replaced: impl Fn() -> bool) -> io::Result<
     }
     memory.loaded(loading);
     Ok(())
-}
-
-impl Writer {
-    fn load(store: &dyn StateStore) -> io::Result<Self> {
-        let applied = store.get(Family::System, record::APPLIED)?;
-        let applied: AppliedRecord = applied
-            .map(|bytes| record::decode("applied", &bytes))
-            .transpose()?
-            .unwrap_or_default();
-        if applied.feature_level > apply::FEATURE_LEVEL {
-            return Err(io::Error::other(ApplyError::FeatureLevel {
-                level: applied.feature_level,
-            }));
-        }
-        Ok(Self {
-            applied,
-            clients: Clients::load(store)?,
-        })
-    }
-
-    fn published(&self) -> Applied {
-        Applied {
-            index: self.applied.last_applied.map_or(0, |log_id| log_id.index),
-            revision: self.applied.revision,
-            log_time: self.applied.log_time_ms,
-            pace: self.applied.pace.unwrap_or_default(),
-        }
-    }
 }
 
 /// Who is a member before the first change: those that founded the cluster.

@@ -1,6 +1,10 @@
 //! What applied commands leave behind, what a scan shows of it, and what is read from disk for it.
 
+mod changes;
+mod hash;
 mod reads;
+
+use std::path::Path;
 
 use holdfast_proto::peer;
 

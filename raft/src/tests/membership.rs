@@ -257,7 +257,7 @@ async fn who_is_in_no_roster_is_no_peer() {
         term,
         index: 1 << 40,
     });
-    let own = peers.header(peers.identity().node_id, 0, None);
+    let own = peers.header(peers.identity().node_id, 0);
     // One that never was a member, and one that says it is a member and is another process.
     for (from, session) in [(99, 1), (own.from, own.from_session + 1)] {
         let header = Some(holdfast_proto::peer::Header {

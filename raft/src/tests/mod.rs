@@ -1,6 +1,7 @@
 //! The crate held to its promises: openraft's storage suite on both engines, and whole groups of
 //! nodes in one process.
 
+mod divergence;
 mod group;
 mod membership;
 mod quiet;

@@ -37,7 +37,7 @@ async fn nobody_is_voted_for_within_two_leases_of_a_start() {
     let peers = replicas.peers().expect("it belongs to a cluster");
     let service = ReplicaServer::new(replicas.local());
     // A candidate with a higher term and as much log as anybody.
-    let header = Some(peers.header(peers.identity().node_id, 0, None));
+    let header = Some(peers.header(peers.identity().node_id, 0));
     let vote = Some(Vote {
         term: 1000,
         voted_for: Some(2),

@@ -31,7 +31,7 @@ async fn a_write_whose_leader_cannot_be_reached_was_not_applied() {
     let peers = nodes[asked].replicas().peers().expect("a member");
     let deadline = patience();
     loop {
-        let header = peers.header(id, 0, None);
+        let header = peers.header(id, 0);
         let asked = peers.call(header, &deadline, ReadIndexRequest::default());
         if let Err(CallError::NeverSent(_)) = asked.await {
             break;

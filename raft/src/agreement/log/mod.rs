@@ -28,6 +28,7 @@ use std::{
     time::Duration,
 };
 
+use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use holdfast_proto::{ShardId, limits::APPEND_BATCH_BYTES, peer};
 use openraft::{
     RaftLogReader,
@@ -53,6 +54,8 @@ use crate::{
 /// Operations that wait for the sync thread; beyond it openraft's core waits, and with it the
 /// proposers.
 const QUEUE: usize = 8192;
+/// Read at a time of what is to be applied.
+const READ_AHEAD_BYTES: usize = 2 << 20;
 /// A purge costs a flush: it is worth it for an eighth of what is kept.
 const PURGE_SHARE: u64 = 8;
 
@@ -430,6 +433,26 @@ impl RaftLogReader<Types> for ShardLog {
 
     async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
         Ok(self.tail.state.read().vote)
+    }
+
+    /// A part at a time: what is read and not yet applied is bounded, however much there is.
+    async fn entries_stream<RB: RangeBounds<u64> + Clone + Debug + Send>(
+        &mut self,
+        range: RB,
+    ) -> impl Stream<Item = io::Result<Entry>> + Send {
+        let (start, end) = bounds(&range);
+        let parts = stream::try_unfold((self.clone(), start), move |(log, next)| async move {
+            if next >= end {
+                return Ok(None);
+            }
+            let part = log.entries(next, end, READ_AHEAD_BYTES).await?;
+            let Some(last) = part.last() else {
+                return Ok(None);
+            };
+            let next = last.log_id().index() + 1;
+            io::Result::Ok(Some((stream::iter(part).map(Ok), (log, next))))
+        });
+        parts.try_flatten().boxed()
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {

@@ -25,6 +25,8 @@ struct Counting {
     unsynced: Mutex<u64>,
     hangs_until: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
     writes_hang_until: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
+    /// Bytes of the read that brought the most.
+    largest_read: Mutex<usize>,
 }
 
 impl LogStore for Counting {
@@ -47,7 +49,11 @@ impl LogStore for Counting {
         if let Some(answers) = hangs_until {
             answers.recv_timeout(PATIENCE).map_err(io::Error::other)?;
         }
-        self.store.read(shard, range, max_bytes)
+        let rows = self.store.read(shard, range, max_bytes)?;
+        let bytes: usize = rows.iter().map(|(_, entry)| entry.len()).sum();
+        let mut largest = self.largest_read.lock();
+        *largest = bytes.max(*largest);
+        Ok(rows)
     }
 
     fn bounds(&self, shard: ShardId) -> io::Result<Option<(u64, u64)>> {
@@ -90,6 +96,7 @@ fn counting() -> Arc<Counting> {
         unsynced: Mutex::default(),
         hangs_until: Mutex::default(),
         writes_hang_until: Mutex::default(),
+        largest_read: Mutex::default(),
     })
 }
 
@@ -398,4 +405,34 @@ async fn a_log_belongs_to_one_node_of_one_cluster() {
         );
     }
     shared.close().await;
+}
+
+/// A follower that comes back far behind holds a part of what it lags by, not all of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_to_be_applied_is_read_a_part_at_a_time() {
+    const ENTRIES: u64 = 24;
+    let store = counting();
+    let shared = open(&store);
+    fill(
+        &mut shared.shard(0).expect("a shard's log"),
+        1..ENTRIES + 1,
+        1 << 20,
+    )
+    .await;
+    shared.close().await;
+
+    // Another process: nothing of it is in memory.
+    let mut log = open(&store).shard(0).expect("a shard's log");
+    let entries: Vec<_> = log
+        .entries_stream(1..ENTRIES + 1)
+        .await
+        .map(|entry| entry.expect("reads").log_id().index())
+        .collect()
+        .await;
+    assert_eq!(entries, (1..=ENTRIES).collect::<Vec<_>>());
+    let largest = *store.largest_read.lock();
+    assert!(
+        (1 << 20..=READ_AHEAD_BYTES + (1 << 20)).contains(&largest),
+        "{largest} bytes at once"
+    );
 }

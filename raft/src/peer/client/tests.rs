@@ -171,6 +171,7 @@ impl Pair {
         let snapshots =
             snapshot::Sender::new(stores, scratch, Arc::new(()), space).expect("snapshots");
         let network = Network {
+            agreed: Arc::default(),
             leader_clock: Arc::new(LeaderClock::new(
                 0,
                 clock.clone(),

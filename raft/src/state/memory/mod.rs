@@ -315,7 +315,8 @@ impl Memory {
         let segment = self.segment(hash);
         let mut queues = segment.queues.lock();
         self.changes.raise(hash);
-        if cost > self.bytes_max {
+        // What came without its value is for the next reader to bring.
+        if cost > self.bytes_max || entry.value.is_none() {
             self.completeness.lose();
             self.unlink(segment, &mut queues, key);
         } else if let Some(slot) = self.map.pin().get(key) {

@@ -17,6 +17,8 @@ use crate::{
 struct Counted {
     store: Arc<dyn StateStore>,
     reads: Mutex<HashMap<Family, usize>>,
+    /// What each batch wrote, in words.
+    batches: Mutex<Vec<String>>,
     /// Rows that were there when a scan began, and are gone when they are looked up.
     gone: &'static [&'static str],
 }
@@ -55,6 +57,7 @@ impl StateStore for Counted {
     }
 
     fn write(&self, batch: StateBatch) -> io::Result<()> {
+        self.batches.lock().push(format!("{batch:?}"));
         self.store.write(batch)
     }
 
@@ -80,6 +83,7 @@ fn counted(state: &State, memory_bytes: u64, gone: &'static [&'static str]) -> A
     let store = Arc::new(Counted {
         store: state.generation().store.clone(),
         reads: Mutex::default(),
+        batches: Mutex::default(),
         gone,
     });
     state.generation.store(Arc::new(Generation {
@@ -145,6 +149,73 @@ async fn a_scan_of_keys_reads_no_values_and_one_of_values_reads_each_once() {
     state.get(&Key::new("b").unwrap()).unwrap();
     state.scan(b"", b"", 10, Shown::Values).unwrap();
     assert_eq!(store.reads(Family::Value) - before, 1 + 2);
+}
+
+/// Nothing fits into memory: all is on disk.
+#[tokio::test]
+async fn what_operations_go_by_is_read_without_values() {
+    let state = empty();
+    applied(&state, 1, 1_000, set("a"));
+    let store = counted(&state, 1, &[]);
+    applied(&state, 1, 2_000, set("a"));
+    let invalidate = peer::command::Op::Invalidate(peer::Invalidate { key: "a".into() });
+    applied(&state, 1, 3_000, invalidate);
+    assert_eq!(
+        (store.reads(Family::Entry), store.reads(Family::Value)),
+        (2, 0)
+    );
+
+    // The value is still the key's.
+    let read = state.get(&Key::new("a").unwrap()).unwrap().unwrap();
+    assert_eq!(read.value.as_deref(), Some(b"value of a".as_slice()));
+    assert_eq!((read.record.version, read.record.changed), (2, 3));
+}
+
+#[tokio::test]
+async fn many_commands_are_applied_in_batches_and_a_clients_head_is_written_once_in_each() {
+    const ENTRIES: u64 = 10;
+    const COMMANDS: u64 = 1_000;
+    let state = empty();
+    let store = counted(&state, 1 << 24, &[]);
+    let command = |seq| peer::Command {
+        request_id: Some(holdfast_proto::v1::RequestId {
+            client: Bytes::from_static(&[7; 16]),
+            seq,
+            done_below: 0,
+        }),
+        op: Some(set(&format!("k{seq}"))),
+        ..Default::default()
+    };
+    let entry = |index: u64| {
+        let entry = peer::LogEntry {
+            format: 1,
+            stamp_ms: 1_000,
+            commands: (0..COMMANDS)
+                .map(|n| command(index * COMMANDS + n))
+                .collect(),
+        };
+        Committed {
+            log_id: LogId { term: 1, index },
+            payload: CommittedPayload::Commands(prost::Message::encode_to_vec(&entry).into()),
+        }
+    };
+    let run: Vec<_> = (1..=ENTRIES).map(entry).collect();
+    let outcomes = state.apply(&run).unwrap();
+    assert_eq!(outcomes.len() as u64, ENTRIES);
+    assert!(
+        outcomes
+            .iter()
+            .all(|outcomes| outcomes.len() as u64 == COMMANDS)
+    );
+    let batches = store.batches.lock();
+    assert_eq!(batches.len(), 2, "5 and 5 entries");
+    let head = format!(
+        "Put(Client, {:?}",
+        Bytes::from([b"h".as_slice(), &[7; 16]].concat())
+    );
+    for batch in batches.iter() {
+        assert_eq!(batch.matches(&head).count(), 1);
+    }
 }
 
 proptest! {

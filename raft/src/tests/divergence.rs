@@ -1,0 +1,169 @@
+//! States that have parted: the majority is right, whoever leads; the odd one serves nothing until the
+//! majority's state has taken its place; nobody else's word counts.
+
+use std::{sync::Arc, time::Duration};
+
+use holdfast_proto::peer::{Header, StateHash};
+use openraft::type_config::async_runtime::watch::WatchReceiver as _;
+
+use super::group::{Node, PATIENCE, leader_of, nodes, set, value};
+use crate::{Clock, Replica, agreement::types::vote_to};
+
+async fn formed(n: u32) -> (Vec<Node>, usize) {
+    let mut nodes = nodes(n as usize, n, 1).await;
+    for node in &mut nodes {
+        node.start().await;
+    }
+    for node in &nodes {
+        node.member().await;
+    }
+    let leader = leader_of(&nodes).await;
+    (nodes, leader)
+}
+
+async fn stop(nodes: Vec<Node>) {
+    for mut node in nodes {
+        node.stop().await;
+    }
+}
+
+/// Writes until `so`: past indexes at which states are compared.
+async fn write_until(nodes: &[Node], so: impl Fn() -> bool) {
+    let writing = async {
+        let mut n = 0u64;
+        while !so() {
+            n += 1;
+            for node in nodes {
+                let op = set("k", &format!("v{n}"));
+                let soon = Clock::system().deadline(Duration::from_millis(500));
+                let _ = node.replica().write(op, None, &soon).await;
+                if so() {
+                    return;
+                }
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE * 3, writing)
+        .await
+        .expect("in time");
+}
+
+/// All have the same hash at an index that was reached after `index`.
+fn are_level(replicas: &[Arc<Replica>], index: u64) -> bool {
+    let Some(newest) = replicas[0].state().hash() else {
+        return false;
+    };
+    newest.index > index
+        && replicas.iter().all(|replica| {
+            !replica.is_diverged() && replica.state().hash_at(newest.index) == Some(newest)
+        })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_whose_state_is_not_the_majoritys_gets_the_leaders() {
+    let (nodes, leader) = formed(3).await;
+    let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
+    let odd = (leader + 1) % 3;
+    replicas[odd].state().spoil(42);
+    write_until(&nodes, || replicas[odd].is_diverged()).await;
+    assert!(
+        replicas[odd].must_catch_up(),
+        "it answers nothing by itself"
+    );
+    assert!(
+        !replicas[leader].is_diverged() && !replicas[(leader + 2) % 3].is_diverged(),
+        "the others go on"
+    );
+    let index = replicas[odd].applied().index;
+    write_until(&nodes, || are_level(&replicas, index)).await;
+    assert!(!replicas[odd].must_catch_up());
+    drop(replicas);
+    stop(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_state_is_not_the_majoritys_hands_over_and_gets_anothers() {
+    let (nodes, leader) = formed(3).await;
+    let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
+    replicas[leader].state().spoil(42);
+    write_until(&nodes, || replicas[leader].is_diverged()).await;
+    let index = replicas[leader].applied().index;
+    write_until(&nodes, || are_level(&replicas, index)).await;
+    let now = leader_of(&nodes).await;
+    assert_ne!(now, leader, "another leads");
+    drop(replicas);
+    stop(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_nobody_stops_and_the_leader_says_so() {
+    let (nodes, leader) = formed(3).await;
+    let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
+    replicas[0].state().spoil(1);
+    replicas[1].state().spoil(2);
+    let leads = &replicas[leader];
+    write_until(&nodes, || {
+        leads.states_are_split() || leads.leads().is_none()
+    })
+    .await;
+    assert!(replicas.iter().any(|replica| replica.states_are_split()));
+    assert!(replicas.iter().all(|replica| !replica.is_diverged()));
+    assert!(value(leads, "k").is_some());
+    drop(replicas);
+    stop(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hash_from_anybody_but_the_leader_accuses_nobody() {
+    let (nodes, leader) = formed(3).await;
+    let follower = nodes[(leader + 1) % 3].replica();
+    write_until(&nodes, || follower.state().hash().is_some()).await;
+    let known = follower.state().hash().expect("a hash");
+    let wrong = StateHash {
+        hash: known.hash ^ 1,
+        ..known
+    };
+    let vote = vote_to(&follower.raft().metrics().borrow_watched().vote);
+    let leads = nodes[leader].replica();
+    let genuine = Header {
+        agreed: Some(wrong),
+        ..leads.header(follower.peers_identity().node_id)
+    };
+
+    let stranger = Header {
+        from: 99,
+        ..genuine.clone()
+    };
+    let another_member = nodes[(leader + 2) % 3].replica();
+    let another_member = Header {
+        agreed: Some(wrong),
+        ..another_member.header(follower.peers_identity().node_id)
+    };
+    let of_an_earlier_life = Header {
+        from_incarnation: genuine.from_incarnation ^ 1,
+        ..genuine.clone()
+    };
+    for header in [&stranger, &another_member, &of_an_earlier_life] {
+        follower.hear_agreed(Some(&vote), Some(header));
+    }
+    let mut older = vote;
+    older.term -= 1;
+    follower.hear_agreed(Some(&older), Some(&genuine));
+    let mut uncommitted = vote;
+    uncommitted.committed = false;
+    follower.hear_agreed(Some(&uncommitted), Some(&genuine));
+    let another_version = Header {
+        agreed: Some(StateHash {
+            version: wrong.version + 1,
+            ..wrong
+        }),
+        ..genuine.clone()
+    };
+    follower.hear_agreed(Some(&vote), Some(&another_version));
+    assert!(!follower.is_diverged());
+
+    follower.hear_agreed(Some(&vote), Some(&genuine));
+    assert!(follower.is_diverged(), "the leader's own word counts");
+    drop((follower, leads));
+    stop(nodes).await;
+}
