@@ -4,23 +4,29 @@
 //! Promises to answer only who belongs to the cluster, and never to pass a question on. Must never
 //! know how a value is fetched or a read is answered.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use holdfast_proto::{
     Key,
     limits::{BATCH_KEYS_MAX, DEADLINE_DEFAULT, PEER_MESSAGE_BYTES_MAX},
     peer::{
-        FetchRequest, FetchResponse, Header, ReadRequest, ReadResponse, ReportReadsRequest,
-        ReportReadsResponse,
+        FetchRequest, Header, ReadRequest, ReadResponse, ReportReadsRequest, ReportReadsResponse,
         refresh_service_server::{RefreshService, RefreshServiceServer},
     },
     timeout,
 };
 use holdfast_raft::{Replica, Replicas};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
-use crate::{cache::Cache, operation::Call, refresh::Refresher};
+use crate::{
+    cache::Cache,
+    operation::Call,
+    refresh::{Answers, Refresher},
+};
+
+/// How long a stream's first message may take.
+const FIRST_WITHIN: Duration = Duration::from_secs(2);
 
 /// The service that peers call.
 pub struct PeerServer {
@@ -65,34 +71,34 @@ impl PeerServer {
 
 #[tonic::async_trait]
 impl RefreshService for PeerServer {
+    type FetchStream = Answers;
+
     async fn fetch(
         &self,
-        request: Request<FetchRequest>,
-    ) -> Result<Response<FetchResponse>, Status> {
-        let call = self.call(&request);
-        let FetchRequest { header, key } = request.into_inner();
-        let replica = self.checked(header.as_ref())?;
-        let key = checked_key(key)?;
-        let owner = self.replicas.of_key(&key).map(|owner| owner.shard());
-        if owner != Some(replica.shard()) {
-            return Err(Status::invalid_argument("the key belongs to another shard"));
-        }
-        let result = self
-            .refresher
-            .fetch_for_peer(&key, &replica, &call.deadline)
-            .await;
-        Ok(Response::new(FetchResponse {
-            header: Some(replica.reply()),
-            result: Some(result),
-        }))
+        request: Request<Streaming<FetchRequest>>,
+    ) -> Result<Response<Answers>, Status> {
+        let mut questions = request.into_inner();
+        let first = tokio::time::timeout(FIRST_WITHIN, questions.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("a stream without a header"))??;
+        let first = first.ok_or_else(|| Status::invalid_argument("a stream without a header"))?;
+        let replica = self.checked(first.header.as_ref())?;
+        let answers = self.refresher.answer_peer(replica, first, questions);
+        Ok(Response::new(answers))
     }
 
     async fn report_reads(
         &self,
         request: Request<ReportReadsRequest>,
     ) -> Result<Response<ReportReadsResponse>, Status> {
-        let ReportReadsRequest { header, read, due } = request.into_inner();
+        let ReportReadsRequest {
+            header,
+            read,
+            due,
+            read_before,
+            read_before_at_ms,
+        } = request.into_inner();
         let replica = self.checked(header.as_ref())?;
+        self.refresher.hear_marks(&read_before, &read_before_at_ms);
         self.refresher
             .reads_reported(checked_keys(read)?, checked_keys(due)?);
         Ok(Response::new(ReportReadsResponse {

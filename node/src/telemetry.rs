@@ -7,7 +7,7 @@
 
 use std::{io::IsTerminal, time::Duration};
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator},
@@ -26,6 +26,8 @@ const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 /// Vendors' own words in a trace context (W3C Trace Context §3.3).
 const TRACE_STATE: &str = "tracestate";
 const SERVICE_NAME: &str = "holdfastd";
+/// Of W3C Trace Context.
+const TRACEPARENT: &str = "traceparent";
 /// Unless `RUST_LOG` says otherwise. openraft warns of each message that a dead peer does not take;
 /// what it comes to, the replica says itself. The spans of requests are for those who export them.
 const LOG_DEFAULT: &str = "info,holdfast_node::grpc::trace=warn,openraft=error,h2=warn,hyper=warn,hyper_util=warn,tonic=warn,tower=warn";
@@ -115,6 +117,31 @@ pub fn outgoing(metadata: &mut MetadataMap) {
     inject(&mut Metadata(metadata));
 }
 
+/// The current span's context as one header's value, for a question among many to another node.
+/// Empty without a trace.
+pub(crate) fn traceparent() -> String {
+    let headers = trace_headers();
+    let parent = headers
+        .get(TRACEPARENT)
+        .and_then(|value| value.to_str().ok());
+    parent.unwrap_or_default().to_owned()
+}
+
+/// The span of one such question, inside the trace of who asked; none outside a trace.
+pub(crate) fn span_of_peer(traceparent: &str) -> Span {
+    let Ok(parent) = HeaderValue::from_str(traceparent) else {
+        return Span::none();
+    };
+    if parent.is_empty() {
+        return Span::none();
+    }
+    let span = tracing::info_span!("refresh.question", otel.kind = "server");
+    let headers = HeaderMap::from_iter([(HeaderName::from_static(TRACEPARENT), parent)]);
+    // Fails where no layer exports spans: then there is no trace to go on with.
+    let _ = span.set_parent(incoming(&headers));
+    span
+}
+
 /// What a caller says its span is.
 pub(crate) fn incoming(headers: &HeaderMap) -> Context {
     TraceContextPropagator::new().extract_with_context(&Context::new(), &Incoming(headers))
@@ -164,10 +191,7 @@ struct Headers<'a>(&'a mut HeaderMap);
 impl Injector for Headers<'_> {
     fn set(&mut self, name: &str, value: String) {
         // The propagator writes nothing that is no header; a state that a caller made up may be.
-        if let (Ok(name), Ok(value)) = (
-            http::HeaderName::try_from(name),
-            http::HeaderValue::try_from(value),
-        ) {
+        if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
             self.0.insert(name, value);
         }
     }
@@ -192,7 +216,7 @@ impl Extractor for Incoming<'_> {
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.0.keys().map(http::HeaderName::as_str).collect()
+        self.0.keys().map(HeaderName::as_str).collect()
     }
 }
 

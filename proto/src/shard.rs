@@ -12,7 +12,12 @@ pub struct Slot(pub u16);
 
 impl Slot {
     pub fn of(key: &[u8]) -> Self {
-        Self((xxhash_rust::xxh3::xxh3_64(key) % u64::from(SLOTS)) as u16)
+        Self::of_hash(xxhash_rust::xxh3::xxh3_64(key))
+    }
+
+    /// Of the key with this xxh3_64.
+    pub fn of_hash(hash: u64) -> Self {
+        Self((hash % u64::from(SLOTS)) as u16)
     }
 }
 
@@ -38,6 +43,11 @@ impl SlotTable {
 
     pub fn shard_of(&self, key: &[u8]) -> ShardId {
         self.table[usize::from(Slot::of(key).0)]
+    }
+
+    /// Of a key that is known by its xxh3_64 only.
+    pub fn shard_of_hash(&self, hash: u64) -> ShardId {
+        self.table[usize::from(Slot::of_hash(hash).0)]
     }
 }
 

@@ -45,13 +45,21 @@ pub struct Timeline {
 
 impl Timeline {
     /// The life of a value stored at `stamp` that took `took` to come: it began to age when it was
-    /// asked for.
+    /// asked for. Whatever the fetch took, the value is not due for a refresh within the policy's
+    /// `min_refresh_interval` of its arrival, nor stale sooner than it would be by its own life: or
+    /// a slow upstream would be called back to back.
     pub fn from_lifetime(stamp: Millis, took: Millis, lifetime: &Lifetime) -> Self {
         let fetched_at = stamp.saturating_sub(took);
+        let at_rest_ms = lifetime.min_refresh_interval_ms;
+        let fresh_at_least_ms = if took >= lifetime.fresh_ms && took > 0 {
+            at_rest_ms
+        } else {
+            at_rest_ms.min(lifetime.fresh_ms)
+        };
         Self {
             fetched_at,
-            refresh_at: after(fetched_at, lifetime.refresh_after_ms),
-            fresh_until: after(fetched_at, lifetime.fresh_ms),
+            refresh_at: after(fetched_at, lifetime.refresh_after_ms).max(after(stamp, at_rest_ms)),
+            fresh_until: after(fetched_at, lifetime.fresh_ms).max(after(stamp, fresh_at_least_ms)),
             stale_while_revalidate: lifetime.stale_while_revalidate_ms,
             stale_if_error: lifetime.stale_if_error_ms,
         }
@@ -140,8 +148,8 @@ mod tests {
 
     prop_compose! {
         fn timeline()(stamp in 0..10_000u64, took in 0..20_000u64, fresh_ms in millis(), refresh_after_ms in millis(),
-                      stale_while_revalidate_ms in millis(), stale_if_error_ms in millis()) -> Timeline {
-            Timeline::from_lifetime(stamp, took, &Lifetime { fresh_ms, refresh_after_ms, stale_while_revalidate_ms, stale_if_error_ms })
+                      stale_while_revalidate_ms in millis(), stale_if_error_ms in millis(), min_refresh_interval_ms in millis()) -> Timeline {
+            Timeline::from_lifetime(stamp, took, &Lifetime { fresh_ms, refresh_after_ms, stale_while_revalidate_ms, stale_if_error_ms, min_refresh_interval_ms })
         }
     }
 
@@ -154,9 +162,17 @@ mod tests {
         }
 
         #[test]
-        fn a_slow_fetch_lengthens_nothing(stamp in 0..1_000_000u64, took in 0..1_000_000u64, fresh_ms in 0..1_000_000u64) {
-            let t = Timeline::from_lifetime(stamp, took, &Lifetime { fresh_ms, ..Lifetime::default() });
-            prop_assert_eq!(t.age(t.fresh_until), fresh_ms);
+        fn a_slow_fetch_lengthens_nothing_but_the_rest_after_it(stamp in 1_000_000..2_000_000u64, took in 0..1_000_000u64, fresh_ms in 0..1_000_000u64,
+                                                                refresh_after_ms in 0..1_000_000u64, min_refresh_interval_ms in 0..10_000u64) {
+            let lifetime = Lifetime { fresh_ms, refresh_after_ms, min_refresh_interval_ms, ..Lifetime::default() };
+            let t = Timeline::from_lifetime(stamp, took, &lifetime);
+            let rested = stamp + min_refresh_interval_ms;
+            prop_assert_eq!(t.refresh_at, (stamp - took + refresh_after_ms).max(rested));
+            prop_assert!(t.fresh_until == stamp - took + fresh_ms || t.fresh_until <= rested);
+            prop_assert!(t.fresh_until >= rested.min(stamp + fresh_ms));
+            if took > 0 && took >= fresh_ms {
+                prop_assert!(t.fresh_until >= rested);
+            }
         }
 
         #[test]

@@ -190,6 +190,11 @@ impl Replicas {
         self.local.why_retired()
     }
 
+    /// Whose keys have such an xxh3_64.
+    pub fn shard_of_hash(&self, hash: u64) -> Option<ShardId> {
+        Some(self.local.opened()?.table.shard_of_hash(hash))
+    }
+
     /// The replica of the shard that owns a key; `None` unless the node belongs to a cluster.
     pub fn of_key(&self, key: &[u8]) -> Option<&Arc<Replica>> {
         if self.local.why_retired().is_some() {

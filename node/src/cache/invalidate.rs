@@ -24,10 +24,9 @@ impl Cache {
             key: key.as_bytes().clone(),
         });
         let written = self.write(&key, op, request_id, &call.deadline).await?;
-        // As a reader would who finds it due: there may be none for a while, and the first one
-        // shall find the new value.
+        // There may be no reader for a while, and the first one is to find the new value.
         if written.existed && self.rules.load().policy(&key).is_some() {
-            self.refresher.note_read(&key, true);
+            self.refresher.refresh_invalidated(&key);
         }
         let response = v1::InvalidateResponse {
             existed: written.existed,

@@ -96,7 +96,10 @@ impl Cache {
     fn serve(&self, key: &Key, view: &View, now: Millis, policy: Option<&Policy>) -> v1::Answer {
         let due = view.is_due(now);
         if policy.is_some() {
-            self.refresher.note_read(key, due);
+            // While the next attempt is ahead a hint is for nothing.
+            let failure = view.failure();
+            let is_held_back = failure.is_some_and(|failure| now < failure.next_attempt_ms);
+            self.refresher.note_read(key, due && !is_held_back);
         }
         answer::stored(view, now, self.behind(key, due, policy))
     }

@@ -225,6 +225,7 @@ fn lifetime(checked: &Checked, policy: Option<&Policy>, now: Millis, random: f64
             refresh_after_ms: FOREVER,
             stale_while_revalidate_ms: 0,
             stale_if_error_ms: 0,
+            min_refresh_interval_ms: 0,
         },
         Some(policy) => policy_lifetime(checked.life, policy, now, random),
     };

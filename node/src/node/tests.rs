@@ -181,7 +181,10 @@ async fn a_method_that_clients_do_not_have_is_unimplemented_and_counted() {
     let node = alone(dir.path()).await;
     // What peers may ask, clients may not.
     let mut client = RefreshServiceClient::new(channel(&node).await);
-    let status = client.fetch(FetchRequest::default()).await.unwrap_err();
+    let status = client
+        .fetch(tokio_stream::once(FetchRequest::default()))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
     assert_eq!(
         node.metrics()

@@ -4,29 +4,37 @@
 //! index:   overdue when this node began to lead │ due since
 //! read:    once, the read ones over 10 s        │ as their instant comes, each once; the read ones at once
 //! ```
-//! Promises that a key that was read is refreshed at its refresh point, and one that was not costs
-//! one look. Rows that are written behind the cursor are an Invalidate's: the node that took it
-//! asks for the refresh. Must never know how a key is fetched.
+//! Promises that a key that was read since its last refresh is refreshed at its refresh point, and
+//! one that was not costs one look; that a look is bounded, however much is overdue. Rows that are
+//! written behind the cursor are an Invalidate's: the node that took it asks for the refresh. Must
+//! never know how a key is fetched.
 
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::BinaryHeap, io, sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, timeline::Millis};
-use holdfast_raft::Replica;
+use holdfast_raft::{InMemory, Replica};
 use tokio::time::MissedTickBehavior;
 
 use super::{Refresher, marks::Hashed, queue::Priority};
 
 const SCAN_EVERY: Duration = Duration::from_millis(50);
-/// Rows of one look.
+/// Rows of one read, and of what is due of one look.
 const ROWS: usize = 1_000;
+const ROWS_A_LOOK: usize = 64_000;
+/// Rows of what was overdue of one look.
+const OVERDUE_A_LOOK: usize = 10_000;
 /// More keys that come due in one millisecond are left to their readers.
 const ROWS_MAX: usize = 64_000;
 /// A new leader spreads what is overdue over this much, …
 const SPREAD_MS: Millis = 10_000;
-/// … after its followers had the time to report what is read there.
-const REPORTS_MS: Millis = 1_200;
+/// … after its followers had the time to report what was read before.
+const REPORTS_MS: Millis = 600;
+/// What is found after its turn, because there is so much of it, is spread over this.
+const LATE_SPREAD_MS: Millis = 1_000;
 /// Overdue keys that wait for their turn; more are left to their readers.
 const OVERDUE_MAX: usize = 100_000;
+/// Turns of one look: 10,000 a second.
+const TURNS_A_LOOK: usize = 500;
 
 /// A walk through the index, in order of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,9 +50,8 @@ struct Watch {
     due: Cursor,
     /// Through what was due before; `None` when done.
     overdue: Option<Cursor>,
-    /// In order of their turn, once all are there.
-    spread: Vec<(Millis, Key)>,
-    turns: VecDeque<(Millis, Key)>,
+    /// What was found there, the next turn first.
+    turns: BinaryHeap<Reverse<(Millis, Key)>>,
 }
 
 impl Cursor {
@@ -84,14 +91,35 @@ impl Watch {
             began: now,
             due: Cursor::at(now),
             overdue: Some(Cursor::at(0)),
-            spread: Vec::new(),
-            turns: VecDeque::new(),
+            turns: BinaryHeap::new(),
         }
     }
 
     /// Uniform over what is left of the spread, a key's own in each term.
-    fn turn_of(&self, key: &Key) -> Millis {
-        self.began + REPORTS_MS + Hashed::spread(key, self.term, SPREAD_MS - REPORTS_MS)
+    fn turn_of(&self, key: &Key, now: Millis) -> Millis {
+        let turn = self.began + REPORTS_MS + Hashed::spread(key, self.term, SPREAD_MS - REPORTS_MS);
+        match turn > now {
+            true => turn,
+            false => now + Hashed::spread(key, self.term, LATE_SPREAD_MS),
+        }
+    }
+
+    fn found_overdue(&mut self, key: Key, now: Millis) {
+        if self.turns.len() < OVERDUE_MAX {
+            let turn = self.turn_of(&key, now);
+            self.turns.push(Reverse((turn, key)));
+        }
+    }
+
+    /// Whose turn it is, as many as one look takes.
+    fn next_turns(&mut self, now: Millis) -> Vec<Key> {
+        let mut next = Vec::new();
+        while next.len() < TURNS_A_LOOK
+            && self.turns.peek().is_some_and(|Reverse((at, _))| *at <= now)
+        {
+            next.extend(self.turns.pop().map(|Reverse((_, key))| key));
+        }
+        next
     }
 }
 
@@ -123,50 +151,59 @@ impl Refresher {
         watch: &mut Watch,
         now: Millis,
     ) -> io::Result<()> {
+        if now < watch.began + REPORTS_MS {
+            return Ok(());
+        }
         // A clock that was set back: what comes due again is looked at again.
         watch.due.from = watch.due.from.min(now.saturating_add(1));
-        let mut more = watch.due.from <= now;
-        while more {
+        let (mut more, mut looked_at) = (watch.due.from <= now, 0);
+        while more && looked_at < ROWS_A_LOOK {
             let due = watch.due.rows(replica, now).await?;
             more = watch.due.advance(now, &due);
-            due.iter().for_each(|(_, key)| self.refresh_if_read(key));
+            looked_at += due.len();
+            let read = due.iter().filter(|(_, key)| self.is_read(replica, key));
+            read.for_each(|(_, key)| self.ask(key, Priority::Due));
         }
-        if now >= watch.began + REPORTS_MS {
-            self.look_at_overdue(replica, watch).await?;
-        }
-        while watch.turns.front().is_some_and(|&(at, _)| at <= now) {
-            if let Some((_, key)) = watch.turns.pop_front() {
-                self.refresh_if_read(&key);
-            }
+        self.look_at_overdue(replica, watch, now).await?;
+        for key in watch.next_turns(now) {
+            self.ask(&key, Priority::Due);
         }
         Ok(())
     }
 
     /// One part of what was overdue a look, so that what comes due meanwhile is not late.
-    async fn look_at_overdue(&self, replica: &Arc<Replica>, watch: &mut Watch) -> io::Result<()> {
+    async fn look_at_overdue(
+        &self,
+        replica: &Arc<Replica>,
+        watch: &mut Watch,
+        now: Millis,
+    ) -> io::Result<()> {
         let Some(mut cursor) = watch.overdue else {
             return Ok(());
         };
-        cursor.rows = cursor.rows.max(10 * ROWS);
+        cursor.rows = cursor.rows.max(OVERDUE_A_LOOK);
         let until = watch.began.saturating_sub(1);
         let overdue = cursor.rows(replica, until).await?;
         let more = cursor.advance(until, &overdue);
         for (_, key) in overdue {
-            if watch.spread.len() < OVERDUE_MAX && self.marks.is_marked(Hashed::of(&key)) {
-                watch.spread.push((watch.turn_of(&key), key));
+            if self.is_read(replica, &key) {
+                watch.found_overdue(key, now);
             }
         }
         watch.overdue = more.then_some(cursor);
-        if !more {
-            watch.spread.sort_unstable();
-            watch.turns = std::mem::take(&mut watch.spread).into();
-        }
         Ok(())
     }
 
-    fn refresh_if_read(self: &Arc<Self>, key: &Key) {
-        if self.marks.take(Hashed::of(key)) {
-            self.ask(key, Priority::Due);
+    /// Whether the key was read since its last refresh.
+    fn is_read(&self, replica: &Replica, key: &Key) -> bool {
+        let Some(read_at) = self.marks.read_at(Hashed::of(key)) else {
+            return false;
+        };
+        match replica.in_memory(key) {
+            InMemory::Found(view) => read_at > view.timeline().fetched_at,
+            InMemory::Absent => false,
+            // The flight looks at what is on disk.
+            InMemory::Unknown => true,
         }
     }
 }
@@ -243,18 +280,35 @@ mod tests {
         let watch = Watch::new(3, 1_000_000);
         let mut seconds = [0; 10];
         for n in 0..10_000 {
-            let after = watch.turn_of(&key(n)) - watch.began;
+            let after = watch.turn_of(&key(n), watch.began) - watch.began;
             assert!((REPORTS_MS..SPREAD_MS).contains(&after));
             seconds[after as usize / 1_000] += 1;
         }
-        assert_eq!(seconds[0], 0);
+        assert!(seconds[0] < 600, "{seconds:?}");
         assert!(
-            seconds[2..].iter().all(|&n| (900..1_400).contains(&n)),
+            seconds[1..].iter().all(|&n| (900..1_400).contains(&n)),
             "{seconds:?}"
         );
         assert_ne!(
-            Watch::new(4, 1_000_000).turn_of(&key(1)),
-            watch.turn_of(&key(1))
+            Watch::new(4, 1_000_000).turn_of(&key(1), 1_000_000),
+            watch.turn_of(&key(1), 1_000_000)
         );
+    }
+
+    #[test]
+    fn what_is_found_late_is_spread_too_and_a_look_takes_a_bounded_part() {
+        let mut watch = Watch::new(3, 1_000_000);
+        let late = watch.began + 60_000;
+        (0..2 * OVERDUE_MAX as u64).for_each(|n| watch.found_overdue(key(n), late));
+        assert_eq!(watch.turns.len(), OVERDUE_MAX);
+        let (mut looks, mut taken) = (0, 0);
+        for look in 0..1_000 {
+            let turns = watch.next_turns(late + look * 50).len();
+            assert!(turns <= TURNS_A_LOOK);
+            looks += u64::from(turns > 0);
+            taken += turns;
+        }
+        assert_eq!(taken, OVERDUE_MAX);
+        assert!((200..=201).contains(&looks), "{looks}");
     }
 }

@@ -23,7 +23,6 @@ use tracing::Instrument;
 
 use super::{
     Refresher,
-    marks::Hashed,
     outcome::{CommitOutcome, FetchOutcome},
     queue::{Flight, Priority, Queue, Ready},
 };
@@ -153,7 +152,6 @@ impl Refresher {
                 started,
                 live: live.as_ref(),
             };
-            self.marks.take(Hashed::of(&flight.key));
             let fetched = match self.call(upstream, &round, &matched).await {
                 Ok(fetched) => fetched,
                 Err(failed) => return round.failed(failed),

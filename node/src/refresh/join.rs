@@ -10,11 +10,14 @@ use std::{sync::Arc, time::Duration};
 use holdfast_proto::{Key, Revision};
 use holdfast_raft::{Deadline, InMemory, Leader, Replica, Seen};
 
+use tokio_util::sync::CancellationToken;
+
 use super::{
     Refresher,
     flight::needless,
     outcome::FetchOutcome,
-    queue::{Priority, Queue, Waiter},
+    queue::{Priority, Queue},
+    waiter::Waiter,
 };
 
 /// How long one who waits gives an election, at most.
@@ -35,6 +38,7 @@ impl Refresher {
         let Some(replica) = self.replicas.of_key(key) else {
             return FetchOutcome::NotLeading;
         };
+        let called = CancellationToken::new();
         loop {
             let leader = match replica.leader() {
                 Some(leader) => leader,
@@ -45,7 +49,8 @@ impl Refresher {
             };
             let outcome = match replica.leads() {
                 Some(term) if leader.is_self => {
-                    self.join(key, upstream, replica, term, deadline).await
+                    let joined = self.join(key, upstream, replica, term, deadline, &called);
+                    joined.await
                 }
                 None if leader.is_self => FetchOutcome::NotLeading,
                 _ => {
@@ -61,7 +66,8 @@ impl Refresher {
         }
     }
 
-    /// Joins the key's flight on this node, which leads in `term`, or starts it.
+    /// Joins the key's flight on this node, which leads in `term`, or starts it. Cancels `called`
+    /// once the upstream is called for it.
     pub(super) async fn join(
         self: &Arc<Self>,
         key: &Key,
@@ -69,6 +75,7 @@ impl Refresher {
         replica: &Arc<Replica>,
         term: u64,
         deadline: &Deadline,
+        called: &CancellationToken,
     ) -> FetchOutcome {
         let queue = self.queue(upstream);
         let question = Question { key, replica, term };
@@ -95,7 +102,10 @@ impl Refresher {
             let Some(mut waiter) = self.join_queue(&queue, key, replica, term, priority) else {
                 return FetchOutcome::Overloaded;
             };
-            match deadline.limit(question.wait(&mut waiter, asked_at)).await {
+            match deadline
+                .limit(question.wait(&mut waiter, asked_at, called))
+                .await
+            {
                 Ok(Some(outcome)) => return outcome,
                 // The flight ended with nothing that holds for this question.
                 Ok(None) => {}
@@ -159,9 +169,17 @@ struct Question<'a> {
 
 impl Question<'_> {
     /// `None` if the flight ended and what it reported does not hold for who asked at `asked_at`.
-    async fn wait(&self, waiter: &mut Waiter, asked_at: Revision) -> Option<FetchOutcome> {
+    async fn wait(
+        &self,
+        waiter: &mut Waiter,
+        asked_at: Revision,
+        called: &CancellationToken,
+    ) -> Option<FetchOutcome> {
         let mut leads = self.replica.watch_leads();
         loop {
+            if waiter.is_called() {
+                called.cancel();
+            }
             if let Some(outcome) = waiter.reported()
                 && let Some(outcome) = self.holding(outcome, asked_at).await
             {

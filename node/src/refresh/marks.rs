@@ -1,4 +1,5 @@
-//! Which keys were read: on a leader what the due index asks, on a follower what it reports.
+//! When keys were read last: what the leader compares with their last refresh, and what every node
+//! tells the next leader; and on a follower what it reports.
 //!
 //! Promises a hot path that takes no lock twice in a tick for the same key, never waits for one,
 //! and never allocates for a key that is already marked; and bounded memory. A mark may be lost,
@@ -6,18 +7,18 @@
 //! it due, and not before. Must never know shards, policies or a clock.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
-use holdfast_proto::Key;
+use holdfast_proto::{Key, timeline::Millis};
 use parking_lot::Mutex;
 use xxhash_rust::xxh3::xxh3_64;
 
 const STRIPES: usize = 64;
 /// Marked keys a stripe holds twice, before it forgets the older half: together a million keys in
-/// about 20 MiB.
+/// about 40 MiB.
 const MARKED_MAX: usize = 8 * 1024;
 /// Keys of each kind that a stripe holds for the next report.
 const REPORTED_MAX: usize = 1024;
@@ -28,7 +29,7 @@ const RECENT_LOW_BITS: u64 = 0xffff;
 
 /// A key by its hash: two keys that share one share a mark, which costs a refresh at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Hashed(u64);
+pub(crate) struct Hashed(pub(crate) u64);
 
 pub(crate) struct Marks {
     tick: AtomicU64,
@@ -46,9 +47,10 @@ pub(crate) struct Report {
 
 #[derive(Default)]
 struct Stripe {
-    marked: HashSet<u64>,
+    /// When read, by the key's hash.
+    marked: HashMap<u64, Millis>,
     /// Marked longer ago; forgotten when `marked` is full.
-    marked_before: HashSet<u64>,
+    marked_before: HashMap<u64, Millis>,
     read: Reported,
     due: Reported,
 }
@@ -102,34 +104,31 @@ impl Marks {
         false
     }
 
-    /// Read since its last refresh. Never waits.
-    pub(crate) fn try_mark(&self, key: Hashed) {
+    /// Read at `at`. Never waits.
+    pub(crate) fn try_mark(&self, key: Hashed, at: Millis) {
         if let Some(mut stripe) = self.stripes[key.stripe()].try_lock() {
-            stripe.mark(key);
+            stripe.mark(key, at);
         }
     }
 
     /// The same of another node's readers.
-    pub(crate) fn mark(&self, key: Hashed) {
-        self.stripes[key.stripe()].lock().mark(key);
+    pub(crate) fn mark(&self, key: Hashed, at: Millis) {
+        self.stripes[key.stripe()].lock().mark(key, at);
     }
 
     /// Marked here, and told to the leader with the next report. Never waits.
-    pub(crate) fn try_report(&self, hashed: Hashed, key: &[u8], due: bool) {
-        let Some(mut stripe) = self.stripes[hashed.stripe()].try_lock() else {
-            return;
-        };
-        stripe.mark(hashed);
-        let keys = if due {
-            &mut stripe.due
-        } else {
-            &mut stripe.read
-        };
-        if !keys.0.contains(key)
-            && let Some(key) = own_key(key)
-        {
-            keys.insert_if_room(key);
+    pub(crate) fn try_report(&self, hashed: Hashed, key: &[u8], due: bool, at: Millis) {
+        if let Some(mut stripe) = self.stripes[hashed.stripe()].try_lock() {
+            stripe.report(hashed, key, due, at);
         }
+    }
+
+    /// As a reader would who finds it due, but never lost to another's lock: what was invalidated
+    /// has to be refreshed though nobody reads it.
+    pub(crate) fn report_due(&self, key: &[u8], at: Millis) {
+        let hashed = Hashed::of(key);
+        let mut stripe = self.stripes[hashed.stripe()].lock();
+        stripe.report(hashed, key, true, at);
     }
 
     /// A report that reached nobody goes with the next one, as far as there is room.
@@ -148,16 +147,24 @@ impl Marks {
         }
     }
 
-    pub(crate) fn is_marked(&self, key: Hashed) -> bool {
+    /// When the key was read last, as far as it is known.
+    pub(crate) fn read_at(&self, key: Hashed) -> Option<Millis> {
         let stripe = self.stripes[key.stripe()].lock();
-        stripe.marked.contains(&key.0) || stripe.marked_before.contains(&key.0)
+        let known = stripe.marked.get(&key.0);
+        known.or_else(|| stripe.marked_before.get(&key.0)).copied()
     }
 
-    /// A refresh begins: what was read before it counts no more.
-    pub(crate) fn take(&self, key: Hashed) -> bool {
-        let mut stripe = self.stripes[key.stripe()].lock();
-        // Both: a key may be in either generation.
-        stripe.marked.remove(&key.0) | stripe.marked_before.remove(&key.0)
+    /// All marks, in as many parts as there are stripes: no lock is held for long.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Vec<(Hashed, Millis)>> {
+        self.stripes.iter().map(|stripe| {
+            let stripe = stripe.lock();
+            let older = stripe
+                .marked_before
+                .iter()
+                .filter(|(key, _)| !stripe.marked.contains_key(key));
+            let all = stripe.marked.iter().chain(older);
+            all.map(|(&key, &at)| (Hashed(key), at)).collect()
+        })
     }
 
     /// What was noted since the last one: what is due, and if `all` what was read.
@@ -175,11 +182,22 @@ impl Marks {
 }
 
 impl Stripe {
-    fn mark(&mut self, key: Hashed) {
-        if self.marked.len() >= MARKED_MAX && !self.marked.contains(&key.0) {
+    fn mark(&mut self, key: Hashed, at: Millis) {
+        if self.marked.len() >= MARKED_MAX && !self.marked.contains_key(&key.0) {
             self.marked_before = std::mem::take(&mut self.marked);
         }
-        self.marked.insert(key.0);
+        let known = self.marked.entry(key.0).or_insert(at);
+        *known = at.max(*known);
+    }
+
+    fn report(&mut self, hashed: Hashed, key: &[u8], due: bool, at: Millis) {
+        self.mark(hashed, at);
+        let keys = if due { &mut self.due } else { &mut self.read };
+        if !keys.0.contains(key)
+            && let Some(key) = own_key(key)
+        {
+            keys.insert_if_room(key);
+        }
     }
 }
 
@@ -216,20 +234,35 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_is_taken_once() {
+    fn the_last_read_counts_in_whatever_order_reads_are_told() {
         let marks = Marks::default();
-        assert!(!marks.take(hashed(1)));
-        marks.try_mark(hashed(1));
-        assert!(marks.is_marked(hashed(1)));
-        assert!(marks.take(hashed(1)));
-        assert!(!marks.take(hashed(1)));
+        assert_eq!(marks.read_at(hashed(1)), None);
+        marks.try_mark(hashed(1), 2_000);
+        marks.mark(hashed(1), 1_000);
+        assert_eq!(marks.read_at(hashed(1)), Some(2_000));
+        marks.try_report(hashed(2), &2usize.to_be_bytes(), false, 3_000);
+        let mut all: Vec<_> = marks.all().flatten().map(|(_, at)| at).collect();
+        all.sort_unstable();
+        assert_eq!(all, [2_000, 3_000]);
+    }
+
+    #[test]
+    fn what_is_invalidated_is_reported_though_its_read_was_just_now() {
+        let marks = Marks::default();
+        let key = 1usize.to_be_bytes();
+        assert!(!marks.is_repeated(hashed(1), true));
+        marks.try_report(hashed(1), &key, true, 1);
+        assert_eq!(marks.take_report(false).due.len(), 1);
+        assert!(marks.is_repeated(hashed(1), true));
+        marks.report_due(&key, 2);
+        assert_eq!(marks.take_report(false).due.len(), 1);
     }
 
     #[test]
     fn marks_are_bounded_and_the_newest_stay() {
         let marks = Marks::default();
         let many = 4 * STRIPES * MARKED_MAX;
-        (0..many).for_each(|n| marks.mark(hashed(n)));
+        (0..many).for_each(|n| marks.mark(hashed(n), 1));
         let kept: usize = marks
             .stripes
             .iter()
@@ -239,8 +272,8 @@ mod tests {
             })
             .sum();
         assert!(kept <= 2 * STRIPES * MARKED_MAX, "{kept}");
-        assert!((many - 1000..many).all(|n| marks.is_marked(hashed(n))));
-        assert!(!marks.is_marked(hashed(0)));
+        assert!((many - 1000..many).all(|n| marks.read_at(hashed(n)).is_some()));
+        assert!(marks.read_at(hashed(0)).is_none());
     }
 
     #[test]
@@ -248,8 +281,8 @@ mod tests {
         let marks = Marks::default();
         for n in 0..3 * STRIPES * REPORTED_MAX {
             let key = n.to_be_bytes();
-            marks.try_report(Hashed::of(&key), &key, false);
-            marks.try_report(Hashed::of(&key), &key, n % 2 == 0);
+            marks.try_report(Hashed::of(&key), &key, false, 1);
+            marks.try_report(Hashed::of(&key), &key, n % 2 == 0, 1);
         }
         let soon = marks.take_report(false);
         assert!(

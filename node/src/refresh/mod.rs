@@ -2,7 +2,7 @@
 //! shard, for readers that wait and ahead of readers that need not.
 //!
 //! ```text
-//! reader ─ fetch ──────► join ─► ask ─► (leader's peers) ─► queue: slots ─► flight ─► upstream, commit
+//! reader ─ fetch ──────► join ─► ask ─► (leader's) answer ─► queue: slots ─► flight ─► upstream, commit
 //! reader ─ note_read ─► marks ─► reports ─► (leader's) marks, asks ──┘      ▲
 //!                                          due index ─► due ─► marked? ─────┘
 //! ```
@@ -10,8 +10,8 @@
 //! overtook, changes nothing (P3, P4); all of it bounded (P10). Must never know how reads are
 //! answered or who may read.
 
+mod answer;
 mod ask;
-mod asking;
 mod due;
 mod failures;
 mod flight;
@@ -25,18 +25,20 @@ mod reports;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod waiter;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use holdfast_proto::{Key, Revision, ShardId};
-use holdfast_raft::{Clock, InMemory, Membership, Replica, Replicas, View};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use holdfast_proto::{Key, ShardId};
+use holdfast_raft::{Clock, Leader, Membership, Replica, Replicas, View};
+use tokio::sync::{Mutex, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
+pub(crate) use self::answer::Answers;
 use self::{
-    asking::Asking,
+    ask::Links,
     marks::{Hashed, Marks, own_key},
     queue::{Priority, Queue},
 };
@@ -46,9 +48,9 @@ use crate::{metrics::Metrics, policy::Policy, rules::CurrentRules};
 /// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
 /// again by the next reader.
 const HINTS: usize = 16_384;
-/// Readers of this node that wait for a fetch at another one; each holds a stream of the connection
-/// that all of them share.
-const ASKS_MAX: usize = 1_024;
+
+/// How long a node that stops takes to tell the leader what was read.
+const LAST_REPORT: Duration = Duration::from_millis(300);
 
 /// The refresh engine of one node.
 pub struct Refresher {
@@ -59,11 +61,11 @@ pub struct Refresher {
     metrics: Arc<Metrics>,
     clock: Clock,
     marks: Marks,
-    asking: Asking,
-    /// One permit for each reader that waits at the leader.
-    asks: Semaphore,
+    links: Links,
     hints: mpsc::Sender<Key>,
     hinted: Mutex<mpsc::Receiver<Key>>,
+    /// Whom all that was read before was told to, by shard.
+    told: parking_lot::Mutex<HashMap<ShardId, Leader>>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -83,10 +85,10 @@ impl Refresher {
             metrics,
             clock,
             marks: Marks::default(),
-            asking: Asking::default(),
-            asks: Semaphore::new(ASKS_MAX),
+            links: Links::default(),
             hints,
             hinted: Mutex::new(hinted),
+            told: Default::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -115,8 +117,13 @@ impl Refresher {
         });
     }
 
-    /// Ends every flight; whoever waits is told that nobody leads here.
+    /// Ends every flight; whoever waits is told that nobody leads here. What was read is told to
+    /// whoever leads now, who may be new: nobody else knows it.
     pub async fn stop(&self) {
+        let told = self.tell_leaders_what_was_read();
+        if tokio::time::timeout(LAST_REPORT, told).await.is_err() {
+            tracing::debug!("the leader did not hear what was read here");
+        }
         self.stop.cancel();
         for replica in self.replicas.replicas() {
             self.end_flights(replica.shard(), None);
@@ -133,18 +140,17 @@ impl Refresher {
         policy: &Policy,
         timeout: Duration,
     ) -> FetchOutcome {
-        let (now, deadline) = (self.clock.monotonic(), self.clock.deadline(timeout));
-        let asked = self.asking.asks(key, self.version(key), now);
+        let queue = self.queue(&policy.upstream);
+        let Some(_place) = queue.place() else {
+            self.metrics.flight_refused(queue.upstream());
+            return FetchOutcome::Overloaded;
+        };
+        let deadline = self.clock.deadline(timeout);
         let fetch = Box::pin(self.fetch_from_leader(key, &policy.upstream, &deadline));
-        let outcome = tokio::select! {
+        tokio::select! {
             outcome = fetch => outcome,
             () = self.stop.cancelled() => FetchOutcome::NotLeading,
-        };
-        let unanswered = [FetchOutcome::TimedOut, FetchOutcome::NotLeading];
-        if asked && !unanswered.contains(&outcome) {
-            self.asking.answered(key);
         }
-        outcome
     }
 
     /// A reader used this key, which has an upstream; `due`: it is past its refresh point. Never
@@ -158,16 +164,26 @@ impl Refresher {
             return;
         };
         if replica.leads().is_none() {
-            self.marks.try_report(hashed, key, due);
+            self.marks.try_report(hashed, key, due, replica.now());
             return;
         }
-        self.marks.try_mark(hashed);
+        self.marks.try_mark(hashed, replica.now());
         if due && let Some(key) = own_key(key) {
             let _ = self.hints.try_send(key);
         }
     }
 
-    /// As far as this node knows: flights are on the leader.
+    /// A key that has an upstream was invalidated: it is refreshed though nobody reads it, or its
+    /// next reader would be given the old value.
+    pub fn refresh_invalidated(self: &Arc<Self>, key: &Key) {
+        match self.replicas.of_key(key) {
+            Some(replica) if replica.leads().is_some() => self.ask(key, Priority::Asked),
+            Some(replica) => self.marks.report_due(key, replica.now()),
+            None => {}
+        }
+    }
+
+    /// As far as this node knows.
     pub fn is_refreshing(&self, key: &Key, policy: &Policy) -> bool {
         self.in_flight_since(key, policy).is_some()
     }
@@ -188,17 +204,16 @@ impl Refresher {
                 .closed_by(key, Some(view), replica.now())
                 .is_some()
             || self.in_flight_since(key, policy).is_some_and(is_slow)
-            || self
-                .asking
-                .since(key, view.version(), now)
-                .is_some_and(is_slow)
     }
 
+    /// Here, or at the leader as far as this node asked for it.
     fn in_flight_since(&self, key: &Key, policy: &Policy) -> Option<Duration> {
-        self.queues
-            .load()
-            .get(&*policy.upstream)?
-            .in_flight_since(key)
+        let queues = self.queues.load();
+        let here = queues.get(&*policy.upstream)?.in_flight_since(key);
+        here.or_else(|| {
+            let shard = self.replicas.of_key(key)?.shard();
+            self.asked_since(shard, &policy.upstream, key)
+        })
     }
 
     fn queue(&self, upstream: &str) -> Arc<Queue> {
@@ -218,15 +233,6 @@ impl Refresher {
 
     fn has_upstream(&self, key: &[u8]) -> bool {
         self.rules.load().policy(key).is_some()
-    }
-
-    /// Of the value in memory, 0 if there is none.
-    fn version(&self, key: &Key) -> Revision {
-        let replica = self.replicas.of_key(key);
-        match replica.map(|replica| replica.in_memory(key)) {
-            Some(InMemory::Found(view)) => view.version(),
-            _ => 0,
-        }
     }
 
     fn end_flights(&self, shard: ShardId, but: Option<u64>) {

@@ -1,13 +1,13 @@
 //! What a follower tells the leader of what is read here: once a second, and sooner what is past
-//! its refresh point. Outside the log: a report that is lost with its leader's node costs a refresh
-//! that the next reader asks for.
+//! its refresh point; and to a new leader everything it knows of what was read before. Outside the
+//! log: a report that is lost with its leader's node costs a refresh that the next reader asks for.
 //!
-//! Promises bounded messages and one on its way per shard. Must never know what the leader does
-//! with it.
+//! Promises bounded messages and one on its way per shard; and that a key which was read on any
+//! node stays refreshed when another node leads, for as long as one lives that knows of the read.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use holdfast_proto::{Key, ShardId, peer::ReportReadsRequest};
+use holdfast_proto::{Key, ShardId, peer::ReportReadsRequest, timeline::Millis};
 use holdfast_raft::{Leader, Replica};
 use tokio::time::MissedTickBehavior;
 
@@ -22,6 +22,8 @@ const DUE_EVERY: Duration = Duration::from_millis(40);
 /// What was read goes with every so many of these: about once a second.
 const READ_EVERY: u32 = 25;
 const TIMEOUT: Duration = Duration::from_millis(500);
+/// Marks of one message: some 800 KiB.
+const MARKS_MAX: usize = 50_000;
 /// Keys of one message: even of the longest a few MiB.
 const KEYS_MAX: usize = 4_000;
 
@@ -33,6 +35,7 @@ impl Refresher {
         loop {
             every.tick().await;
             self.marks.tick();
+            self.tell_leaders_what_was_read().await;
             round = round.wrapping_add(1);
             let report = self.marks.take_report(round.is_multiple_of(READ_EVERY));
             let by_shard = self.by_shard(report);
@@ -54,13 +57,56 @@ impl Refresher {
 
     /// Takes in what readers of another node used.
     pub(super) fn hear_report(self: &Arc<Self>, report: Report) {
-        let read = report.read.iter().chain(&report.due);
-        for key in read.filter(|key| self.has_upstream(key)) {
-            self.marks.mark(Hashed::of(key));
-        }
-        for key in &report.due {
+        for key in report.read.iter().chain(&report.due) {
+            let Some(replica) = self.replicas.of_key(key).filter(|_| self.has_upstream(key)) else {
+                continue;
+            };
+            self.marks.mark(Hashed::of(key), replica.now());
+            // Also what was read before its refresh point and came to be due on the way here.
             self.ask(key, Priority::Asked);
         }
+    }
+
+    /// What was read on other nodes before this one led.
+    pub(crate) fn hear_marks(&self, hashes: &[u64], read_at: &[Millis]) {
+        let marks = hashes.iter().zip(read_at).take(MARKS_MAX);
+        marks.for_each(|(&hash, &at)| self.marks.mark(Hashed(hash), at));
+    }
+
+    /// To each shard's leader once, if it is another node: what was read here, and elsewhere as far
+    /// as this node was told while it led.
+    pub(super) async fn tell_leaders_what_was_read(&self) {
+        for replica in self.replicas.replicas() {
+            let leader = replica.leader().filter(|leader| !leader.is_self);
+            let Some(leader) = leader else { continue };
+            if self.told.lock().get(&replica.shard()) == Some(&leader) {
+                continue;
+            }
+            if self.tell_what_was_read(replica, leader).await {
+                self.told.lock().insert(replica.shard(), leader);
+            }
+        }
+    }
+
+    async fn tell_what_was_read(&self, replica: &Replica, leader: Leader) -> bool {
+        let mut marks: Vec<(Hashed, Millis)> = Vec::new();
+        for part in self.marks.all() {
+            let own = |(key, _): &(Hashed, Millis)| {
+                self.replicas.shard_of_hash(key.0) == Some(replica.shard())
+            };
+            marks.extend(part.into_iter().filter(own));
+        }
+        for marks in marks.chunks(MARKS_MAX) {
+            let message = ReportReadsRequest {
+                read_before: marks.iter().map(|(key, _)| key.0).collect(),
+                read_before_at_ms: marks.iter().map(|&(_, at)| at).collect(),
+                ..Default::default()
+            };
+            if !self.tell(replica, leader, message).await {
+                return false;
+            }
+        }
+        true
     }
 
     fn by_shard(&self, report: Report) -> BTreeMap<ShardId, Report> {
@@ -94,7 +140,7 @@ impl Refresher {
                 for message in messages(report) {
                     // Who did not hear one would hold up the others: they wait for the next round,
                     // or for the next leader.
-                    is_heard = is_heard && self.tell(&replica, leader, &message).await;
+                    is_heard = is_heard && self.tell(&replica, leader, message.request()).await;
                     if !is_heard {
                         self.marks.put_back(message);
                     }
@@ -105,19 +151,24 @@ impl Refresher {
         }
     }
 
-    async fn tell(&self, replica: &Replica, leader: Leader, report: &Report) -> bool {
+    async fn tell(&self, replica: &Replica, leader: Leader, report: ReportReadsRequest) -> bool {
         let Some(peers) = self.replicas.peers() else {
             return false;
         };
         let header = replica.header(leader.id);
-        let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
-        let question = ReportReadsRequest {
-            header: None,
-            read: bytes(&report.read),
-            due: bytes(&report.due),
-        };
         let deadline = self.clock.deadline(TIMEOUT);
-        peers.call(header, &deadline, question).await.is_ok()
+        peers.call(header, &deadline, report).await.is_ok()
+    }
+}
+
+impl Report {
+    fn request(&self) -> ReportReadsRequest {
+        let bytes = |keys: &[Key]| keys.iter().map(|key| key.as_bytes().clone()).collect();
+        ReportReadsRequest {
+            read: bytes(&self.read),
+            due: bytes(&self.due),
+            ..Default::default()
+        }
     }
 }
 

@@ -226,7 +226,8 @@ impl Node {
             .await
             .unwrap();
         let policies = Policies::from_iter([policy.clone()]);
-        let rules = Rules::new(policies, upstreams(origin)).current();
+        let upstreams = Upstreams::from_iter([upstream("u", origin)]);
+        let rules = Rules::new(policies, upstreams).current();
         let refresher = Refresher::new(
             replicas.clone(),
             rules.clone(),
@@ -265,6 +266,11 @@ impl Node {
 
     pub(super) fn replica(&self) -> &Arc<Replica> {
         &self.replicas.replicas()[0]
+    }
+
+    /// Other rules from here on, as another configuration would have.
+    pub(super) fn obeys(&self, rules: Rules) {
+        self.refresher.rules.store(Arc::new(rules));
     }
 
     pub(super) async fn fetch(&self, key: &Key, timeout: Duration) -> FetchOutcome {
@@ -356,20 +362,11 @@ pub(super) async fn leading(nodes: &[Node]) -> usize {
         .1
 }
 
-fn upstreams(origin: &Origin) -> Upstreams {
+pub(super) fn upstream(name: &str, origin: &Origin) -> Upstream {
     let spec = HttpSpec {
         fetch_timeout: Duration::from_secs(60),
         ..HttpSpec::new(UrlTemplate::parse(&origin.url).unwrap())
     };
-    [Upstream::Http(
-        Http::new(
-            "u".to_owned(),
-            spec,
-            Arc::default(),
-            &Shared::new(Clock::system()),
-        )
-        .unwrap(),
-    )]
-    .into_iter()
-    .collect()
+    let shared = Shared::new(Clock::system());
+    Upstream::Http(Http::new(name.to_owned(), spec, Arc::default(), &shared).unwrap())
 }

@@ -15,10 +15,16 @@ use tokio::task::JoinHandle;
 
 use super::{
     FetchOutcome,
+    marks::Hashed,
     queue::Priority,
-    testing::{Node, Origin, PATIENCE, key, leading, policy},
+    testing::{Node, Origin, PATIENCE, key, leading, policy, upstream},
 };
-use crate::policy::Policy;
+use crate::{
+    glob::Glob,
+    policy::{Policies, Policy},
+    rules::Rules,
+    upstream::Upstreams,
+};
 
 fn set(text: &str, value: &str) -> Op {
     let lifetime = Lifetime {
@@ -26,6 +32,7 @@ fn set(text: &str, value: &str) -> Op {
         refresh_after_ms: 48_000,
         stale_while_revalidate_ms: 0,
         stale_if_error_ms: FOREVER,
+        min_refresh_interval_ms: 0,
     };
     Op::Set(peer::Set {
         key: text.to_owned().into(),
@@ -553,7 +560,7 @@ async fn a_deposed_leader_lets_go_and_its_readers_get_their_value_from_the_next(
         .expect("another voter takes over");
     origin.called(2).await;
     let lets_go = async {
-        while deposed.is_refreshing(&key("a")) {
+        while !deposed.refresher.queue("u").is_idle() {
             tokio::task::yield_now().await;
         }
     };
@@ -568,5 +575,100 @@ async fn a_deposed_leader_lets_go_and_its_readers_get_their_value_from_the_next(
         ));
     }
     assert_eq!(origin.calls(), 2);
+    join_all(nodes.into_iter().map(Node::stop)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_asks_once_for_a_key_however_many_readers_it_has() {
+    let origin = Origin::start().await;
+    let nodes = Node::cluster(3, &origin, policy(), Clock::system()).await;
+    let follower = &nodes[(leading(&nodes).await + 1) % 3];
+    origin.lets_through(0);
+    let mut readers = Vec::new();
+    for _ in 0..3_000 {
+        readers.push(reader(follower, "a").await);
+    }
+    origin.called(1).await;
+    assert!(follower.is_refreshing(&key("a")));
+    let questions = follower
+        .refresher
+        .links
+        .lock()
+        .values()
+        .map(|link| link.len())
+        .sum::<usize>();
+    assert_eq!(questions, 1);
+    // One whose time runs out while the upstream is called says so.
+    assert_eq!(
+        follower.fetch(&key("a"), Duration::from_millis(1)).await,
+        FetchOutcome::TimedOut
+    );
+    origin.lets_through(usize::MAX);
+    for reader in readers {
+        let outcome = reader.await.unwrap();
+        assert!(is_fetched(&outcome), "{outcome:?}");
+    }
+    assert_eq!(origin.calls(), 1);
+    assert!(!follower.is_refreshing(&key("a")));
+    join_all(nodes.into_iter().map(Node::stop)).await;
+}
+
+/// On the leader and on a follower, with as many misses as one upstream may have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upstream_that_hangs_leaves_the_misses_of_another_alone() {
+    let (hangs, healthy) = (Origin::start().await, Origin::start().await);
+    let nodes = Node::cluster(3, &hangs, policy(), Clock::system()).await;
+    let other = Policy {
+        pattern: Glob::parse("healthy*").unwrap(),
+        upstream: "healthy".into(),
+        ..policy()
+    };
+    for node in &nodes {
+        node.obeys(Rules::new(
+            Policies::from_iter([other.clone(), policy()]),
+            Upstreams::from_iter([upstream("u", &hangs), upstream("healthy", &healthy)]),
+        ));
+    }
+    let leader = leading(&nodes).await;
+    hangs.lets_through(0);
+    let mut hanging = Vec::new();
+    for n in 0..10_024 {
+        hanging.push(reader(&nodes[(leader + n % 2) % 3], &format!("k{n}")).await);
+    }
+    hangs.called(24).await;
+    for (n, node) in nodes.iter().enumerate() {
+        for read in 0..20 {
+            let key = key(&format!("healthy-{n}-{read}"));
+            let outcome = node.refresher.fetch(&key, &other, PATIENCE).await;
+            assert!(is_fetched(&outcome), "{outcome:?} at {n}");
+        }
+    }
+    assert_eq!((healthy.calls(), hangs.calls()), (60, 24));
+    // What waits there ends with its readers, through the follower too, and makes room.
+    hanging.iter().for_each(JoinHandle::abort);
+    hangs.lets_through(usize::MAX);
+    let follower = &nodes[(leader + 1) % 3];
+    assert!(is_fetched(&follower.fetch(&key("more"), PATIENCE).await));
+    assert!(hangs.calls() <= 25 + 24, "{}", hangs.calls());
+    join_all(nodes.into_iter().map(Node::stop)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_stops_leading_tells_the_next_leader_what_was_read() {
+    let origin = Origin::start().await;
+    let mut nodes = Node::cluster(3, &origin, policy(), Clock::system()).await;
+    let leader = nodes.remove(leading(&nodes).await);
+    let read = (0..200).map(|n| key(&format!("k{n}")));
+    read.clone()
+        .for_each(|key| leader.refresher.note_read(&key, false));
+    leader
+        .replica()
+        .hand_over(None)
+        .await
+        .expect("another voter");
+    leader.stop().await;
+    let next = &nodes[leading(&nodes).await];
+    let known = |key: &Key| next.refresher.marks.read_at(Hashed::of(key)).is_some();
+    assert_eq!(read.filter(known).count(), 200);
     join_all(nodes.into_iter().map(Node::stop)).await;
 }

@@ -24,6 +24,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::Stream;
 use holdfast_proto::{
     limits::PEER_MESSAGE_BYTES_MAX,
     peer::{
@@ -37,7 +38,7 @@ use holdfast_proto::{
     },
 };
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use tonic::{Request, Response, Status, TimeoutExpired, body::Body, transport::Channel};
+use tonic::{Request, Response, Status, Streaming, TimeoutExpired, body::Body, transport::Channel};
 use tower::Service;
 
 use super::{
@@ -124,7 +125,6 @@ questions! {
     AppendRequest => AppendResponse by ReplicaServiceClient::append over Control;
     ProposeRequest => ProposeResponse by ReplicaServiceClient::propose over Control;
     ReadIndexRequest => ReadIndexResponse by ReplicaServiceClient::read_index over Control;
-    FetchRequest => FetchResponse by RefreshServiceClient::fetch over Fetch;
     ReportReadsRequest => ReportReadsResponse by RefreshServiceClient::report_reads over Fetch;
     ReadRequest => ReadResponse by RefreshServiceClient::read over Fetch;
 }
@@ -132,7 +132,7 @@ questions! {
 between_members! {
     ChangeMemberRequest ReportRequest
     AppendRequest ProposeRequest ReadIndexRequest
-    FetchRequest ReportReadsRequest ReadRequest
+    ReportReadsRequest ReadRequest
 }
 
 impl Peers {
@@ -161,6 +161,32 @@ impl Peers {
         };
         self.exchange(&member.peer_address, header, deadline, question, given_up)
             .await
+    }
+
+    /// Opens a stream of questions to a member, the first of which carries the header, and of its
+    /// answers, for as long as both last. Whoever reads them takes in what they say of the peer.
+    pub async fn open_fetch(
+        &self,
+        to: u64,
+        deadline: &Deadline,
+        questions: impl Stream<Item = FetchRequest> + Send + 'static,
+    ) -> Result<Streaming<FetchResponse>, CallError> {
+        let Some(member) = self.member(to) else {
+            let unknown = format!("node {to} is no member that this node knows of");
+            return Err(CallError::NeverSent(unknown));
+        };
+        let channel = self.channels.to(&member.peer_address, Purpose::Fetch);
+        let mut client = RefreshServiceClient::new(channel)
+            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX);
+        match deadline.limit(client.fetch(questions)).await {
+            Ok(Ok(answers)) => Ok(answers.into_inner()),
+            Ok(Err(status)) => {
+                self.note_refusal(to, &member.peer_address, &status);
+                Err(CallError::Refused(status))
+            }
+            Err(_) => Err(CallError::Timeout),
+        }
     }
 
     /// Asks a member of a Raft group, whose address the group knows: the roster forgets it sooner.

@@ -302,3 +302,144 @@ async fn an_invalidated_key_is_refreshed_though_nobody_reads_it() -> anyhow::Res
     ensure!(origin.calls() == 6, "{} calls", origin.calls());
     cluster.stop().await
 }
+
+/// Also one that was due in the same instant: it was read, refreshed and invalidated before the
+/// leader looked at the clock again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_invalidate_right_after_another_is_refreshed_too() -> anyhow::Result<()> {
+    const KEYS: usize = 20;
+    let origin = Origin::start().await?;
+    let cluster = in_process()
+        .extra(users(&origin, "ttl: 1h"))
+        .start()
+        .await?;
+    for (node, wire) in cluster.wires()?.into_iter().enumerate() {
+        for key in (0..KEYS).map(|n| format!("user/{node}-{n}")) {
+            ensure!(read(&wire, &key).await?.0 == State::Fresh, "{key}");
+            wire.invalidate(&key, None).await?;
+            wire.invalidate(&key, None).await?;
+        }
+        let fresh = async || {
+            for key in (0..KEYS).map(|n| format!("user/{node}-{n}")) {
+                let seen = wire.inspect(&key).await.ok();
+                let answer = seen.and_then(|seen| seen.answer);
+                if answer.is_none_or(|answer| answer.state() != State::Fresh) {
+                    return false;
+                }
+            }
+            true
+        };
+        cluster
+            .until("all are fresh again, and nobody reads them", fresh)
+            .await?;
+    }
+    cluster.stop().await
+}
+
+/// Reads all keys through one node, and what was not FRESH of it.
+async fn stale_of(wire: &Wire, keys: usize) -> anyhow::Result<Vec<(usize, State)>> {
+    let mut stale = Vec::new();
+    for n in 0..keys {
+        let (state, _) = read(wire, &format!("user/{n}")).await?;
+        if state != State::Fresh {
+            stale.push((n, state));
+        }
+    }
+    Ok(stale)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_follower_reads_stays_fresh_when_the_leader_changes() -> anyhow::Result<()> {
+    const KEYS: usize = 200;
+    let origin = Origin::start().await?;
+    let cluster = in_process()
+        .extra(users(&origin, "ttl: 8s, ttl_jitter: 0"))
+        .start()
+        .await?;
+    let reader = cluster.wire(cluster.follower().await?)?;
+    assert_eq!(stale_of(&reader, KEYS).await?, []);
+    assert_eq!(stale_of(&reader, KEYS).await?, []);
+    let calls = origin.calls();
+
+    info!("--- three leaders more, and nobody reads");
+    for _ in 0..3 {
+        let leader = cluster.leader().await?;
+        let term = cluster.terms().await?;
+        cluster
+            .client(leader)
+            .cluster()
+            .transfer_leader(None)
+            .await?;
+        cluster
+            .until("another leader", async || {
+                cluster.terms().await.is_ok_and(|now| now > term)
+            })
+            .await?;
+    }
+    cluster
+        .until("each key is fetched again", async || {
+            (0..KEYS).all(|n| origin.calls_of(&format!("/users/{n}")) >= 2)
+        })
+        .await?;
+    ensure!(calls >= KEYS as u64, "{calls} calls");
+    assert_eq!(stale_of(&reader, KEYS).await?, []);
+    cluster.stop().await
+}
+
+/// Each node in its turn, as an upgrade does it.
+#[cfg(feature = "rocksdb")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_makes_nothing_stale_that_one_follower_reads() -> anyhow::Result<()> {
+    const KEYS: usize = 200;
+    let origin = Origin::start().await?;
+    let mut cluster = in_process()
+        .extra(users(&origin, "ttl: 20s, ttl_jitter: 0"))
+        .start()
+        .await?;
+    let follower = cluster.follower().await?;
+    assert_eq!(stale_of(&cluster.wire(follower)?, KEYS).await?, []);
+    assert_eq!(stale_of(&cluster.wire(follower)?, KEYS).await?, []);
+    for node in 0..3 {
+        info!("--- node {node} is restarted");
+        cluster.stop_node(node).await?;
+        cluster.start_node(node).await?;
+        cluster.ready(node).await?;
+        cluster.leader().await?;
+    }
+    cluster
+        .until("each key is fetched again", async || {
+            (0..KEYS).all(|n| origin.calls_of(&format!("/users/{n}")) >= 2)
+        })
+        .await?;
+    assert_eq!(stale_of(&cluster.wire(follower)?, KEYS).await?, []);
+    cluster.stop().await
+}
+
+/// Its refresh begins no sooner than half its life, and what took longer than its life is fresh
+/// when it comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_upstream_is_not_called_more_often_and_its_values_are_fresh_when_they_come()
+-> anyhow::Result<()> {
+    let origin = Origin::start().await?;
+    origin.respond(Behaviour::text("slow").delayed(Duration::from_millis(1_500)));
+    let policy = "ttl: 1s, ttl_jitter: 0, min_refresh_interval: 1s";
+    let cluster = in_process().extra(users(&origin, policy)).start().await?;
+    let wire = cluster.wire(0)?;
+    for n in 0..3 {
+        let key = format!("user/{n}");
+        assert_eq!(read(&wire, &key).await?, (State::Fresh, "slow".into()));
+        let seen = wire.inspect(&key).await?;
+        let entry = seen.entry.context("it is stored")?;
+        let at = |instant: Option<prost_types::Timestamp>| -> anyhow::Result<i64> {
+            let instant = instant.context("an instant")?;
+            Ok(instant.seconds * 1_000 + i64::from(instant.nanos) / 1_000_000)
+        };
+        let (fetched, fresh) = (at(entry.fetched_at)?, at(entry.fresh_until)?);
+        let refresh = at(entry.refresh_at)?;
+        ensure!(
+            fresh - fetched >= 1_500 + 1_000 && refresh >= fresh,
+            "fetched at {fetched}, due at {refresh}, fresh until {fresh}"
+        );
+    }
+    cluster.stop().await
+}

@@ -248,7 +248,7 @@ async fn a_callers_trace_goes_on_over_follower_leader_and_upstream() -> anyhow::
         hex(&asked.parent_span_id) == CALLER,
         "the caller's span is not the parent of {asked:?}"
     );
-    let taken = collector.span(GET, leader, "rpc", "Fetch").await?;
+    let taken = collector.span(GET, leader, "refresh.question", "").await?;
     ensure!(
         ids(&collector.spans(GET, follower)).contains(&taken.parent_span_id),
         "no span of the follower is the parent of {taken:?}"

@@ -19,14 +19,22 @@ use std::{
 use holdfast_proto::{Key, ShardId};
 use holdfast_raft::{Clock, Replica};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
 pub(crate) use self::slots::Priority;
 use self::slots::{Entered, Slots};
-use super::{gate::Gate, marks::own_key, outcome::FetchOutcome};
+use super::{
+    gate::Gate,
+    marks::own_key,
+    outcome::FetchOutcome,
+    waiter::{Reporter, Waiter},
+};
 
+/// Readers of this node that wait for one upstream: with all slots of all nodes taken there are
+/// some 10,000 flights to wait for.
+const READERS_MAX: usize = 12_000;
 /// How much one fetch moves what is usual.
 const USUAL_WEIGHT: u64 = 8;
 
@@ -34,6 +42,8 @@ const USUAL_WEIGHT: u64 = 8;
 pub(crate) struct Queue {
     upstream: Arc<str>,
     pub(crate) gate: Gate,
+    /// One permit for each reader of this node that waits for this upstream.
+    readers: Semaphore,
     clock: Clock,
     /// What a fetch usually takes, in microseconds; 0 before the first.
     usual_fetch_us: AtomicU64,
@@ -52,20 +62,10 @@ pub(crate) struct Flight {
     since: Duration,
     /// Some reader has no value: it is fetched though nothing is stored.
     is_missed: AtomicBool,
-    /// The upstream has been called.
-    is_called: AtomicBool,
     /// It was wanted again since its round began.
     is_wanted_again: AtomicBool,
-    outcome: watch::Sender<Option<FetchOutcome>>,
+    reporter: Reporter,
     ended: CancellationToken,
-}
-
-/// One who waits for a flight.
-pub(crate) struct Waiter {
-    queue: Arc<Queue>,
-    flight: Arc<Flight>,
-    /// `None` only while it is dropped.
-    outcome: Option<watch::Receiver<Option<FetchOutcome>>>,
 }
 
 /// What came of wanting a key fetched.
@@ -103,6 +103,7 @@ impl Queue {
         Arc::new(Self {
             upstream: upstream.into(),
             gate: Gate::default(),
+            readers: Semaphore::new(READERS_MAX),
             clock,
             usual_fetch_us: AtomicU64::new(0),
             count: AtomicU64::new(0),
@@ -112,6 +113,11 @@ impl Queue {
 
     pub(crate) fn upstream(&self) -> &str {
         &self.upstream
+    }
+
+    /// A place to wait in; `None` if too many readers wait for this upstream.
+    pub(crate) fn place(&self) -> Option<SemaphorePermit<'_>> {
+        self.readers.try_acquire().ok()
     }
 
     pub(crate) fn usual_fetch(&self) -> Duration {
@@ -147,7 +153,7 @@ impl Queue {
             flight.is_wanted_again.store(true, Ordering::Relaxed);
             flights.slots.promote(key, priority, now);
             return Joined {
-                waiter: Some(Waiter::new(self, flight)),
+                waiter: Some(self.waiter(&flight)),
                 is_joined: true,
                 ready: flights.ready(now),
             };
@@ -160,7 +166,7 @@ impl Queue {
         let started = flights.start(flight.clone(), priority, now);
         self.count(&flights);
         Joined {
-            waiter: started.is_some().then(|| Waiter::new(self, flight)),
+            waiter: started.is_some().then(|| self.waiter(&flight)),
             is_joined: false,
             ready: started.unwrap_or_default(),
         }
@@ -219,15 +225,23 @@ impl Queue {
         flights.by_key.get(key).map(|flight| flight.since)
     }
 
-    /// The last who needed a flight is gone: if it has no slot, nobody misses it.
-    fn abandon(&self, flight: &Arc<Flight>) {
+    fn waiter(self: &Arc<Self>, flight: &Arc<Flight>) -> Waiter {
+        let (queue, waited_for) = (self.clone(), flight.clone());
+        flight.reporter.waiter(move || queue.left(&waited_for))
+    }
+
+    /// One who waited is gone: if it was the last who needed a flight, and that has no slot, nobody
+    /// misses it. A refresh needs no reader.
+    fn left(&self, flight: &Arc<Flight>) {
+        if !flight.is_missed() || flight.reporter.has_waiters() {
+            return;
+        }
         let mut flights = self.flights.lock();
         let is_current = flights
             .by_key
             .get(&flight.key)
             .is_some_and(|known| Arc::ptr_eq(known, flight));
-        if is_current && flight.outcome.receiver_count() == 0 && flights.slots.withdraw(&flight.key)
-        {
+        if is_current && !flight.reporter.has_waiters() && flights.slots.withdraw(&flight.key) {
             flights.by_key.remove(&flight.key);
             flight.end(FetchOutcome::Overloaded);
         }
@@ -304,16 +318,15 @@ impl Flight {
             span,
             since,
             is_missed: AtomicBool::new(false),
-            is_called: AtomicBool::new(false),
             is_wanted_again: AtomicBool::new(false),
-            outcome: watch::Sender::new(None),
+            reporter: Reporter::default(),
             ended: CancellationToken::new(),
         }
     }
 
     /// It may report more than once, each later outcome better.
     pub(crate) fn report(&self, outcome: FetchOutcome) {
-        self.outcome.send_replace(Some(outcome));
+        self.reporter.report(outcome);
     }
 
     /// From outside: it must not go on.
@@ -332,7 +345,7 @@ impl Flight {
     }
 
     pub(crate) fn called(&self) {
-        self.is_called.store(true, Ordering::Relaxed);
+        self.reporter.called();
     }
 
     /// A round begins: whoever wanted the key so far is served by it.
@@ -344,44 +357,6 @@ impl Flight {
     fn is_wanted_as(&self, priority: Priority) {
         if priority == Priority::Miss {
             self.is_missed.store(true, Ordering::Relaxed);
-        }
-    }
-}
-
-impl Waiter {
-    fn new(queue: &Arc<Queue>, flight: Arc<Flight>) -> Self {
-        Self {
-            queue: queue.clone(),
-            outcome: Some(flight.outcome.subscribe()),
-            flight,
-        }
-    }
-
-    /// The best outcome reported so far, each once.
-    pub(crate) fn reported(&mut self) -> Option<FetchOutcome> {
-        self.outcome.as_mut()?.borrow_and_update().clone()
-    }
-
-    /// Resolves when there is another outcome; false if there will be none.
-    pub(crate) async fn another(&mut self) -> bool {
-        match &mut self.outcome {
-            Some(outcome) => outcome.changed().await.is_ok(),
-            None => false,
-        }
-    }
-
-    /// Whether the upstream has been called for it.
-    pub(crate) fn is_called(&self) -> bool {
-        self.flight.is_called.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Waiter {
-    fn drop(&mut self) {
-        self.outcome = None;
-        // A refresh that waits for its slot needs no reader.
-        if self.flight.is_missed() && self.flight.outcome.receiver_count() == 0 {
-            self.queue.abandon(&self.flight);
         }
     }
 }

@@ -202,7 +202,7 @@ async fn clients_and_peers_each_see_their_own_services_only() -> anyhow::Result<
     ));
     ensure!(unknown(
         RefreshServiceClient::new(client.clone())
-            .fetch(peer::FetchRequest::default())
+            .fetch(tokio_stream::once(peer::FetchRequest::default()))
             .await
     ));
 
