@@ -62,6 +62,8 @@ struct ShardRows {
     ahead: VecDeque<(Key, View)>,
     /// Where reading goes on; `None` after the last row.
     from: Option<Bytes>,
+    /// Rows that the next read asks for, where it reads values.
+    rows: usize,
 }
 
 impl Cache {
@@ -85,6 +87,7 @@ impl Cache {
             replica: replica.clone(),
             ahead: VecDeque::new(),
             from: Some(from.clone()),
+            rows: 1,
         };
         let shards = self.replicas.replicas().iter().map(rows).collect();
         let page = Page {
@@ -223,10 +226,15 @@ impl ShardRows {
         {
             let limit = match shown {
                 Shown::Records => KEYS_AHEAD,
-                Shown::Values => READ_AHEAD,
+                Shown::Values => self.rows,
             };
             let read = self.replica.scan(prefix.clone(), from, limit, shown).await;
             let read = read.map_err(|error| Error::disk(&error))?;
+            let bytes = read.entries.iter().filter_map(|(_, view)| view.value());
+            self.rows = match bytes.map(Bytes::len).sum::<usize>() > SCAN_MESSAGE_BYTES {
+                true => 1,
+                false => (2 * self.rows).min(READ_AHEAD),
+            };
             self.from = read.next;
             self.ahead = read.entries.into();
         }

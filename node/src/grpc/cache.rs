@@ -36,8 +36,9 @@ impl CacheService for CacheServer {
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
         let operation = operation_of(&request)?;
-        let read = self.cache.get(request.into_inner(), operation.call());
-        Ok(Response::new(operation.run(read).await?))
+        let request = request.into_inner();
+        let read = || self.cache.get(request.clone(), operation.call());
+        Ok(Response::new(operation.run_read(read).await?))
     }
 
     async fn batch_get(
@@ -45,8 +46,9 @@ impl CacheService for CacheServer {
         request: Request<v1::BatchGetRequest>,
     ) -> Result<Response<v1::BatchGetResponse>, Status> {
         let operation = operation_of(&request)?;
-        let read = self.cache.batch_get(request.into_inner(), operation.call());
-        Ok(Response::new(operation.run(read).await?))
+        let request = request.into_inner();
+        let read = || self.cache.batch_get(request.clone(), operation.call());
+        Ok(Response::new(operation.run_read(read).await?))
     }
 
     async fn set(

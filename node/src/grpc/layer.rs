@@ -55,10 +55,12 @@ pub struct Leaving {
     operation: Option<Arc<Operation>>,
 }
 
-/// Bytes of an answer, and the room that they take.
+/// Bytes of an answer, and what they take: HTTP/2 holds them back long after the body that they came
+/// from is gone.
 struct Taking {
     bytes: Bytes,
-    _room: OwnedSemaphorePermit,
+    _room: Option<OwnedSemaphorePermit>,
+    _operation: Arc<Operation>,
 }
 
 impl OperationLayer {
@@ -215,14 +217,15 @@ impl Leaving {
     }
 
     fn taken(&self, bytes: Bytes) -> Bytes {
-        let place = self
-            .operation
-            .as_ref()
-            .and_then(|operation| operation.call().place());
-        match place.and_then(|place| place.answered(bytes.len())) {
-            Some(room) => Bytes::from_owner(Taking { bytes, _room: room }),
-            None => bytes,
-        }
+        let Some(operation) = self.operation.clone() else {
+            return bytes;
+        };
+        let place = operation.call().place();
+        Bytes::from_owner(Taking {
+            _room: place.and_then(|place| place.answered(bytes.len())),
+            _operation: operation,
+            bytes,
+        })
     }
 }
 
@@ -235,7 +238,6 @@ impl Body for Leaving {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let frame = Pin::new(&mut self.body).poll_frame(context);
-        // Its room is free when the last of the bytes is sent, not when it is handed over.
         frame.map(|frame| Some(frame?.map(|frame| frame.map_data(|bytes| self.taken(bytes)))))
     }
 

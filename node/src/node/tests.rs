@@ -1,5 +1,7 @@
 //! Whole nodes on the memory engine, in this process.
 
+mod untaken;
+
 use std::path::Path;
 
 use holdfast_proto::peer::{FetchRequest, refresh_service_client::RefreshServiceClient};

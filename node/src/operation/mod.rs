@@ -17,18 +17,20 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::Poll,
     time::Duration,
 };
 
 use futures::{
-    StreamExt as _, future,
+    StreamExt as _,
     stream::{self, BoxStream},
 };
 use holdfast_proto::{
-    limits::{DEADLINE_DEFAULT, FETCH_TIMEOUT_MAX},
+    limits::{DEADLINE_DEFAULT, FETCH_TIMEOUT_MAX, SCAN_MESSAGE_BYTES},
     reason, v1,
 };
 use holdfast_raft::{Clock, Deadline};
+use prost::Message as _;
 
 pub(crate) use self::load::{Full, Place};
 pub use self::{
@@ -85,11 +87,16 @@ pub struct Call {
     place: Option<Arc<Place>>,
 }
 
-/// What an answer is counted as, beside its method and code.
+/// What the wrapper asks of an answer.
 pub trait Answered {
     /// As metrics name it; empty where an answer has none.
     fn state(&self) -> &'static str {
         ""
+    }
+
+    /// What it takes on its way, where that is bounded by more than the number of answers.
+    fn bytes(&self) -> usize {
+        0
     }
 }
 
@@ -159,6 +166,7 @@ impl Operation {
         &self,
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
+        let work = self.parked_while_it_waits(work);
         let result = self.in_time(work).await.unwrap_or_else(|late| Err(late));
         match &result {
             Ok(answer) => self.ended(Code::Ok, answer.state()),
@@ -167,24 +175,91 @@ impl Operation {
         result
     }
 
+    /// As `run`, for an answer that carries values. One that finds no room is let go, and read again
+    /// when there is some: nothing is held for callers that do not take what they asked for.
+    pub(crate) async fn run_read<T, F>(&self, read: impl Fn() -> F) -> Result<T, Error>
+    where
+        T: Answered,
+        F: Future<Output = Result<T, Error>>,
+    {
+        let roomy = async {
+            let answer = read().await?;
+            let (place, bytes) = (self.call.place(), answer.bytes());
+            let Some(place) = place.filter(|place| place.try_answer(bytes).is_err()) else {
+                return Ok(answer);
+            };
+            drop(answer);
+            let full = |Full| refused(self.method, "the answers in flight are too large together");
+            let room = place.room_for_answer(bytes, &self.call.deadline);
+            room.await.map_err(full)?;
+            let answer = read().await?;
+            let more = answer.bytes().saturating_sub(bytes);
+            place.try_answer(more).map(|()| answer).map_err(full)
+        };
+        self.run(Box::pin(roomy)).await
+    }
+
+    /// A read that does not end at once waits for more than memory, and gives its place to those that
+    /// need not.
+    async fn parked_while_it_waits<T>(
+        &self,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let mut work = std::pin::pin!(work);
+        if let Poll::Ready(done) = futures::poll!(work.as_mut()) {
+            return done;
+        }
+        let place = self.call.place().filter(|_| self.method.kind == Kind::Read);
+        let parked = place.map(Place::park).transpose();
+        let _parked =
+            parked.map_err(|Full| refused(self.method, "too many requests wait already"))?;
+        work.await
+    }
+
     /// As `run`, for an answer in parts: counted when the last of them is taken.
-    pub(crate) async fn run_stream<T: Send + 'static>(
+    pub(crate) async fn run_stream<T: Answered + Send + 'static>(
         self: &Arc<Self>,
         work: impl Future<Output = Result<BoxStream<'static, Result<T, Error>>, Error>>,
     ) -> Result<BoxStream<'static, Result<T, Error>>, Error> {
+        let work = self.parked_while_it_waits(work);
         let begun = self.in_time(work).await.unwrap_or_else(|late| Err(late));
         let parts = begun.inspect_err(|error| self.ended(error.code(), ""))?;
         let operation = self.clone();
-        let ending = stream::once(async { None });
-        let counted = parts.map(Some).chain(ending).filter_map(move |part| {
-            match &part {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => operation.ended(error.code(), ""),
-                None => operation.ended(Code::Ok, ""),
+        let taken = stream::unfold(Some((parts, operation)), |state| async {
+            let (mut parts, operation) = state?;
+            match operation.next_part(&mut parts).await {
+                Some(Ok(part)) => Some((Ok(part), Some((parts, operation)))),
+                Some(Err(error)) => {
+                    operation.ended(error.code(), "");
+                    Some((Err(error), None))
+                }
+                None => {
+                    operation.ended(Code::Ok, "");
+                    None
+                }
             }
-            future::ready(part)
         });
-        Ok(counted.boxed())
+        Ok(taken.boxed())
+    }
+
+    /// Room comes first: nothing is read for a caller that does not take what was read before.
+    async fn next_part<T: Answered>(
+        &self,
+        parts: &mut BoxStream<'static, Result<T, Error>>,
+    ) -> Option<Result<T, Error>> {
+        let Some(place) = self.call.place() else {
+            return parts.next().await;
+        };
+        let full = |Full| refused(self.method, "the answers in flight are too large together");
+        let room = place.room_for_answer(SCAN_MESSAGE_BYTES, &self.call.deadline);
+        if let Err(error) = room.await.map_err(full) {
+            return Some(Err(error));
+        }
+        let part = parts.next().await?;
+        let bytes = part.as_ref().map_or(0, Answered::bytes);
+        drop(place.answered(SCAN_MESSAGE_BYTES.saturating_sub(bytes)));
+        let more = place.try_answer(bytes.saturating_sub(SCAN_MESSAGE_BYTES));
+        Some(part.and_then(|part| more.map(|()| part).map_err(full)))
     }
 
     /// Waits no longer than the caller does.
@@ -257,9 +332,24 @@ impl Answered for v1::GetResponse {
             name.strip_prefix("STATE_").unwrap_or(name)
         })
     }
+
+    fn bytes(&self) -> usize {
+        self.encoded_len()
+    }
 }
 
-impl Answered for v1::BatchGetResponse {}
+impl Answered for v1::BatchGetResponse {
+    fn bytes(&self) -> usize {
+        self.encoded_len()
+    }
+}
+
+impl Answered for v1::ScanResponse {
+    fn bytes(&self) -> usize {
+        self.encoded_len()
+    }
+}
+
 impl Answered for v1::InspectResponse {}
 impl Answered for v1::StatusResponse {}
 impl Answered for v1::AddMemberResponse {}
@@ -288,6 +378,10 @@ mod tests {
 
     fn begin(operations: &Operations, path: &str, timeout: Option<Duration>) -> Arc<Operation> {
         operations.begin(Method::of(path), timeout, None).unwrap()
+    }
+
+    fn part() -> v1::ScanResponse {
+        v1::ScanResponse::default()
     }
 
     fn answer(state: v1::State) -> v1::GetResponse {
@@ -352,17 +446,18 @@ mod tests {
         let (operations, metrics) = operations(10);
         let scan = "/holdfast.v1.CacheService/Scan";
         let counted = |state, code| metrics.requests_counted("Scan", state, code);
-        let parts = |parts: Vec<Result<u8, Error>>| async { Ok(stream::iter(parts).boxed()) };
+        let parts =
+            |parts: Vec<Result<v1::ScanResponse, Error>>| async { Ok(stream::iter(parts).boxed()) };
 
         let operation = begin(&operations, scan, None);
-        let mut whole = Box::pin(operation.run_stream(parts(vec![Ok(1)])).await.unwrap());
-        assert!(matches!(whole.next().await, Some(Ok(1))));
+        let mut whole = operation.run_stream(parts(vec![Ok(part())])).await.unwrap();
+        assert!(matches!(whole.next().await, Some(Ok(_))));
         assert_eq!(counted("", Code::Ok), 0);
         assert!(whole.next().await.is_none());
         assert_eq!(counted("", Code::Ok), 1);
 
         let operation = begin(&operations, scan, None);
-        let broken = operation.run_stream(parts(vec![Ok(1), Err(Error::deadline())]));
+        let broken = operation.run_stream(parts(vec![Ok(part()), Err(Error::deadline())]));
         let broken: Vec<_> = broken.await.unwrap().collect().await;
         assert_eq!(
             (broken.len(), counted("ERROR", Code::DeadlineExceeded)),
@@ -370,7 +465,7 @@ mod tests {
         );
 
         let operation = begin(&operations, scan, None);
-        let left = operation.run_stream(parts(vec![Ok(1)])).await.unwrap();
+        let left = operation.run_stream(parts(vec![Ok(part())])).await.unwrap();
         drop((left, operation));
         assert_eq!(counted("ERROR", Code::Cancelled), 1);
     }
@@ -387,6 +482,68 @@ mod tests {
                 (reason::DEADLINE, applied)
             );
         }
+    }
+
+    #[tokio::test]
+    async fn a_read_that_waits_keeps_out_no_read_that_need_not() {
+        let (operations, _) = operations(1);
+        let reads = operations.load().room(Kind::Read);
+        let operation = begin(&operations, GET, None);
+        let (fetched, fetch) = tokio::sync::oneshot::channel::<()>();
+        let waits = tokio::spawn(async move {
+            let fetch = async {
+                let _ = fetch.await;
+                Ok(answer(v1::State::Fresh))
+            };
+            operation.run(fetch).await.map(|_| ())
+        });
+        while operations.load().waiting().taken() == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(reads.taken(), 0);
+        let hit = begin(&operations, GET, None);
+        hit.run(async { Ok(answer(v1::State::Fresh)) })
+            .await
+            .unwrap();
+        drop(hit);
+        fetched.send(()).unwrap();
+        waits.await.unwrap().unwrap();
+        assert_eq!((reads.taken(), operations.load().waiting().taken()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_room_is_let_go_and_read_again_when_there_is_some() {
+        let limits = Limits {
+            answer_bytes: 1 << 20,
+            ..Limits::default()
+        };
+        let operations = Operations::new(limits, Arc::new(Metrics::new()), Clock::system());
+        let reads = std::cell::Cell::new(0);
+        let read = || {
+            reads.set(reads.get() + 1);
+            async {
+                let mut large = answer(v1::State::Fresh);
+                large.answer.as_mut().unwrap().value = Some(vec![7; 1 << 19].into());
+                Ok(large)
+            }
+        };
+        let first = begin(&operations, GET, None);
+        first.run_read(read).await.unwrap();
+        assert_eq!(reads.get(), 1);
+
+        let late = begin(&operations, GET, Some(Duration::from_millis(100)));
+        let refused = late.run_read(read).await.unwrap_err();
+        assert_eq!((refused.reason(), reads.get()), (reason::OVERLOADED, 2));
+
+        let second = begin(&operations, GET, None);
+        let waits = second.run_read(read);
+        let frees = async {
+            tokio::task::yield_now().await;
+            drop(first);
+        };
+        let (answered, ()) = tokio::join!(waits, frees);
+        answered.unwrap();
+        assert_eq!(reads.get(), 4);
     }
 
     #[test]
