@@ -80,7 +80,7 @@ impl Upkeep {
     async fn guard_stalled_disk(&self, opened: &Opened) {
         let out_of_room = self.space.is_out_of_room();
         let stalled = out_of_room || self.log.stalled_for() > STALL;
-        if stalled == opened.peers.is_closed() {
+        if stalled == opened.peers.is_stalled() {
             return;
         }
         if stalled {

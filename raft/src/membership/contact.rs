@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, stream::FuturesUnordered};
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use holdfast_proto::peer::{self, HelloRequest, HelloResponse, Member, Standing};
 
 use crate::{
@@ -114,17 +114,22 @@ impl Contact {
         (member.id, is_met)
     }
 
-    /// Asks `discover` again while this node knows of no leader: nobody may be where it was.
+    /// Asks all members and `discover` again while this node knows of no leader: nobody may be where
+    /// it was, and it may have been removed since it was judged.
     pub(crate) async fn search(&self) {
         let mut every = every(SEARCH_EVERY);
         loop {
             every.tick().await;
-            let Some(first) = self.local.replica(0) else {
+            let (Some(opened), Some(first)) = (self.local.opened(), self.local.replica(0)) else {
                 continue;
             };
-            if first.leader().is_some() || self.local.options().discover.is_empty() {
+            if first.leader().is_some() || opened.peers.is_closed() {
                 continue;
             }
+            let me = opened.peers.identity().node_id;
+            let members = opened.peers.members().into_iter();
+            let others = members.filter(|member| member.id != me);
+            join_all(others.map(|member| self.greet_one(member))).await;
             let names = self.local.options().discover.clone();
             for met in meet::all(&self.local, names).await {
                 self.take_answer(&met.address.to_string(), met.hello).await;

@@ -17,13 +17,21 @@ use crate::{
 const STUCK_AFTER: Duration = Duration::from_secs(3);
 /// A follower that the leader has not heard from for so long is not there.
 const SILENT_AFTER: Duration = Duration::from_secs(2);
+/// A voter's answer, and a new leader, wait for syncs.
+const SLOW_SYNC: Duration = Duration::from_millis(500);
 const FULL_PERMILLE: u32 = 1000;
 
 /// What keeps this node from its work, in words.
 pub(crate) fn of_self(local: &Local, opened: &Opened) -> Vec<String> {
     let mut problems: Vec<String> = local.why_retired().into_iter().collect();
-    if opened.peers.disk_used_permille() >= FULL_PERMILLE {
+    let peers = &opened.peers;
+    if peers.disk_used_permille() >= FULL_PERMILLE || peers.file_system_is_full() {
         problems.push("its disk is full: values are refused until space is free again".into());
+    }
+    let sync_time = peers.sync_time();
+    if sync_time >= SLOW_SYNC {
+        let ms = sync_time.as_millis();
+        problems.push(format!("its disk is slow: a sync of the log takes {ms} ms"));
     }
     let now = local.clock().monotonic();
     for replica in &opened.replicas {

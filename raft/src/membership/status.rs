@@ -145,7 +145,6 @@ fn nodes(
             client_address: member.client_address.clone(),
             peer_address: member.peer_address.clone(),
             problems,
-            ..Default::default()
         }
     };
     members.iter().zip(reports).map(node).collect()

@@ -369,8 +369,13 @@ impl Peers {
         self.retired.store(true, Ordering::Relaxed);
     }
 
+    /// Closed until the disk takes writes again.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed) || self.retired.load(Ordering::Relaxed)
+        self.is_stalled() || self.retired.load(Ordering::Relaxed)
     }
 
     /// A replica's log lost what it had acknowledged, or has it again.

@@ -431,13 +431,13 @@ impl Replica {
         self.log.last_index()
     }
 
-    /// How far the log went, entries that are known to be lost included.
+    /// How far the log went: what is applied was in it, and what is known to be lost.
     pub(crate) fn log_reached(&self) -> u64 {
         let lost = match self.log_is_short() {
             true => self.log.lost_acknowledged().ok().flatten(),
             false => None,
         };
-        let last = self.log_last_index();
+        let last = self.log_last_index().max(self.applied().index);
         lost.map_or(last, |lost| lost.acknowledged.max(last))
     }
 
