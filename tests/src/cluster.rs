@@ -47,6 +47,8 @@ pub struct Setup {
     pub shards: u32,
     /// Where each node looks for the others; at their own addresses, where it is not said.
     pub discover: Option<Vec<Vec<SocketAddr>>>,
+    /// Where the others reach each node; at its own peer address, where it is not said.
+    pub advertise: Option<Vec<SocketAddr>>,
     /// Nodes with `node.role: learner`.
     pub learners: Vec<usize>,
     /// Further sections of every node's configuration file: upstreams, policies, storage, …
@@ -62,6 +64,7 @@ impl Setup {
             expect: 3,
             shards: 1,
             discover: None,
+            advertise: None,
             learners: Vec::new(),
             extra: String::new(),
         }
@@ -82,6 +85,15 @@ impl Setup {
         Self {
             nodes,
             expect,
+            ..self
+        }
+    }
+
+    /// The others reach each node there, and look for it there.
+    pub fn behind(self, addresses: &[SocketAddr]) -> Self {
+        Self {
+            discover: Some(vec![addresses.to_vec(); self.nodes]),
+            advertise: Some(addresses.to_vec()),
             ..self
         }
     }
@@ -136,8 +148,14 @@ impl Setup {
             } else {
                 "voter"
             };
+            let advertise = self
+                .advertise
+                .as_ref()
+                .map_or_else(String::new, |advertise| {
+                    format!("advertise: {{peer: \"{}\"}}\n", advertise[number])
+                });
             let config = format!(
-                "node: {{name: {name}, role: {role}, data_dir: \"{}\"}}\nlisten: {{client: \"{}\", peer: \"{}\", admin: \"{}\"}}\ncluster: {{expect: {}, discover: [{}], shards: {}}}\n{}\n",
+                "node: {{name: {name}, role: {role}, data_dir: \"{}\"}}\n{advertise}listen: {{client: \"{}\", peer: \"{}\", admin: \"{}\"}}\ncluster: {{expect: {}, discover: [{}], shards: {}}}\n{}\n",
                 data_dir.display(),
                 addresses.client,
                 addresses.peer,

@@ -78,6 +78,10 @@ impl Cache {
         let (peers, rules) = (self.peers()?, self.rules.load_full());
         let mut told: Vec<Option<Told>> = vec![None; keys.len()];
         let groups = self.group(keys, &mut told)?;
+        let current_at: Vec<_> = groups
+            .iter()
+            .map(|group| group.replica.current_at())
+            .collect();
         let read = join_all(
             groups
                 .iter()
@@ -88,12 +92,12 @@ impl Cache {
         let mut failed = None;
         let (mut here, mut leader, mut seen) =
             (Vec::new(), None, Token::new(peers.identity().epoch));
-        for (group, read) in groups.iter().zip(read) {
+        for ((group, current_at), read) in groups.iter().zip(current_at).zip(read) {
             match read {
                 Ok(read) => {
                     match read.leader {
                         Some(position) => leader = Some(position),
-                        None => here.push(&**group.replica),
+                        None => here.push((&**group.replica, current_at)),
                     }
                     seen.merge(&read.seen);
                     group
@@ -117,7 +121,8 @@ impl Cache {
         }
         // Not one of them was a key.
         if groups.is_empty() {
-            here.extend(self.replicas.replicas().first().map(|first| &**first));
+            let first = self.replicas.replicas().first();
+            here.extend(first.map(|first| (&**first, first.current_at())));
         }
         let (position, token) = self.position(&peers, &here);
         seen.merge(&token);

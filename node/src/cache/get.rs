@@ -33,6 +33,7 @@ impl Cache {
             Reached::Here => {}
             Reached::Leader(response) => return only_answer(response),
         }
+        let current_at = replica.current_at();
         let view = replica.read(&key).await;
         let view = view.map_err(|error| Error::disk(&error))?;
         let asked = Asked {
@@ -46,7 +47,7 @@ impl Cache {
         match self.settle(asked, view).await? {
             Settled::Leader(response) => only_answer(response),
             Settled::Here(answer) => {
-                let (replica, token) = self.position(&*self.peers()?, &[replica]);
+                let (replica, token) = self.position(&*self.peers()?, &[(replica, current_at)]);
                 Ok(v1::GetResponse {
                     answer: Some(answer),
                     replica: Some(replica),

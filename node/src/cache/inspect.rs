@@ -38,6 +38,7 @@ impl Cache {
         let replica = self.replica_of(&key)?;
         self.seen_here(replica, &controls, &call.deadline).await?;
 
+        let current_at = replica.current_at();
         let inspected = replica.inspect(&key).await;
         let Inspected {
             view,
@@ -64,7 +65,7 @@ impl Cache {
             refreshing: behind.refreshing,
             now,
         };
-        let (position, token) = self.position(&*self.peers()?, &[replica]);
+        let (position, token) = self.position(&*self.peers()?, &[(replica, current_at)]);
         Ok(v1::InspectResponse {
             answer: Some(answer),
             replica: Some(position),

@@ -99,28 +99,33 @@ impl Cache {
         }
     }
 
-    /// Who answers, and what the answer reflects. Call after the look-ups: then it claims no less
-    /// than they showed.
-    fn position(&self, peers: &Peers, replicas: &[&Replica]) -> (v1::Replica, Token) {
+    /// Who answers, and what the answer reflects: each replica with when it was current, asked before
+    /// the look-ups, so that the lag is never less than what they show. Call after them: then the
+    /// token claims no less than they showed.
+    fn position(
+        &self,
+        peers: &Peers,
+        replicas: &[(&Replica, Option<Duration>)],
+    ) -> (v1::Replica, Token) {
         let identity = peers.identity();
         let mut token = Token::new(identity.epoch);
-        for replica in replicas {
+        for (replica, _) in replicas {
             token.see(replica.shard(), replica.visible());
         }
         let lag = replicas
             .iter()
-            .map(|replica| replica.lag())
+            .map(|(replica, current_at)| current_at.map(|at| replica.lag_since(at)))
             .try_fold(Duration::ZERO, |most, lag| Some(most.max(lag?)));
         let replica = v1::Replica {
             node_id: identity.node_id,
             region: self.replicas.options().region.clone(),
             role: replicas
                 .first()
-                .map_or(v1::Role::Unspecified, |replica| replica.role())
+                .map_or(v1::Role::Unspecified, |(replica, _)| replica.role())
                 .into(),
             revision: replicas
                 .iter()
-                .map(|replica| token.revision(replica.shard()))
+                .map(|(replica, _)| token.revision(replica.shard()))
                 .min()
                 .unwrap_or(0),
             replica_lag_ms: lag.map(|lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),

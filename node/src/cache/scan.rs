@@ -1,7 +1,7 @@
 //! Scan: one page of keys in order over all shards, in messages of a bounded size. Counts as no
 //! read, starts no fetch.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::{
@@ -59,6 +59,8 @@ struct Page {
 /// What comes next of one shard.
 struct ShardRows {
     replica: Arc<Replica>,
+    /// Before its first row was read.
+    current_at: Option<Duration>,
     ahead: VecDeque<(Key, View)>,
     /// Where reading goes on; `None` after the last row.
     from: Option<Bytes>,
@@ -85,6 +87,7 @@ impl Cache {
         }
         let rows = |replica: &Arc<Replica>| ShardRows {
             replica: replica.clone(),
+            current_at: replica.current_at(),
             ahead: VecDeque::new(),
             from: Some(from.clone()),
             rows: 1,
@@ -209,7 +212,10 @@ impl Page {
         next_cursor: Bytes,
     ) -> Result<v1::ScanResponse, Error> {
         self.ended = true;
-        let replicas: Vec<&Replica> = self.shards.iter().map(|shard| &*shard.replica).collect();
+        let shards = self.shards.iter();
+        let replicas: Vec<_> = shards
+            .map(|shard| (&*shard.replica, shard.current_at))
+            .collect();
         let (replica, token) = self.cache.position(&*self.cache.peers()?, &replicas);
         message.next_cursor = next_cursor;
         message.replica = Some(replica);

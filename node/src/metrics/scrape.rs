@@ -58,6 +58,7 @@ struct Gauges {
     has_leader: ByShard<i64, std::sync::atomic::AtomicI64>,
     term: ByShard<i64, std::sync::atomic::AtomicI64>,
     clock_skewed: ByShard<i64, std::sync::atomic::AtomicI64>,
+    log_time_ahead: ByShard<f64, AtomicU64>,
     memory: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory_entries: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory_evicted: Family<ShardLabel, Counter>,
@@ -248,6 +249,9 @@ impl Gauges {
         self.clock_skewed
             .get_or_create(&shard)
             .set(i64::from(replica.clock_is_skewed()));
+        self.log_time_ahead
+            .get_or_create(&shard)
+            .set(replica.log_time_ahead_ms() as f64 / 1000.0);
         let memory = replica.memory_use();
         self.memory.get_or_create(&shard).set(signed(memory.bytes));
         self.memory_entries
@@ -296,6 +300,12 @@ impl Gauges {
             "clock_is_skewed",
             "1 if this leader's clock is too far from the voters'",
             self.clock_skewed,
+        );
+        registry.register_with_unit(
+            "log_time_ahead",
+            "How far log time is ahead of the voters' clocks",
+            Unit::Seconds,
+            self.log_time_ahead,
         );
         registry.register_with_unit("memory", "Entries in memory", Unit::Bytes, self.memory);
         registry.register("memory_entries", "Entries in memory", self.memory_entries);

@@ -127,7 +127,7 @@ impl Campaign {
     /// The cluster's pace, or this node's own where that is slower: a cluster without a leader learns
     /// of no slower one.
     fn own_pace(&self) -> Pace {
-        let own = Pace::new(self.peers.sync_time(), Duration::ZERO);
+        let own = Pace::new(self.peers.sync_time(), self.peers.longest_round_trip());
         self.leader_clock.pace().max(own)
     }
 
@@ -168,11 +168,19 @@ impl Campaign {
             self.ask_voters(&voters, pace).await
         };
         let (now, jitter) = (self.leader_clock.monotonic(), rand::random());
-        if elected {
-            self.election.lock().stands(now, me, pace, jitter);
+        let stands = {
+            let mut election = self.election.lock();
+            let stands = elected && election.may_stand();
+            if stands {
+                election.stands(now, me, pace, jitter);
+            } else {
+                election.is_refused(now, pace, jitter);
+            }
+            stands
+        };
+        if stands {
             return self.raft.trigger().elect(false).await.map_err(|_| ());
         }
-        self.election.lock().is_refused(now, pace, jitter);
         match newer {
             Some(vote) => self.adopt(vote).await,
             None => Ok(()),
@@ -196,21 +204,24 @@ impl Campaign {
             .filter_map(|id| Some(self.ask(id, voters.addresses.get(&id)?, vote, pace)))
             .collect();
         let (mut agree, mut newer) = (BTreeSet::from([me]), None);
-        let asking = async {
-            while !voters.quorum.is_reached(&agree)
-                && let Some(answer) = answers.next().await
-            {
-                let Some((id, answer)) = answer else { continue };
-                if answer.granted {
-                    agree.insert(id);
-                } else if let Ok(theirs) = vote_from(answer.vote)
-                    && theirs.leader_id.term >= term
-                {
-                    newer = newer.max(Some((theirs.leader_id.term, theirs.leader_id.voted_for)));
-                }
+        let mut patience = pace.ask_timeout();
+        while !voters.quorum.is_reached(&agree)
+            && let Ok(Some(answer)) = tokio::time::timeout(patience, answers.next()).await
+        {
+            let Some((id, answer)) = answer else { continue };
+            if answer.granted {
+                agree.insert(id);
+                continue;
             }
-        };
-        let _ = tokio::time::timeout(pace.ask_timeout(), asking).await;
+            // One that was refused waits no longer for those that may be gone: meanwhile it keeps
+            // others waiting.
+            patience = pace.heartbeat();
+            if let Ok(theirs) = vote_from(answer.vote)
+                && theirs.leader_id.term >= term
+            {
+                newer = newer.max(Some((theirs.leader_id.term, theirs.leader_id.voted_for)));
+            }
+        }
         let newer = newer.map(|(term, voted_for)| Vote {
             leader_id: LeaderId { term, voted_for },
             committed: false,
@@ -231,6 +242,7 @@ impl Campaign {
             last_log_id: self.log.last_id().as_ref().map(log_id_to),
         });
         request.set_timeout(pace.ask_timeout());
+        let asked_at = self.leader_clock.monotonic();
         let answer = self
             .peers
             .replica_client(address, Purpose::Control)
@@ -239,6 +251,8 @@ impl Campaign {
             .ok()?
             .into_inner();
         self.peers.heard(self.shard, voter, answer.header.as_ref());
+        let took = self.leader_clock.monotonic().saturating_sub(asked_at);
+        self.peers.measured(voter, took, answer.header.as_ref());
         Some((voter, answer))
     }
 

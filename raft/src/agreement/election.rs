@@ -7,7 +7,9 @@
 //!                                   └──────────────┴───────────────┘
 //! ```
 //! A voter that said yes to one candidate says no to others, and does not stand itself, until that
-//! one had the time to be elected: slow disks do not make candidates collide.
+//! one had the time to be elected: slow disks do not make candidates collide. Of two that ask each
+//! other at the same time the one with the lesser id gives way, so that far voters do not collide
+//! either.
 
 use std::time::Duration;
 
@@ -33,6 +35,8 @@ pub(crate) enum Situation {
 struct Promise {
     candidate: u64,
     until: Duration,
+    /// To itself, while it only asks: it may still give way.
+    asks: bool,
 }
 
 #[derive(Debug, Default)]
@@ -70,16 +74,14 @@ impl Election {
             Situation::Leaderless => now,
         };
         let next = *self.next.get_or_insert(from + pace.election(jitter));
-        now >= next && self.promised_to(now).is_none()
+        now >= next && self.promised(now).is_none()
     }
 
     /// Whether this voter would vote for a candidate as far as others are concerned; if so it keeps
     /// to that for as long as an election takes.
     pub(crate) fn promise(&mut self, now: Duration, candidate: u64, pace: Pace) -> bool {
-        if self
-            .promised_to(now)
-            .is_some_and(|promised| promised != candidate)
-        {
+        let is_kept = |kept: &Promise| kept.candidate != candidate && !kept.gives_way_to(candidate);
+        if self.promised(now).as_ref().is_some_and(is_kept) {
             return false;
         }
         self.keep(candidate, now + pace.vote_patience());
@@ -88,12 +90,23 @@ impl Election {
 
     /// This replica asks others now: it promises itself nothing else meanwhile.
     pub(crate) fn asks(&mut self, now: Duration, me: u64, pace: Pace) {
-        self.keep(me, now + pace.ask_timeout());
+        self.promised = Some(Promise {
+            candidate: me,
+            until: now + pace.ask_timeout() * 2,
+            asks: true,
+        });
+    }
+
+    /// Whether it gave way to nobody since it asked.
+    pub(crate) fn may_stand(&self) -> bool {
+        self.promised.is_some_and(|promise| promise.asks)
     }
 
     /// They would not vote for it.
     pub(crate) fn is_refused(&mut self, now: Duration, pace: Pace, jitter: f64) {
-        self.promised = None;
+        if self.may_stand() {
+            self.promised = None;
+        }
         self.next = Some(now + pace.election(jitter));
     }
 
@@ -106,13 +119,21 @@ impl Election {
     }
 
     fn keep(&mut self, candidate: u64, until: Duration) {
-        self.promised = Some(Promise { candidate, until });
+        self.promised = Some(Promise {
+            candidate,
+            until,
+            asks: false,
+        });
     }
 
-    fn promised_to(&self, now: Duration) -> Option<u64> {
-        self.promised
-            .filter(|promise| promise.until > now)
-            .map(|promise| promise.candidate)
+    fn promised(&self, now: Duration) -> Option<Promise> {
+        self.promised.filter(|promise| promise.until > now)
+    }
+}
+
+impl Promise {
+    fn gives_way_to(&self, candidate: u64) -> bool {
+        self.asks && candidate > self.candidate
     }
 }
 
@@ -176,8 +197,8 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..6 {
             election.asks(now, ME, pace);
-            assert!(!election.promise(now, 2, pace), "it asks for itself");
             election.stands(now, ME, pace, 0.0);
+            assert!(!election.promise(now, 2, pace), "it stands itself");
             let stood = now;
             while !election.is_due(now, Situation::Leaderless, pace, 0.0) {
                 now += at(20);
@@ -193,6 +214,20 @@ mod tests {
             pace,
             0.0
         ));
+    }
+
+    #[test]
+    fn of_two_that_ask_each_other_one_gives_way() {
+        let pace = slow();
+        let (mut lesser, mut greater) = (Election::default(), Election::default());
+        lesser.asks(at(0), 1, pace);
+        greater.asks(at(0), 2, pace);
+        assert!(!greater.promise(at(1), 1, pace));
+        assert!(lesser.promise(at(1), 2, pace));
+        assert!(greater.may_stand());
+        assert!(!lesser.may_stand(), "though a third may have said yes");
+        lesser.is_refused(at(2), pace, 0.0);
+        assert!(!lesser.promise(at(3), 3, pace), "it keeps to it");
     }
 
     #[test]

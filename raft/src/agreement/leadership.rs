@@ -48,7 +48,7 @@ impl Heard {
     /// long, though it is heard here, keeps nobody.
     fn until(&self, pace: Pace) -> Duration {
         let kept_by = self.quorum_at.unwrap_or(self.first_at).max(self.first_at);
-        (self.at + pace.lease()).min(kept_by + pace.heard_for() + pace.vote_patience())
+        (self.at + pace.lease()).min(kept_by + pace.abandoned_after())
     }
 }
 
@@ -202,11 +202,10 @@ impl LeaderClock {
 
     // ---- how far behind it a replica may be ----
 
-    /// How long ago this replica, which follows, had all that was acknowledged; `None` if it never
+    /// When this replica, which follows, had all that was acknowledged by then; `None` if it never
     /// had.
-    pub(crate) fn current_ago(&self) -> Option<Duration> {
-        let at = self.currency.current_at(self.state.applied().index)?;
-        Some(self.clock.monotonic().saturating_sub(at))
+    pub(crate) fn current_at(&self) -> Option<Duration> {
+        self.currency.current_at(self.state.applied().index)
     }
 
     /// For each answer to the leader.

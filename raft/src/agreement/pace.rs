@@ -71,18 +71,24 @@ impl Pace {
         self.lease() * 2
     }
 
+    /// A leader that is heard and that no quorum acknowledges for so long keeps nobody from standing.
+    pub(crate) fn abandoned_after(self) -> Duration {
+        self.heard_for() * 2 + self.vote_patience() + ROUND_TRIP_MAX
+    }
+
     /// Between the end of a lease and the first question for votes. `jitter` is in [0, 1).
     pub(crate) fn election(self, jitter: f64) -> Duration {
-        ELECTION_MIN.max(self.round_trip) + self.spread().mul_f64(jitter)
+        ELECTION_MIN + self.spread().mul_f64(jitter)
     }
 
     fn spread(self) -> Duration {
         SPREAD_MIN.max(self.round_trip) + self.sync / 4
     }
 
-    /// What a question that nothing is synced for may take.
+    /// What a question that nothing is synced for may take; long enough for a cluster whose voters
+    /// are far from each other and do not know it yet.
     pub(crate) fn ask_timeout(self) -> Duration {
-        Duration::from_millis(250) + self.round_trip * 2
+        ROUND_TRIP_MAX + self.round_trip
     }
 
     /// What an election may take: the candidate syncs its vote, the voters theirs, each maybe behind

@@ -331,6 +331,12 @@ impl Peers {
             .unwrap_or_default()
     }
 
+    /// To the farthest peer that was measured.
+    pub(crate) fn longest_round_trip(&self) -> Duration {
+        let round_trips = self.round_trips.lock();
+        round_trips.values().max().copied().unwrap_or_default()
+    }
+
     pub fn view(&self, shard: ShardId, peer: u64) -> Option<PeerView> {
         self.views.lock().get(&(shard, peer)).copied()
     }

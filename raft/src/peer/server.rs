@@ -205,7 +205,11 @@ impl ReplicaService for ReplicaServer {
         let last = message.last_log_id.map(log_id_from);
         let granted = replica.campaign().would_vote(&candidate, last);
         Ok(Response::new(wire::PreVoteResponse {
-            header: Some(replica.reply()),
+            // Nothing was waited for.
+            header: Some(ReplyHeader {
+                held_us: Some(0),
+                ..replica.reply()
+            }),
             vote: Some(vote_to(&replica.campaign().vote())),
             granted,
         }))

@@ -331,15 +331,30 @@ impl Replica {
         Installing(&self.installing)
     }
 
-    /// How long ago this replica last knew itself to be current; `None` if it never did.
-    pub fn lag(&self) -> Option<Duration> {
+    /// When this replica last had all that was acknowledged by then, as monotonic time; `None` if
+    /// it never knew. Of an answer ask it before the look-up: what is applied after that is not in
+    /// it.
+    pub fn current_at(&self) -> Option<Duration> {
         match self.leader() {
             Some(leader) if leader.is_self && self.leads() == Some(leader.term) => {
                 let now = self.clock.monotonic();
-                self.leader_clock.quorum_acknowledged_ago(leader.term, now)
+                let ago = self
+                    .leader_clock
+                    .quorum_acknowledged_ago(leader.term, now)?;
+                Some(now.saturating_sub(ago))
             }
-            _ => self.leader_clock.current_ago(),
+            _ => self.leader_clock.current_at(),
         }
+    }
+
+    /// How long ago this replica was current.
+    pub fn lag(&self) -> Option<Duration> {
+        self.current_at().map(|at| self.lag_since(at))
+    }
+
+    /// How far behind is now what was current then.
+    pub fn lag_since(&self, current_at: Duration) -> Duration {
+        self.clock.monotonic().saturating_sub(current_at)
     }
 
     // ---- who leads ----

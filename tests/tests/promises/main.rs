@@ -8,6 +8,7 @@ mod configuration;
 mod consistency;
 #[cfg(feature = "rocksdb")]
 mod disks;
+mod distance;
 #[cfg(feature = "rocksdb")]
 mod durability;
 #[cfg(feature = "rocksdb")]
@@ -17,6 +18,7 @@ mod first_minutes;
 mod forming;
 #[cfg(feature = "rocksdb")]
 mod isolation;
+mod lag;
 #[cfg(feature = "rocksdb")]
 mod linearizability;
 mod membership;
@@ -24,6 +26,8 @@ mod membership_truth;
 mod operation;
 mod proposals;
 mod refresh;
+#[cfg(feature = "rocksdb")]
+mod slow_disks;
 #[cfg(feature = "rocksdb")]
 mod snapshots;
 mod stale;
