@@ -13,6 +13,8 @@ pub trait Events: Send + Sync + 'static {
     fn leader_changed(&self, _shard: ShardId) {}
     fn snapshot_sent(&self, _shard: ShardId, _bytes: u64) {}
     fn snapshot_installed(&self, _shard: ShardId, _bytes: u64) {}
+    /// A background task, which is logged and begins again or ends its owner.
+    fn task_panicked(&self, _task: &'static str) {}
     /// A client's request goes on to another node: the place to pass its trace context.
     fn outgoing(&self, _metadata: &mut tonic::metadata::MetadataMap) {}
 }

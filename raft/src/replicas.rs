@@ -14,7 +14,6 @@ use holdfast_proto::{
     v1,
 };
 use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     agreement::{
@@ -31,6 +30,7 @@ use crate::{
     peer::{Identity, Peers, membership_server::MembershipServer, server::ReplicaServer, snapshot},
     replica::{Parts, Replica},
     store::{Stores, space::DiskSpace},
+    task::Tasks,
     upkeep::Upkeep,
 };
 
@@ -52,8 +52,7 @@ pub struct Replicas {
     stores: Stores,
     log: SharedLog,
     snapshots: Arc<snapshot::Sender>,
-    stop: CancellationToken,
-    tasks: TaskTracker,
+    tasks: Tasks,
 }
 
 impl Replicas {
@@ -82,6 +81,7 @@ impl Replicas {
             events.clone(),
             space.clone(),
         )?);
+        let tasks = Tasks::new(events.clone());
         let local = Arc::new(Local::new(options, clock, identity));
         let replicas = Arc::new(Self {
             forming: Arc::new(Forming::new(local.clone())),
@@ -93,8 +93,7 @@ impl Replicas {
             stores,
             log,
             snapshots,
-            stop: CancellationToken::new(),
-            tasks: TaskTracker::new(),
+            tasks,
         });
         let record = replicas.local.identity().record();
         match (record.retired, record.cluster) {
@@ -124,38 +123,54 @@ impl Replicas {
     /// Starts finding or joining a cluster, if there is none yet, and the node's duties. Call once
     /// the peer listener is open.
     pub fn start(self: &Arc<Self>) {
-        let this = self.clone();
-        self.spawn(async move {
+        self.duty("form or join", self, |this| async move {
             if let Err(error) = this.form_or_join().await {
                 this.local
                     .fail(format!("the cluster could not be entered: {error}"));
             }
         });
-        let upkeep = || self.upkeep.clone();
-        let (guarding, measuring, compacting, maintaining) =
-            (upkeep(), upkeep(), upkeep(), upkeep());
-        self.spawn(async move { guarding.guard_against_stalls().await });
-        self.spawn(async move { measuring.measure_disk().await });
-        self.spawn(async move { compacting.keep_space().await });
-        self.spawn(async move { maintaining.maintain().await });
-        let contact = || self.contact.clone();
-        let (greeting, searching, noting, writing) = (contact(), contact(), contact(), contact());
-        self.spawn(async move { greeting.greet().await });
-        self.spawn(async move { searching.search().await });
-        self.spawn(async move { noting.note_acknowledged().await });
-        self.spawn(async move { writing.write_acknowledged().await });
-        let this = self.clone();
-        self.spawn(async move { this.watch_failures().await });
+        self.duty("watch failures", self, Self::watch_failures);
+        let upkeep = &self.upkeep;
+        self.duty("guard against stalls", upkeep, |upkeep| async move {
+            upkeep.guard_against_stalls().await;
+        });
+        self.duty("measure the disk", upkeep, |upkeep| async move {
+            upkeep.measure_disk().await;
+        });
+        self.duty("keep space", upkeep, |upkeep| async move {
+            upkeep.keep_space().await;
+        });
+        self.duty("maintain membership", upkeep, |upkeep| async move {
+            upkeep.maintain().await;
+        });
+        let contact = &self.contact;
+        self.duty("greet members", contact, |contact| async move {
+            contact.greet().await;
+        });
+        self.duty("search members", contact, |contact| async move {
+            contact.search().await;
+        });
+        self.duty("note acknowledged", contact, |contact| async move {
+            contact.note_acknowledged().await;
+        });
+        self.duty("write acknowledged", contact, |contact| async move {
+            contact.write_acknowledged().await;
+        });
     }
 
-    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let stop = self.stop.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = work => {}
-            }
-        });
+    /// Runs until the node closes.
+    fn duty<T, F>(
+        &self,
+        name: &'static str,
+        owner: &Arc<T>,
+        run: impl Fn(Arc<T>) -> F + Send + 'static,
+    ) where
+        T: Send + Sync + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let owner = owner.clone();
+        let span = tracing::info_span!(parent: None, "node.duty", duty = name);
+        self.tasks.duty(name, span, move || run(owner.clone()));
     }
 
     // ---- what it is ----
@@ -366,9 +381,7 @@ impl Replicas {
     pub async fn close(&self) {
         self.local.begin_to_close();
         self.stores.stop_waiting();
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.tasks.stop().await;
         for replica in self.replicas() {
             if let Err(error) = replica.close().await {
                 tracing::error!(%error, shard = replica.shard(), "closing a replica failed");

@@ -64,6 +64,7 @@ pub struct Metrics {
     upstream_call_duration: Family<UpstreamLabel, Histogram, Buckets>,
     commits: Family<OutcomeLabel, Counter>,
     log_sync_duration: Histogram,
+    tasks_panicked: Family<TaskLabel, Counter>,
     leader_changes: Family<ShardLabel, Counter>,
     snapshots_sent: Family<ShardLabel, Counter>,
     snapshot_bytes_sent: Family<ShardLabel, Counter>,
@@ -106,6 +107,11 @@ struct CallLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TaskLabel {
+    task: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ShardLabel {
     shard: ShardId,
 }
@@ -129,6 +135,7 @@ impl Metrics {
             commits: Family::default(),
             log_sync_duration: Buckets(&SYNC_SECONDS).new_metric(),
             leader_changes: Family::default(),
+            tasks_panicked: Family::default(),
             snapshots_sent: Family::default(),
             snapshot_bytes_sent: Family::default(),
             snapshots_installed: Family::default(),
@@ -342,6 +349,11 @@ impl Metrics {
             self.leader_changes.clone(),
         );
         registry.register(
+            "tasks_panicked",
+            "Background tasks that panicked: a defect, to be reported",
+            self.tasks_panicked.clone(),
+        );
+        registry.register(
             "snapshots_sent",
             "Snapshots sent to followers",
             self.snapshots_sent.clone(),
@@ -379,6 +391,10 @@ impl Default for Metrics {
 impl Events for Metrics {
     fn log_synced(&self, took: Duration) {
         self.log_sync_duration.observe(took.as_secs_f64());
+    }
+
+    fn task_panicked(&self, task: &'static str) {
+        self.tasks_panicked.get_or_create(&TaskLabel { task }).inc();
     }
 
     fn leader_changed(&self, shard: ShardId) {

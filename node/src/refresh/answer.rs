@@ -57,7 +57,7 @@ impl Refresher {
             by_id: HashMap::new(),
         };
         let stop = self.stop.clone();
-        self.tasks.spawn(async move {
+        self.tasks.spawn("answer peers", async move {
             tokio::select! {
                 () = asker.answer(first, questions) => {}
                 () = stop.cancelled() => {}

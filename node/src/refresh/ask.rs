@@ -161,8 +161,10 @@ impl Refresher {
         links.insert(place.clone(), link.clone());
         drop(links);
         let run = self.clone().run_link(place, replica.clone(), link.clone());
-        self.tasks
-            .spawn(run.instrument(tracing::info_span!(parent: None, "refresh.ask")));
+        self.tasks.spawn(
+            "ask leader",
+            run.instrument(tracing::info_span!(parent: None, "refresh.ask")),
+        );
         link
     }
 

@@ -79,9 +79,8 @@ impl Refresher {
                 continue;
             }
             let span = flight.span.clone();
-            self.tasks.spawn(
-                Box::pin(self.clone().run(queue.clone(), flight, priority)).instrument(span),
-            );
+            let run = Box::pin(self.clone().run(queue.clone(), flight, priority));
+            self.tasks.spawn("flight", run.instrument(span));
         }
     }
 

@@ -31,10 +31,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use holdfast_proto::{Key, ShardId};
-use holdfast_raft::{Clock, Leader, Membership, Replica, Replicas, View};
+use holdfast_raft::{Clock, Leader, Membership, Replica, Replicas, View, task::Tasks};
 use tokio::sync::{Mutex, mpsc};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::Instrument;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::answer::Answers;
 use self::{
@@ -67,7 +66,7 @@ pub struct Refresher {
     /// Whom all that was read before was told to, by shard.
     told: parking_lot::Mutex<HashMap<ShardId, Leader>>,
     stop: CancellationToken,
-    tasks: TaskTracker,
+    tasks: Tasks,
 }
 
 impl Refresher {
@@ -78,6 +77,7 @@ impl Refresher {
         clock: Clock,
     ) -> Arc<Self> {
         let (hints, hinted) = mpsc::channel(HINTS);
+        let tasks = Tasks::new(metrics.clone());
         Arc::new(Self {
             replicas,
             rules,
@@ -89,8 +89,8 @@ impl Refresher {
             hints,
             hinted: Mutex::new(hinted),
             told: Default::default(),
-            stop: CancellationToken::new(),
-            tasks: TaskTracker::new(),
+            stop: tasks.stopping().clone(),
+            tasks,
         })
     }
 
@@ -99,8 +99,7 @@ impl Refresher {
     pub fn start(self: &Arc<Self>) {
         self.duty("refresh.hints", Self::follow_hints);
         self.duty("refresh.report", Self::report_reads);
-        let this = self.clone();
-        self.duty("refresh.start", move |_| async move {
+        self.duty("refresh.start", |this| async move {
             let mut membership = this.replicas.membership();
             if membership
                 .wait_for(|membership| *membership == Membership::Member)
@@ -111,8 +110,10 @@ impl Refresher {
             }
             for replica in this.replicas.replicas() {
                 let (scanned, watched) = (replica.clone(), replica.clone());
-                this.duty("refresh.due", move |this| this.refresh_due(scanned));
-                this.duty("refresh.claims", move |this| this.end_lost_claims(watched));
+                this.duty("refresh.due", move |this| this.refresh_due(scanned.clone()));
+                this.duty("refresh.claims", move |this| {
+                    this.end_lost_claims(watched.clone())
+                });
             }
         });
     }
@@ -128,8 +129,7 @@ impl Refresher {
         for replica in self.replicas.replicas() {
             self.end_flights(replica.shard(), None);
         }
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.tasks.stop().await;
     }
 
     /// Joins the cluster's flight of a key, here if this node leads the key's shard, else through
@@ -242,19 +242,13 @@ impl Refresher {
     }
 
     /// Runs until the refresher stops, which awaits it.
-    fn duty<F>(self: &Arc<Self>, name: &'static str, run: impl FnOnce(Arc<Self>) -> F)
+    fn duty<F>(self: &Arc<Self>, name: &'static str, run: impl Fn(Arc<Self>) -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (stop, work) = (self.stop.clone(), run(self.clone()));
-        let until_stopped = async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = work => {}
-            }
-        };
-        self.tasks
-            .spawn(until_stopped.instrument(tracing::info_span!(parent: None, "duty", name)));
+        let this = self.clone();
+        let span = tracing::info_span!(parent: None, "duty", name);
+        self.tasks.duty(name, span, move || run(this.clone()));
     }
 
     async fn follow_hints(self: Arc<Self>) {

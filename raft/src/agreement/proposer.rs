@@ -28,7 +28,7 @@ use super::{
     leadership::LeaderClock,
     types::{Commands, Types},
 };
-use crate::{error::WriteError, state::record::FORMAT};
+use crate::{error::WriteError, state::record::FORMAT, task::Tasks};
 
 /// Commands that wait for the proposer; more are refused.
 const QUEUE: usize = 16_384;
@@ -50,9 +50,9 @@ pub(crate) struct Proposer {
 }
 
 impl Proposer {
-    pub(crate) fn start(raft: RaftHandle, leader_clock: Arc<LeaderClock>) -> Self {
+    pub(crate) fn start(tasks: &Tasks, raft: RaftHandle, leader_clock: Arc<LeaderClock>) -> Self {
         let (queue, commands) = mpsc::channel(QUEUE);
-        crate::task::spawn(propose_all(raft, leader_clock, commands));
+        tasks.essential("proposer", propose_all(raft, leader_clock, commands));
         Self { queue }
     }
 
@@ -74,6 +74,8 @@ impl Proposer {
         })?;
         match tokio::time::timeout(timeout, outcome).await {
             Ok(Ok(outcome)) => outcome,
+            // The proposer is gone, and left it in the queue.
+            Ok(Err(_)) if place.lock().take().is_some() => Err(WriteError::Stopped),
             Ok(Err(_)) => Err(WriteError::Unknown("this node is stopping".into())),
             Err(_) if place.lock().take().is_some() => Err(WriteError::DeadlineBefore),
             Err(_) => Err(WriteError::DeadlineAfter),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::leader_proof::{LeaderProof, Unproven};
+use crate::task::Tasks;
 
 /// Reads that wait for a round.
 const QUEUE: usize = 16_384;
@@ -17,9 +18,9 @@ pub(crate) struct ReadRounds {
 }
 
 impl ReadRounds {
-    pub(crate) fn start(proof: Arc<LeaderProof>) -> Self {
+    pub(crate) fn start(tasks: &Tasks, proof: Arc<LeaderProof>) -> Self {
         let (queue, mut arrivals) = mpsc::channel::<oneshot::Sender<Result<u64, Unproven>>>(QUEUE);
-        crate::task::spawn(async move {
+        tasks.essential("read rounds", async move {
             while let Some(first) = arrivals.recv().await {
                 // Everybody who is here now, and nobody who comes while the round is under way.
                 let waiting: Vec<_> = std::iter::once(first)

@@ -43,22 +43,14 @@ impl Replica {
     }
 
     /// Runs until the replica closes; the replica awaits it then.
-    fn duty<F>(self: &Arc<Self>, name: &'static str, run: impl FnOnce(Arc<Self>) -> F)
+    fn duty<F>(self: &Arc<Self>, name: &'static str, run: impl Fn(Arc<Self>) -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (stop, work) = (self.stop.clone(), run(self.clone()));
         let span =
             tracing::info_span!(parent: None, "replica.duty", duty = name, shard = self.shard);
-        self.tasks.spawn(tracing::Instrument::instrument(
-            async move {
-                tokio::select! {
-                    () = stop.cancelled() => {}
-                    () = work => {}
-                }
-            },
-            span,
-        ));
+        let this = self.clone();
+        self.tasks.duty(name, span, move || run(this.clone()));
     }
 
     async fn watch_who_leads(self: Arc<Self>) {

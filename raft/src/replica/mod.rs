@@ -28,7 +28,6 @@ use holdfast_proto::{
 };
 use openraft::{ServerState, type_config::async_runtime::watch::WatchReceiver};
 use tokio::sync::watch;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::{
     look_up::{InMemory, Inspected},
@@ -54,10 +53,14 @@ use crate::{
     peer::{Peers, client::Network, snapshot},
     state::{Applied, Changes, MemoryUse, State, owner},
     store::{Lost, Stores},
+    task::{Tasks, every},
 };
 
 /// Between two tries of a wait for a leader.
 const RETRY_PAUSE: Duration = Duration::from_millis(15);
+
+/// How often a replica looks whether its openraft still runs.
+const LIFE_CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// What a replica is opened with.
 pub(crate) struct Parts {
@@ -105,8 +108,7 @@ pub struct Replica {
     /// As leader: no majority has the same state.
     split: AtomicBool,
     agreed: Arc<Agreed>,
-    stop: CancellationToken,
-    tasks: TaskTracker,
+    tasks: Tasks,
 }
 
 /// A snapshot that is being installed.
@@ -237,11 +239,12 @@ impl Replica {
             log_is_short.clone(),
             diverged.clone(),
         ));
+        let tasks = Tasks::new(events.clone());
         let replica = Arc::new(Self {
             shard,
             campaign,
-            proposer: Proposer::start(raft.clone(), leader_clock.clone()),
-            read_rounds: ReadRounds::start(proof.clone()),
+            proposer: Proposer::start(&tasks, raft.clone(), leader_clock.clone()),
+            read_rounds: ReadRounds::start(&tasks, proof.clone()),
             proof,
             clock,
             peers,
@@ -262,8 +265,7 @@ impl Replica {
             diverged,
             split: AtomicBool::new(false),
             agreed,
-            stop: CancellationToken::new(),
-            tasks: TaskTracker::new(),
+            tasks,
         });
         replica.start_duties();
         Ok(replica)
@@ -562,16 +564,21 @@ impl Replica {
         self.leader_clock.hear(vote, header);
     }
 
-    /// Resolves when this replica can go on no more, and says why.
+    /// Resolves when this replica can go on no more, and says why. Looks now and then: openraft
+    /// tells of each entry, and of its end in the same place.
     pub(crate) async fn died(&self) -> String {
-        let mut metrics = self.raft.metrics();
-        loop {
-            if let Err(fatal) = &metrics.borrow_watched().running_state {
-                return fatal.to_string();
+        let raft_stopped = async {
+            let mut every = every(LIFE_CHECK_EVERY);
+            loop {
+                every.tick().await;
+                if let Err(fatal) = &self.raft.metrics().borrow_watched().running_state {
+                    return fatal.to_string();
+                }
             }
-            if metrics.changed().await.is_err() {
-                return "its task ended".into();
-            }
+        };
+        tokio::select! {
+            why = raft_stopped => why,
+            why = self.tasks.failed() => why,
         }
     }
 
@@ -605,9 +612,7 @@ impl Replica {
     }
 
     pub(crate) async fn close(&self) -> io::Result<()> {
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.tasks.stop().await;
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "the replica did not stop cleanly");
         }
