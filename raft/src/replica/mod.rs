@@ -169,12 +169,14 @@ impl Replica {
             log_kept,
             must_catch_up,
         } = parts;
-        let state = State::open(&stores, shard, memory_bytes_max)?;
-        owner::claim(
-            state.generation().store.as_ref(),
-            &peers.identity().cluster_id,
-        )?;
-        let mut log = log.shard(shard)?;
+        // Off the async threads: other shards' heartbeats go on while this one is read.
+        let (opening, cluster_id) = (stores.clone(), peers.identity().cluster_id.clone());
+        let opened = crate::task::blocking(move || -> io::Result<_> {
+            let state = State::open(&opening, shard, memory_bytes_max)?;
+            owner::claim(state.generation().store.as_ref(), &cluster_id)?;
+            Ok((state, log.shard(shard)?))
+        });
+        let (state, mut log) = opened.await.map_err(io::Error::other)??;
         log.heal(state.applied_record().last_applied).await?;
         let keep_from = Arc::new(AtomicU64::new(0));
         let agreed = Arc::new(Agreed::default());

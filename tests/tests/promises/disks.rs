@@ -62,7 +62,10 @@ fn neighbour(cluster: &Cluster, node: usize) -> anyhow::Result<PathBuf> {
 
 /// Somebody else takes all that is left, again and again until there is nothing.
 fn fill(cluster: &Cluster, node: usize) -> anyhow::Result<()> {
-    let mut file = fs::File::create(neighbour(cluster, node)?)?;
+    let mut file = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(neighbour(cluster, node)?)?;
     let mut written = 0;
     for size in [1 << 20, 4096] {
         let block = vec![7; size];
@@ -132,6 +135,51 @@ async fn full_disks_refuse_values_in_words_and_all_else_goes_on() -> anyhow::Res
     }
     for node in 0..cluster.len() {
         ensure!(cluster.pid(node).is_some());
+        ensure!(cluster.stop_node(node).await? == Some(0), "it ended well");
+    }
+    Ok(())
+}
+
+/// P10: not a byte is left, nor of what was put aside: the engine itself finds no space.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_survive_disks_without_a_byte_and_go_on() -> anyhow::Result<()> {
+    let mut cluster = on_small_disks().await?;
+    let client = cluster.client_of_all();
+    set_keys(&client).await?;
+
+    info!("--- what was put aside is taken too");
+    for node in 0..cluster.len() {
+        fill(&cluster, node)?;
+        until("space is given up", async || {
+            cluster.log_of(node).contains("the disk is full")
+        })
+        .await?;
+        fill(&cluster, node)?;
+    }
+    for node in 0..cluster.len() {
+        until("the engine finds no space", async || {
+            cluster.log_of(node).contains("waits for space")
+        })
+        .await?;
+        let read = cluster
+            .client(node)
+            .get("k1")
+            .consistency(Consistency::Local);
+        ensure!(read.await?.answer.is_hit(), "reads go on");
+    }
+
+    info!("--- there is space again");
+    for node in 0..cluster.len() {
+        make_room(&cluster, node)?;
+    }
+    settable(&client).await?;
+    for key in 0..KEYS {
+        ensure!(
+            client.get(format!("k{key}")).await?.answer.is_hit(),
+            "k{key} is lost"
+        );
+    }
+    for node in 0..cluster.len() {
         ensure!(cluster.stop_node(node).await? == Some(0), "it ended well");
     }
     Ok(())

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::*;
 use crate::{
-    agreement::types::{Commands, CommittedLeaderId, Payload, log_id_to},
+    agreement::types::{Commands, CommittedLeaderId, Payload, entry_bytes, log_id_to},
     store::{LogBatch, Lost, Stores},
 };
 

@@ -219,7 +219,7 @@ impl LogStore for RocksLog {
         let prepared = self
             .poison
             .watch(self.prepare(batch.changes, &mut writer))?;
-        let written = self.waiting.for_space("the log", || {
+        let written = self.waiting.for_space("the log", &self.db, || {
             let again = WriteBatch::from_data(prepared.data());
             self.db.write_opt(again, &options)
         });
@@ -315,7 +315,7 @@ impl LogStore for RocksLog {
         self.poison.check()?;
         let families = [self.family(LOG_ENTRIES), self.family(LOG_MARKS)];
         // The WALs go with the buffers: all of them, or the oldest keeps the others.
-        let flushed = self.waiting.for_space("the log", || {
+        let flushed = self.waiting.for_space("the log", &self.db, || {
             self.db.flush_cfs_opt(&families, &FlushOptions::default())
         });
         self.poison.watch(flushed)?;

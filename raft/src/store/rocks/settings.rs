@@ -151,6 +151,9 @@ impl Shared {
         }
         let mut options = Options::default();
         options.set_block_based_table_factory(&table);
+        // Of unused families too: RocksDB goes on after a full disk once there is room for the
+        // largest buffer of all.
+        options.set_write_buffer_size(self.part);
         options
     }
 }

@@ -138,7 +138,7 @@ impl StateStore for RocksState {
         }
         let mut options = WriteOptions::default();
         options.disable_wal(true);
-        let written = self.waiting.for_space("the state", || {
+        let written = self.waiting.for_space("the state", &self.db, || {
             let again = WriteBatch::from_data(prepared.data());
             self.db.write_opt(again, &options)
         });
@@ -148,7 +148,7 @@ impl StateStore for RocksState {
     fn flush(&self) -> io::Result<()> {
         self.poison.check()?;
         let families = Family::ALL.map(|family| self.family(family));
-        let flushed = self.waiting.for_space("the state", || {
+        let flushed = self.waiting.for_space("the state", &self.db, || {
             self.db.flush_cfs_opt(&families, &FlushOptions::default())
         });
         self.poison.watch(flushed)

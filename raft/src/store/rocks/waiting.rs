@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rocksdb::{DB, WriteBatch, WriteOptions};
+
 use super::io_error;
 
 const TRY_EVERY: Duration = Duration::from_millis(100);
@@ -29,10 +31,13 @@ impl Waiting {
         self.stopped.store(false, Ordering::Relaxed);
     }
 
-    /// Runs the write until it finds space.
+    /// Runs the write, or flush, until it finds space. Between two tries it asks only whether the
+    /// database takes writes again: RocksDB goes on once no flush is under way, so that flushes
+    /// tried again and again would keep it from that.
     pub(super) fn for_space<T>(
         &self,
         whose: &str,
+        database: &DB,
         mut write: impl FnMut() -> Result<T, rocksdb::Error>,
     ) -> io::Result<T> {
         let mut waited = false;
@@ -43,7 +48,7 @@ impl Waiting {
                         tracing::error!(%error, "the disk is full: {whose} waits for space");
                     }
                     waited = true;
-                    std::thread::sleep(TRY_EVERY);
+                    self.until_writable(database);
                 }
                 result => {
                     if waited && result.is_ok() {
@@ -54,6 +59,22 @@ impl Waiting {
             }
         }
     }
+
+    fn until_writable(&self, database: &DB) {
+        loop {
+            std::thread::sleep(TRY_EVERY);
+            let full = write_nothing(database).is_err_and(|error| is_no_space(&error));
+            if !full || self.stopped.load(Ordering::Relaxed) {
+                return;
+            }
+        }
+    }
+}
+
+fn write_nothing(database: &DB) -> Result<(), rocksdb::Error> {
+    let mut options = WriteOptions::default();
+    options.disable_wal(true);
+    database.write_opt(WriteBatch::default(), &options)
 }
 
 /// RocksDB says it in words only: the binding does not pass its sub-codes on.

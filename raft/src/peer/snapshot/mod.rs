@@ -10,31 +10,33 @@
 //! Bounded: two are sent and two received at a time, each for as long as a slow link may take and
 //! no longer, and none is received for which the disk has no room.
 
+mod receive;
+mod send;
+#[cfg(test)]
+mod tests;
+
 use std::{
     io,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    task::Poll,
     time::Duration,
 };
 
-use bytes::Bytes;
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 use holdfast_proto::peer::{
-    AppliedRecord, Header, InstallSnapshotRequest, InstallSnapshotResponse, SnapshotChunk,
-    SnapshotFile, SnapshotHeader, install_snapshot_request::Part,
-    replica_service_client::ReplicaServiceClient,
+    AppliedRecord, Header, InstallSnapshotRequest, InstallSnapshotResponse, SnapshotHeader,
+    install_snapshot_request::Part, replica_service_client::ReplicaServiceClient,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    sync::{Semaphore, SemaphorePermit},
-};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Status, Streaming, transport::Channel};
-use xxhash_rust::xxh3::Xxh3;
 
+use self::{
+    receive::receive_files,
+    send::{Progress, chunks, list_files, stalled},
+};
 use crate::{
     agreement::types::{Vote, vote_to},
     events::Events,
@@ -51,8 +53,6 @@ const STALLED: Duration = Duration::from_secs(30);
 const AT_A_TIME: usize = 2;
 /// What a link must carry at least: a transfer that takes longer has failed.
 const BYTES_PER_SECOND_MIN: u64 = 256 << 10;
-/// Files of one snapshot; a RocksDB checkpoint has a few hundred at most.
-const FILES_MAX: usize = 100_000;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SnapshotError {
@@ -344,193 +344,6 @@ fn transfer_timeout(bytes: u64) -> Duration {
     STALLED + Duration::from_secs(bytes / BYTES_PER_SECOND_MIN)
 }
 
-/// How far a transfer is.
-#[derive(Default)]
-struct Progress {
-    chunks: AtomicU64,
-    /// Everything was taken: what the receiver does from here on is the installation.
-    all_taken: AtomicBool,
-}
-
-/// Resolves once nothing has moved for too long, or the installation takes too long.
-async fn stalled(
-    progress: Arc<Progress>,
-    stall: Duration,
-    install_timeout: Duration,
-) -> SnapshotError {
-    let mut before = progress.chunks.load(Ordering::Relaxed);
-    loop {
-        tokio::time::sleep(stall).await;
-        if progress.all_taken.load(Ordering::Relaxed) {
-            tokio::time::sleep(install_timeout).await;
-            return SnapshotError::NotInstalled(install_timeout);
-        }
-        let now = progress.chunks.load(Ordering::Relaxed);
-        if now == before {
-            return SnapshotError::Stalled;
-        }
-        before = now;
-    }
-}
-
-/// The files' bytes in order.
-fn chunks(
-    dir: PathBuf,
-    files: Vec<SnapshotFile>,
-    progress: Arc<Progress>,
-) -> impl Stream<Item = InstallSnapshotRequest> + Send {
-    let chunks =
-        futures::stream::iter(files.into_iter().enumerate()).flat_map(move |(number, file)| {
-            let path = dir.join(&file.name);
-            let open = async move { tokio::fs::File::open(path).await };
-            futures::stream::once(open).flat_map(move |opened| match opened {
-                Ok(file) => read_chunks(file, number).left_stream(),
-                Err(error) => {
-                    tracing::error!(%error, "a snapshot's file cannot be read");
-                    futures::stream::empty().right_stream()
-                }
-            })
-        });
-    let moving = progress.clone();
-    let end = futures::stream::poll_fn(move |_| {
-        progress.all_taken.store(true, Ordering::Relaxed);
-        Poll::Ready(None)
-    });
-    let moved = move |_: &InstallSnapshotRequest| {
-        moving.chunks.fetch_add(1, Ordering::Relaxed);
-    };
-    chunks.inspect(moved).chain(end)
-}
-
-fn read_chunks(
-    file: tokio::fs::File,
-    number: usize,
-) -> impl Stream<Item = InstallSnapshotRequest> + Send {
-    futures::stream::unfold(file, move |mut file| async move {
-        let mut data = Vec::with_capacity(CHUNK_BYTES);
-        match (&mut file)
-            .take(CHUNK_BYTES as u64)
-            .read_to_end(&mut data)
-            .await
-        {
-            Ok(0) => None,
-            Ok(_) => {
-                let chunk = SnapshotChunk {
-                    file: u32::try_from(number).unwrap_or(u32::MAX),
-                    data: Bytes::from(data),
-                };
-                Some((
-                    InstallSnapshotRequest {
-                        part: Some(Part::Chunk(chunk)),
-                    },
-                    file,
-                ))
-            }
-            // The receiver misses bytes and says so.
-            Err(error) => {
-                tracing::error!(%error, "a snapshot's file cannot be read");
-                None
-            }
-        }
-    })
-}
-
-/// Writes each file as it comes and checks it before the next.
-async fn receive_files(
-    dir: &Path,
-    header: &SnapshotHeader,
-    parts: &mut Streaming<InstallSnapshotRequest>,
-) -> Result<(), SnapshotError> {
-    if header.files.len() > FILES_MAX {
-        return Err(SnapshotError::Unusable(format!(
-            "it has {} files",
-            header.files.len()
-        )));
-    }
-    let mut pending: Option<SnapshotChunk> = None;
-    for (number, file) in header.files.iter().enumerate() {
-        let mut out = tokio::fs::File::create_new(dir.join(safe_name(&file.name)?)).await?;
-        let (mut hasher, mut size) = (Xxh3::new(), 0u64);
-        while size < file.size_bytes {
-            let chunk = match pending.take() {
-                Some(chunk) => chunk,
-                None => next_chunk(parts).await?,
-            };
-            if usize::try_from(chunk.file).ok() != Some(number)
-                || size + chunk.data.len() as u64 > file.size_bytes
-            {
-                return Err(SnapshotError::Unusable(format!(
-                    "file `{}` is not as it was announced",
-                    file.name
-                )));
-            }
-            size += chunk.data.len() as u64;
-            hasher.update(&chunk.data);
-            out.write_all(&chunk.data).await?;
-        }
-        if hasher.digest() != file.checksum {
-            return Err(SnapshotError::Unusable(format!(
-                "file `{}` was damaged on its way",
-                file.name
-            )));
-        }
-        out.sync_all().await?;
-    }
-    Ok(())
-}
-
-async fn next_chunk(
-    parts: &mut Streaming<InstallSnapshotRequest>,
-) -> Result<SnapshotChunk, SnapshotError> {
-    let message = tokio::time::timeout(STALLED, parts.message())
-        .await
-        .map_err(|_| SnapshotError::Stalled)??;
-    match message.and_then(|message| message.part) {
-        Some(Part::Chunk(chunk)) => Ok(chunk),
-        _ => Err(SnapshotError::Unusable("it ends early".into())),
-    }
-}
-
-/// A peer names files, not paths.
-fn safe_name(name: &str) -> Result<&str, SnapshotError> {
-    let plain =
-        !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
-    plain
-        .then_some(name)
-        .ok_or_else(|| SnapshotError::Unusable("one of its files has no plain name".into()))
-}
-
-fn list_files(dir: &Path) -> io::Result<Vec<SnapshotFile>> {
-    let mut files = Vec::new();
-    for item in std::fs::read_dir(dir)? {
-        let item = item?;
-        if !item.file_type()?.is_file() {
-            continue;
-        }
-        let mut file = std::fs::File::open(item.path())?;
-        let (mut hasher, mut size_bytes, mut buffer) = (Xxh3::new(), 0u64, vec![0; CHUNK_BYTES]);
-        loop {
-            let read = io::Read::read(&mut file, &mut buffer)?;
-            if read == 0 {
-                break;
-            }
-            hasher.update(&buffer[..read]);
-            size_bytes += read as u64;
-        }
-        let name = item
-            .file_name()
-            .into_string()
-            .map_err(|_| io::Error::other("a checkpoint file has an odd name"))?;
-        files.push(SnapshotFile {
-            name,
-            size_bytes,
-            checksum: hasher.digest(),
-        });
-    }
-    files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(files)
-}
-
 fn read_applied(stores: &Stores, dir: &Path) -> io::Result<AppliedRecord> {
     let bytes = stores.read_checkpoint(dir, Family::System, record::APPLIED)?;
     let bytes = bytes.ok_or_else(|| {
@@ -549,148 +362,4 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Files of one engine can be read by other versions of it, never by the other engine.
 fn engine_family(version: &str) -> &str {
     version.split_whitespace().next().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use futures::FutureExt;
-
-    use super::*;
-    use crate::store::Engine;
-
-    const PATIENCE: Duration = Duration::from_secs(20);
-
-    fn sender(home: &Path) -> (Sender, Arc<State>) {
-        let stores =
-            Stores::open(Engine::DEFAULT, home, crate::store::Budget::default()).expect("stores");
-        let state = State::open(&stores, 0, 1 << 20).expect("a state");
-        let space = Arc::new(DiskSpace::open(Some(home), u64::MAX).expect("a disk"));
-        let sender = Sender::new(stores, home.join("snapshots"), Arc::new(()), space);
-        (sender.expect("a sender"), state)
-    }
-
-    fn announced(sizes_bytes: &[u64]) -> SnapshotHeader {
-        let files = sizes_bytes.iter().map(|size_bytes| SnapshotFile {
-            size_bytes: *size_bytes,
-            ..Default::default()
-        });
-        SnapshotHeader {
-            files: files.collect(),
-            ..Default::default()
-        }
-    }
-
-    #[tokio::test]
-    async fn a_snapshot_for_which_the_disk_has_no_room_is_refused() {
-        let home = tempfile::tempdir().expect("a directory");
-        let (sender, _state) = sender(home.path());
-        let bytes = sender
-            .room_for(&announced(&[1000, 24]))
-            .await
-            .expect("room");
-        assert_eq!(bytes, 1024);
-        for sizes in [&[u64::MAX / 2][..], &[u64::MAX, u64::MAX]] {
-            let refused = sender.room_for(&announced(sizes)).await;
-            assert!(
-                matches!(refused, Err(SnapshotError::NoRoom { .. })),
-                "{refused:?}"
-            );
-        }
-    }
-
-    #[tokio::test]
-    async fn so_many_snapshots_are_received_at_a_time_and_no_more() {
-        let home = tempfile::tempdir().expect("a directory");
-        let (sender, _state) = sender(home.path());
-        let mut turns: Vec<_> = (0..AT_A_TIME)
-            .map(|_| sender.begin_receiving().expect("a turn"))
-            .collect();
-        assert!(matches!(
-            sender.begin_receiving(),
-            Err(SnapshotError::TooMany)
-        ));
-        turns.pop();
-        drop(sender.begin_receiving().expect("one has ended"));
-    }
-
-    /// Waits until the snapshots of a node take no place.
-    async fn nothing_left(scratch: &Path) {
-        let emptied = async {
-            while std::fs::read_dir(scratch)
-                .expect("it is there")
-                .next()
-                .is_some()
-            {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, emptied)
-            .await
-            .expect("the scratch directories go");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_checkpoint_whose_transfer_was_cancelled_leaves_nothing_behind() {
-        let home = tempfile::tempdir().expect("a directory");
-        let (sender, state) = sender(home.path());
-        for _ in 0..20 {
-            // Polled once: the checkpoint has begun, and goes on when its caller is gone.
-            drop(sender.copy(state.clone()).now_or_never());
-        }
-        let ended = async {
-            while Arc::strong_count(&state) > 1 {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, ended)
-            .await
-            .expect("the checkpoints end");
-        nothing_left(&sender.scratch).await;
-    }
-
-    #[tokio::test]
-    async fn a_received_snapshot_that_is_not_installed_goes() {
-        let home = tempfile::tempdir().expect("a directory");
-        let (sender, _state) = sender(home.path());
-        let scratch = sender.scratch("receive");
-        std::fs::create_dir(scratch.path()).expect("created");
-        std::fs::write(scratch.path().join("file"), "data").expect("written");
-        let refused = crate::agreement::state_machine::SnapshotData::Received {
-            dir: scratch,
-            bytes: 4,
-        };
-        drop(refused);
-        nothing_left(&sender.scratch).await;
-    }
-
-    #[tokio::test]
-    async fn an_installation_is_not_taken_for_a_stalled_transfer() {
-        const STALL: Duration = Duration::from_millis(10);
-        let still = Arc::new(Progress::default());
-        assert!(matches!(
-            stalled(still, STALL, PATIENCE).await,
-            SnapshotError::Stalled
-        ));
-
-        let home = tempfile::tempdir().expect("a directory");
-        std::fs::write(home.path().join("file"), vec![7; CHUNK_BYTES + 1]).expect("written");
-        let progress = Arc::new(Progress::default());
-        let files = list_files(home.path()).expect("listed");
-        let sent: Vec<_> = chunks(home.path().to_owned(), files, progress.clone())
-            .collect()
-            .await;
-        assert_eq!(
-            (sent.len(), progress.chunks.load(Ordering::Relaxed)),
-            (2, 2)
-        );
-        let installing = stalled(progress.clone(), STALL, Duration::from_secs(3600));
-        assert!(
-            tokio::time::timeout(STALL * 10, installing).await.is_err(),
-            "it has an hour"
-        );
-        assert!(matches!(
-            stalled(progress, STALL, STALL).await,
-            SnapshotError::NotInstalled(_)
-        ));
-    }
 }
