@@ -1,5 +1,4 @@
-//! The commands of `holdfastd`, and the life of its process: configuration, telemetry, the node,
-//! signals, exit codes.
+//! The commands of `holdfastd`, and the life of its process: telemetry, the node, the end.
 //!
 //! | exit code | why |
 //! |--|--|
@@ -15,19 +14,17 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use holdfast_raft::Clock;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     config::{Config, ConfigError, DEFAULT_YAML, Overrides},
     dev,
     node::{self, Node, StartError},
+    process::{Failure, Signals, load},
     resources,
-    telemetry::{Telemetry, TelemetryError},
+    telemetry::Telemetry,
     upstream::Shared,
 };
 
-const FAILED: u8 = 1;
-const MISCONFIGURED: u8 = 2;
 /// For tasks that still run when everything is stopped.
 const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -73,29 +70,6 @@ struct Run {
     /// listen.admin: probes and metrics
     #[arg(long, value_name = "IP:PORT")]
     listen_admin: Option<String>,
-}
-
-/// Why the process ends before its time.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
-    #[error(transparent)]
-    Start(#[from] StartError),
-    #[error(transparent)]
-    Telemetry(#[from] TelemetryError),
-    #[error("signals cannot be received: {0}")]
-    Signals(std::io::Error),
-    #[error("the runtime does not start: {0}")]
-    Runtime(std::io::Error),
-    #[error("{0}")]
-    Demo(#[from] dev::DemoError),
-    #[error("{0}")]
-    Ended(String),
-}
-
-/// SIGTERM and SIGINT.
-pub(crate) struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
 }
 
 /// The process `holdfastd`.
@@ -167,11 +141,6 @@ fn running(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failur
     ended
 }
 
-/// With the process's variables.
-pub(crate) fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Config, ConfigError> {
-    Config::load(file, std::env::vars_os(), overrides)
-}
-
 impl Run {
     fn config(&self) -> Result<Config, ConfigError> {
         let flags = [
@@ -188,35 +157,6 @@ impl Run {
             overrides.text(flag, path, value)
         });
         load(self.config.as_deref(), &overrides)
-    }
-}
-
-impl Failure {
-    fn exit_code(&self) -> u8 {
-        match self {
-            Self::Start(StartError::Config(_))
-            | Self::Telemetry(TelemetryError::Filter(_) | TelemetryError::Exporter(_)) => {
-                MISCONFIGURED
-            }
-            _ => FAILED,
-        }
-    }
-}
-
-impl Signals {
-    pub(crate) fn new() -> Result<Self, Failure> {
-        let one = |kind| signal(kind).map_err(Failure::Signals);
-        Ok(Self {
-            terminate: one(SignalKind::terminate())?,
-            interrupt: one(SignalKind::interrupt())?,
-        })
-    }
-
-    pub(crate) async fn received(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }
 

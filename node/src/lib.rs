@@ -29,6 +29,7 @@ pub mod wanted;
 
 mod admin;
 mod cli;
+mod process;
 mod resources;
 
 pub use cli::main;

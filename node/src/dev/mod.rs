@@ -25,9 +25,9 @@ use self::{
     upstream::{DEMO, Demo},
 };
 use crate::{
-    cli::{Failure, Signals, load},
     config::{Config, ConfigError, Overrides, Place},
     node::{Node, StartError, memory_bytes_default},
+    process::{Failure, Signals, load},
     resources,
     serve::{Bound, ListenError},
 };
@@ -77,6 +77,12 @@ struct UpstreamArgument {
 struct DataDir {
     path: PathBuf,
     is_ours: bool,
+}
+
+impl From<DemoError> for Failure {
+    fn from(error: DemoError) -> Self {
+        Self::Ended(error.to_string())
+    }
 }
 
 pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {

@@ -57,7 +57,7 @@ impl CacheService for CacheServer {
     ) -> Result<Response<v1::SetResponse>, Status> {
         let operation = operation_of(&request)?;
         let write = self.cache.set(request.into_inner(), operation.call());
-        Ok(acknowledged(operation.run(write).await?))
+        Ok(acknowledged(operation.run(Box::pin(write)).await?))
     }
 
     async fn delete(
@@ -66,7 +66,7 @@ impl CacheService for CacheServer {
     ) -> Result<Response<v1::DeleteResponse>, Status> {
         let operation = operation_of(&request)?;
         let write = self.cache.delete(request.into_inner(), operation.call());
-        Ok(acknowledged(operation.run(write).await?))
+        Ok(acknowledged(operation.run(Box::pin(write)).await?))
     }
 
     async fn invalidate(
@@ -77,7 +77,7 @@ impl CacheService for CacheServer {
         let write = self
             .cache
             .invalidate(request.into_inner(), operation.call());
-        Ok(acknowledged(operation.run(write).await?))
+        Ok(acknowledged(operation.run(Box::pin(write)).await?))
     }
 
     async fn inspect(
@@ -86,7 +86,7 @@ impl CacheService for CacheServer {
     ) -> Result<Response<v1::InspectResponse>, Status> {
         let operation = operation_of(&request)?;
         let read = self.cache.inspect(request.into_inner(), operation.call());
-        Ok(Response::new(operation.run(read).await?))
+        Ok(Response::new(operation.run(Box::pin(read)).await?))
     }
 
     async fn scan(

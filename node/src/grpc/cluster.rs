@@ -56,7 +56,7 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusResponse>, Status> {
-        let status = async { Ok(self.replicas.status().await) };
+        let status = Box::pin(async { Ok(self.replicas.status().await) });
         Ok(Response::new(operation_of(&request)?.run(status).await?))
     }
 
@@ -66,15 +66,15 @@ impl ClusterService for ClusterServer {
     ) -> Result<Response<v1::AddMemberResponse>, Status> {
         let operation = operation_of(&request)?;
         let v1::AddMemberRequest { name, peer_address } = request.into_inner();
-        self.change(&operation, async {
+        let change = Box::pin(async {
             let (name, peer_address) =
                 (named("name", &name)?, named("peer_address", &peer_address)?);
             let added = self.replicas.add_member(name, peer_address).await;
             Ok(v1::AddMemberResponse {
                 id: added.map_err(failed)?,
             })
-        })
-        .await
+        });
+        self.change(&operation, change).await
     }
 
     async fn promote(
@@ -83,12 +83,12 @@ impl ClusterService for ClusterServer {
     ) -> Result<Response<v1::PromoteResponse>, Status> {
         let operation = operation_of(&request)?;
         let v1::PromoteRequest { name } = request.into_inner();
-        self.change(&operation, async {
+        let change = Box::pin(async {
             let promoted = self.replicas.promote(named("name", &name)?).await;
             promoted.map_err(failed)?;
             Ok(v1::PromoteResponse {})
-        })
-        .await
+        });
+        self.change(&operation, change).await
     }
 
     async fn remove(
@@ -97,12 +97,12 @@ impl ClusterService for ClusterServer {
     ) -> Result<Response<v1::RemoveResponse>, Status> {
         let operation = operation_of(&request)?;
         let v1::RemoveRequest { name } = request.into_inner();
-        self.change(&operation, async {
+        let change = Box::pin(async {
             let removed = self.replicas.remove(named("name", &name)?).await;
             removed.map_err(failed)?;
             Ok(v1::RemoveResponse {})
-        })
-        .await
+        });
+        self.change(&operation, change).await
     }
 
     async fn transfer_leader(
@@ -111,11 +111,11 @@ impl ClusterService for ClusterServer {
     ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
         let operation = operation_of(&request)?;
         let v1::TransferLeaderRequest { to } = request.into_inner();
-        self.change(&operation, async {
+        let change = Box::pin(async {
             let leader = self.replicas.transfer_leader(&to).await.map_err(failed)?;
             Ok(v1::TransferLeaderResponse { leader })
-        })
-        .await
+        });
+        self.change(&operation, change).await
     }
 }
 

@@ -208,7 +208,7 @@ impl Node {
             .await;
             self.end().await;
         };
-        within(STOP_TIMEOUT, "the stop", stop).await;
+        within(STOP_TIMEOUT, "the stop", Box::pin(stop)).await;
     }
 
     /// As the last of its cluster, or with all of it: there is nobody to hand leadership to.

@@ -167,7 +167,7 @@ impl Operation {
         work: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
         let work = self.parked_while_it_waits(work);
-        let result = self.in_time(work).await.unwrap_or_else(|late| Err(late));
+        let result = self.in_time(work).await.unwrap_or_else(Err);
         match &result {
             Ok(answer) => self.ended(Code::Ok, answer.state()),
             Err(error) => self.ended(error.code(), ""),
@@ -222,7 +222,7 @@ impl Operation {
         work: impl Future<Output = Result<BoxStream<'static, Result<T, Error>>, Error>>,
     ) -> Result<BoxStream<'static, Result<T, Error>>, Error> {
         let work = self.parked_while_it_waits(work);
-        let begun = self.in_time(work).await.unwrap_or_else(|late| Err(late));
+        let begun = self.in_time(work).await.unwrap_or_else(Err);
         let parts = begun.inspect_err(|error| self.ended(error.code(), ""))?;
         let operation = self.clone();
         let taken = stream::unfold(Some((parts, operation)), |state| async {
