@@ -54,6 +54,32 @@ async fn a_follower_is_told_every_change_in_order() {
 }
 
 #[tokio::test]
+async fn the_changes_of_one_run_come_in_the_order_of_their_revisions() {
+    const KEYS: u64 = 50;
+    let state = empty();
+    let mut changes = state.follow();
+    let command = |n: u64| peer::Command {
+        op: Some(set(&format!("k{n}"))),
+        ..Default::default()
+    };
+    let entry = peer::LogEntry {
+        format: 1,
+        stamp_ms: 1_000,
+        commands: (1..=KEYS).map(command).collect(),
+    };
+    let log_id = LogId { term: 1, index: 1 };
+    let payload = CommittedPayload::Commands(prost::Message::encode_to_vec(&entry).into());
+    state.apply(&[Committed { log_id, payload }]).unwrap();
+    for n in 1..=KEYS {
+        let stored = Change::Stored {
+            key: key(&format!("k{n}")),
+            revision: n,
+        };
+        assert_eq!(changes.next().await, Some(stored));
+    }
+}
+
+#[tokio::test]
 async fn a_follower_that_is_too_slow_holds_up_nobody_and_learns_that_it_missed_something() {
     let state = empty();
     let mut changes = state.follow();
@@ -90,7 +116,15 @@ async fn a_repaired_state_passes_over_what_it_has_and_tells_its_followers() {
         term: 1,
         index: ahead.index,
     };
-    let payload = CommittedPayload::Blank;
+    let entry = peer::LogEntry {
+        format: 1,
+        stamp_ms: 1_000,
+        commands: vec![peer::Command {
+            op: Some(set("b")),
+            ..Default::default()
+        }],
+    };
+    let payload = CommittedPayload::Commands(prost::Message::encode_to_vec(&entry).into());
     wrong.apply(&[Committed { log_id, payload }]).unwrap();
     assert_eq!(wrong.applied(), ahead);
     assert!(wrong.is_level_with_log());
