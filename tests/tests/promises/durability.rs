@@ -31,7 +31,7 @@ const CLEARS_WITHIN: Duration = Duration::from_secs(60);
 /// P1, as the kernel sees it: of three nodes one is gone, so each of the other two must have synced
 /// every write.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_acknowledged_write_was_synced_by_a_quorum_first() -> anyhow::Result<()> {
+async fn p1_an_acknowledged_write_was_synced_by_a_quorum_first() -> anyhow::Result<()> {
     ensure!(
         Command::new("strace").arg("-V").output().is_ok(),
         "this test needs strace: apt-get install strace"
@@ -239,7 +239,7 @@ fn a_trace_is_read_whatever_the_width_of_its_thread_numbers() {
 /// Values are refused, everything else goes on, and space that was freed is found by the cluster
 /// itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_refuses_values_only_and_clears_by_itself() -> anyhow::Result<()> {
+async fn p10_a_full_disk_refuses_values_only_and_clears_by_itself() -> anyhow::Result<()> {
     let cluster = processes()
         .extra(format!(
             "storage: {{max_bytes: {}MiB}}",

@@ -25,7 +25,7 @@ const GAP_MAX: Duration = Duration::from_secs(4);
 const PAUSES: usize = 5;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn acknowledged_write_survives_leader_kill() -> anyhow::Result<()> {
+async fn p1_acknowledged_write_survives_leader_kill() -> anyhow::Result<()> {
     let cycles = crate::from_environment("HOLDFAST_CYCLES").unwrap_or(CYCLES);
     let mut random = crate::seeded();
     // A log so short that it is purged all the time: never past what the state has on disk.

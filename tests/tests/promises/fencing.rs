@@ -204,7 +204,7 @@ async fn overtaken(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_client_does_during_a_slow_fetch_wins_over_it() -> anyhow::Result<()> {
+async fn p4_what_a_client_does_during_a_slow_fetch_wins_over_it() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
     let cluster = in_process().extra(users(&origin)).start().await?;
     for how in OVERTAKES {

@@ -18,7 +18,7 @@ const SLACK: Duration = Duration::from_millis(500);
 
 /// Everything is killed, the upstream is away, one node of three comes back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lone_node_answers_with_the_last_values_and_their_age() -> anyhow::Result<()> {
+async fn p6_a_lone_node_answers_with_the_last_values_and_their_age() -> anyhow::Result<()> {
     let mut origin = Origin::start().await?;
     origin.respond(Behaviour::text("fetched"));
     let upstream = format!(

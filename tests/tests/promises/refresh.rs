@@ -49,7 +49,7 @@ async fn read(wire: &Wire, key: &str) -> anyhow::Result<(State, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Result<()> {
+async fn p5_a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
     let gate = Gate::closed();
     origin.respond(

@@ -156,8 +156,8 @@ async fn readers_go_on_with_the_last_value_while_the_upstream_is_gone_and_get_it
 
 /// Past stale-while-revalidate a reader gives a better value a moment, and only a moment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hanging_upstream_holds_no_reader_up_for_longer_than_soft_timeout() -> anyhow::Result<()>
-{
+async fn p2_a_hanging_upstream_holds_no_reader_up_for_longer_than_soft_timeout()
+-> anyhow::Result<()> {
     let origin = Origin::start().await?;
     origin.respond(Behaviour::text("good"));
     let policy = "ttl: 1min, stale_while_revalidate: 1min, stale_if_error: 1h, soft_timeout: 50ms, hard_timeout: 60s";
@@ -234,7 +234,7 @@ async fn a_hanging_upstream_holds_no_reader_up_for_longer_than_soft_timeout() ->
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_failed_or_partial_fetch_touches_what_is_stored() -> anyhow::Result<()> {
+async fn p3_no_failed_or_partial_fetch_touches_what_is_stored() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
     origin.respond(Behaviour::json(r#"{"name": "good", "plan": "gold"}"#));
     let upstream = users(
@@ -477,7 +477,7 @@ fn files_with(directory: &Path, words: &str, found: &mut Vec<String>) -> anyhow:
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_upstreams_credential_is_in_no_answer_log_metric_or_file() -> anyhow::Result<()> {
+async fn p8_an_upstreams_credential_is_in_no_answer_log_metric_or_file() -> anyhow::Result<()> {
     const MARK: &str = "a-value-that-is-stored";
     let origin = Origin::start().await?;
     let secrets = tempfile::tempdir()?;

@@ -170,6 +170,29 @@ fn no_file_names_a_place_on_somebodys_machine() {
     );
 }
 
+/// DESIGN's promises by their numbers: `p4_…` is a test of P4.
+#[test]
+fn every_promise_is_the_name_of_a_test() {
+    const PROMISES: std::ops::RangeInclusive<u32> = 1..=10;
+    let tests: Vec<Source> = sources()
+        .into_iter()
+        .filter(|source| source.is_in(&["tests/tests/promises/"]) && !is_own(source))
+        .collect();
+    let names = |promise: &u32| {
+        let begins = [format!("async fn p{promise}_"), format!("fn p{promise}_")];
+        let is_named = |line: &str| begins.iter().any(|begin| line.starts_with(begin));
+        tests
+            .iter()
+            .any(|source| !source.found_anywhere(is_named).is_empty())
+    };
+    none(
+        "a promise without a test that has its number",
+        PROMISES
+            .filter(|promise| !names(promise))
+            .map(|promise| format!("P{promise}")),
+    );
+}
+
 #[test]
 fn the_default_configuration_is_the_one_that_is_deployed() {
     let deployed = Source::read("deploy/holdfastd.yaml");

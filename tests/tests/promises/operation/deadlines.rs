@@ -54,7 +54,7 @@ fn check_failed(what: &str, told: &Told) -> anyhow::Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_quorum_every_call_ends_by_its_deadline() -> anyhow::Result<()> {
+async fn p7_without_a_quorum_every_call_ends_by_its_deadline() -> anyhow::Result<()> {
     let cluster = processes().start().await?;
     let leader = cluster.leader_of(&[0, 1, 2]).await?;
     let wire = cluster.wire(leader)?;
