@@ -24,6 +24,7 @@ const FOREIGN: [(&str, &[&str]); 4] = [
     ),
     (
         "raft",
+        // `http` names only what a gRPC question is wrapped in: nothing serves or fetches with it.
         &[
             "holdfast-node",
             "holdfast-client",
@@ -32,7 +33,6 @@ const FOREIGN: [(&str, &[&str]); 4] = [
             "reqwest",
             "hyper",
             "hyper-util",
-            "http",
             "clap",
             "serde",
             "serde_json",
