@@ -50,6 +50,10 @@ pub struct NodeStatus {
     pub peer_address: String,
     /// Why it is not healthy, in words.
     pub problems: Vec<String>,
+    /// Of the policies it is configured with; 0 if it does not answer.
+    pub policy_hash: u64,
+    /// They are not those of shard 0's leader.
+    pub policies_differ: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,6 +208,8 @@ impl From<v1::NodeStatus> for NodeStatus {
             client_address: node.client_address,
             peer_address: node.peer_address,
             problems: node.problems,
+            policy_hash: node.policy_hash,
+            policies_differ: node.policies_differ,
         }
     }
 }

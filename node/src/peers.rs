@@ -103,6 +103,7 @@ impl RefreshService for PeerServer {
             .reads_reported(checked_keys(read)?, checked_keys(due)?);
         Ok(Response::new(ReportReadsResponse {
             header: Some(replica.reply()),
+            policy_hash: self.refresher.policy_hash(),
         }))
     }
 

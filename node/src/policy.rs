@@ -114,6 +114,16 @@ impl Policy {
         }
     }
 
+    /// When what a client stored while its node had no such policy is to be refreshed: as what is
+    /// fetched would be.
+    pub fn refresh_after_plain(&self) -> Millis {
+        let share = match self.eager_refresh_threshold {
+            0.0 => 1.0,
+            share => share,
+        };
+        scaled(self.ttl, share).max(millis(self.min_refresh_interval))
+    }
+
     /// How long to leave the upstream alone after failure number `count` in a row, counted from 1.
     pub fn retry_delay(&self, count: u32, random: f64) -> Duration {
         let earlier = i32::try_from(count.saturating_sub(1)).unwrap_or(i32::MAX);

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     policy::{Matched, Policies, Policy},
@@ -18,6 +19,7 @@ use crate::{
 pub struct Rules {
     policies: Policies,
     upstreams: Upstreams,
+    hash: u64,
 }
 
 /// The set that holds now. `load_full` it once per request, or per batch of background work.
@@ -25,10 +27,17 @@ pub type CurrentRules = Arc<ArcSwap<Rules>>;
 
 impl Rules {
     pub fn new(policies: Policies, upstreams: Upstreams) -> Self {
+        let hash = xxh3_64(format!("{policies:?}").as_bytes());
         Self {
             policies,
             upstreams,
+            hash,
         }
+    }
+
+    /// Of the policies: nodes of one configuration and one version have the same.
+    pub fn hash(&self) -> u64 {
+        self.hash
     }
 
     pub fn current(self) -> CurrentRules {

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -74,6 +74,8 @@ pub(crate) struct Local {
     membership: watch::Sender<Membership>,
     progress: Progress,
     opened: OnceLock<Opened>,
+    /// Of the policies that this node is configured with; whoever opens it says which.
+    policy_hash: AtomicU64,
 }
 
 /// What there is once the node belongs to a cluster.
@@ -94,7 +96,12 @@ impl Local {
             membership: watch::Sender::new(Membership::Forming("starting".into())),
             progress: Progress::default(),
             opened: OnceLock::new(),
+            policy_hash: AtomicU64::new(0),
         }
+    }
+
+    pub(crate) fn policy_hash(&self) -> &AtomicU64 {
+        &self.policy_hash
     }
 
     pub(crate) fn options(&self) -> &Options {

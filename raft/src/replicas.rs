@@ -2,7 +2,10 @@
 //! The composition root of this crate; a node opens one of these, mounts its services on the peer
 //! listener and runs it.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+};
 
 use holdfast_proto::{
     ShardId, SlotTable,
@@ -203,6 +206,11 @@ impl Replicas {
     /// a copy, or its log lost what it had acknowledged.
     pub fn why_retired(&self) -> Option<String> {
         self.local.why_retired()
+    }
+
+    /// What this node says of its policies in every Status.
+    pub fn set_policy_hash(&self, hash: u64) {
+        self.local.policy_hash().store(hash, Ordering::Relaxed);
     }
 
     /// Whose keys have such an xxh3_64.

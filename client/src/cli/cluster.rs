@@ -127,6 +127,11 @@ fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
             output.line(&format!("{}: {}", safe(&node.name), safe(problem)))?;
         }
     }
+    for node in status.nodes.iter().filter(|node| node.policies_differ) {
+        output.line("")?;
+        let name = safe(&node.name);
+        output.line(&format!("{name}: its policies are not the leader's"))?;
+    }
     if status.shards < 2 {
         return Ok(());
     }

@@ -146,6 +146,8 @@ pub(super) struct NodeJson<'a> {
     client_address: &'a str,
     peer_address: &'a str,
     problems: &'a [String],
+    policy_hash: u64,
+    policies_differ: bool,
 }
 
 #[derive(Serialize)]
@@ -317,6 +319,8 @@ impl<'a> From<&'a NodeStatus> for NodeJson<'a> {
             client_address: &node.client_address,
             peer_address: &node.peer_address,
             problems: &node.problems,
+            policy_hash: node.policy_hash,
+            policies_differ: node.policies_differ,
         }
     }
 }
@@ -456,7 +460,8 @@ mod tests {
             serde_json::to_string(&StatusJson::from(&ClusterStatus::from(status))).unwrap(),
             concat!(
                 r#"{"cluster_id":"c","epoch":0,"shards":1,"leader":null,"nodes":[{"name":"a","id":1,"role":"leader","region":"","#,
-                r#""revision":0,"lag":0,"version":"","healthy":true,"client_address":"","peer_address":""}],"#,
+                r#""revision":0,"lag":0,"version":"","healthy":true,"client_address":"","peer_address":"","problems":[],"#,
+                r#""policy_hash":0,"policies_differ":false}],"#,
                 r#""per_shard":[{"shard":0,"leader":null,"term":4,"revision":0,"voters":["a"],"learners":[]}]}"#
             )
         );

@@ -20,7 +20,7 @@ use super::{Cache, answer, answer::Behind, controls::Controls, forward::Hop};
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
-    refresh::FetchOutcome,
+    refresh::{FetchOutcome, is_due},
     rules::Rules,
 };
 
@@ -69,10 +69,10 @@ impl Cache {
                     Ok(Settled::Here(self.serve(asked.key, view, now, policy)))
                 }
                 (Phase::Expired, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
-                (Phase::Expired, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
+                (Phase::Expired, None) => Box::pin(self.without_policy(asked)).await,
             },
             (None, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
-            (None, None) => Ok(Settled::Here(answer::miss(Behind::default()))),
+            (None, None) => Box::pin(self.without_policy(asked)).await,
         }
     }
 
@@ -94,14 +94,35 @@ impl Cache {
 
     /// Answers with what is stored, and lets the refresher know of the read.
     fn serve(&self, key: &Key, view: &View, now: Millis, policy: Option<&Policy>) -> v1::Answer {
-        let due = view.is_due(now);
+        let due = policy.is_some_and(|policy| is_due(view, policy, now));
         if policy.is_some() {
             // While the next attempt is ahead a hint is for nothing.
             let failure = view.failure();
             let is_held_back = failure.is_some_and(|failure| now < failure.next_attempt_ms);
             self.refresher.note_read(key, due && !is_held_back);
         }
-        answer::stored(view, now, self.behind(key, due, policy))
+        v1::Answer {
+            refresh_due: due,
+            ..answer::stored(view, now, self.behind(key, due, policy))
+        }
+    }
+
+    /// Nothing is stored, and by the rules here no upstream has it either. Where the leader has
+    /// other rules, they count.
+    async fn without_policy(&self, asked: Asked<'_>) -> Result<Settled, Error> {
+        let miss = Settled::Here(answer::miss(Behind::default()));
+        let judge = self.refresher.judged_by(asked.replica, asked.rules);
+        let Some(leader) = judge.filter(|_| asked.hop == Hop::Allowed) else {
+            return Ok(miss);
+        };
+        let key = std::slice::from_ref(asked.key);
+        let told = self.ask(asked.replica, leader, key, asked.controls, asked.deadline);
+        match told.await {
+            Ok(response) => Ok(Settled::Leader(response)),
+            Err(error) if error.metadata(reason::UPSTREAM).is_some() => Err(error),
+            // Without the leader this node is as good as it gets.
+            Err(_) => Ok(miss),
+        }
     }
 
     /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in

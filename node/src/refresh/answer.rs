@@ -81,7 +81,7 @@ impl Refresher {
         };
         // The follower says when nobody waits any more.
         let deadline = self.clock.deadline(FETCH_TIMEOUT_MAX);
-        self.join(key, &policy.upstream, replica, term, &deadline, called)
+        self.join(key, policy, replica, term, &deadline, called)
             .await
     }
 }

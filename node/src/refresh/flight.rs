@@ -22,7 +22,7 @@ use holdfast_raft::View;
 use tracing::Instrument;
 
 use super::{
-    Refresher,
+    Refresher, is_due,
     outcome::{CommitOutcome, FetchOutcome},
     queue::{Flight, Priority, Queue, Ready},
 };
@@ -141,7 +141,8 @@ impl Refresher {
                 return FetchOutcome::NotLeading.into();
             }
             let now = flight.replica.now();
-            if let Some(outcome) = needless(queue, &flight.key, live.as_ref(), now) {
+            if let Some(outcome) = needless(queue, &flight.key, matched.policy, live.as_ref(), now)
+            {
                 return outcome.into();
             }
             let round = Round {
@@ -348,11 +349,12 @@ fn source<'a>(
 pub(super) fn needless(
     queue: &Queue,
     key: &Key,
+    policy: &Policy,
     live: Option<&View>,
     now: Millis,
 ) -> Option<FetchOutcome> {
     match live {
-        Some(view) if !view.is_due(now) => Some(FetchOutcome::Committed {
+        Some(view) if !is_due(view, policy, now) => Some(FetchOutcome::Committed {
             revision: view.changed(),
         }),
         _ => queue

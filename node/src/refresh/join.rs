@@ -15,10 +15,12 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Refresher,
     flight::needless,
+    is_due,
     outcome::FetchOutcome,
     queue::{Priority, Queue},
     waiter::Waiter,
 };
+use crate::policy::Policy;
 
 /// How long one who waits gives an election, at most.
 const ELECTION: Duration = Duration::from_secs(2);
@@ -32,7 +34,7 @@ impl Refresher {
     pub(super) async fn fetch_from_leader(
         self: &Arc<Self>,
         key: &Key,
-        upstream: &str,
+        policy: &Policy,
         deadline: &Deadline,
     ) -> FetchOutcome {
         let Some(replica) = self.replicas.of_key(key) else {
@@ -49,12 +51,12 @@ impl Refresher {
             };
             let outcome = match replica.leads() {
                 Some(term) if leader.is_self => {
-                    let joined = self.join(key, upstream, replica, term, deadline, &called);
+                    let joined = self.join(key, policy, replica, term, deadline, &called);
                     joined.await
                 }
                 None if leader.is_self => FetchOutcome::NotLeading,
                 _ => {
-                    self.ask_leader(key, upstream, replica, leader, deadline)
+                    self.ask_leader(key, &policy.upstream, replica, leader, deadline)
                         .await
                 }
             };
@@ -71,13 +73,13 @@ impl Refresher {
     pub(super) async fn join(
         self: &Arc<Self>,
         key: &Key,
-        upstream: &str,
+        policy: &Policy,
         replica: &Arc<Replica>,
         term: u64,
         deadline: &Deadline,
         called: &CancellationToken,
     ) -> FetchOutcome {
-        let queue = self.queue(upstream);
+        let queue = self.queue(&policy.upstream);
         let question = Question { key, replica, term };
         loop {
             // Whatever was acknowledged before this question is in here.
@@ -89,7 +91,7 @@ impl Refresher {
                 InMemory::Absent | InMemory::Unknown => None,
             };
             if !matches!(found, InMemory::Unknown)
-                && let Some(outcome) = needless(&queue, key, live, now)
+                && let Some(outcome) = needless(&queue, key, policy, live, now)
                 && let Some(outcome) = question.holding(outcome, asked_at).await
             {
                 return outcome;
@@ -127,7 +129,7 @@ impl Refresher {
         let wanted = match replica.in_memory(key) {
             InMemory::Found(view) => {
                 view.is_live(now)
-                    && view.is_due(now)
+                    && is_due(&view, policy, now)
                     && queue.gate.closed_by(key, Some(&view), now).is_none()
             }
             // Deleted since: whoever wants it reads it, and waits.

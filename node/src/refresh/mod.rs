@@ -30,7 +30,11 @@ mod waiter;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use holdfast_proto::{Key, ShardId};
+use holdfast_proto::{
+    Key, ShardId,
+    timeline::{Millis, after},
+    v1::Origin,
+};
 use holdfast_raft::{Clock, Leader, Membership, Replica, Replicas, View, task::Tasks};
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -42,7 +46,11 @@ use self::{
     queue::{Priority, Queue},
 };
 pub use self::{failures::Failure, outcome::FetchOutcome};
-use crate::{metrics::Metrics, policy::Policy, rules::CurrentRules};
+use crate::{
+    metrics::Metrics,
+    policy::Policy,
+    rules::{CurrentRules, Rules},
+};
 
 /// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
 /// again by the next reader.
@@ -64,9 +72,26 @@ pub struct Refresher {
     hints: mpsc::Sender<Key>,
     hinted: Mutex<mpsc::Receiver<Key>>,
     /// Whom all that was read before was told to, by shard.
-    told: parking_lot::Mutex<HashMap<ShardId, Leader>>,
+    told: parking_lot::Mutex<HashMap<ShardId, Told>>,
     stop: CancellationToken,
     tasks: Tasks,
+}
+
+/// Whom this node told all that was read, and what it heard then.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Told {
+    leader: Leader,
+    /// Of the leader's policies.
+    policy_hash: u64,
+}
+
+/// Whether a value is past its refresh point by the policy that holds for its key. What a client
+/// stored through a node that had no policy for the key is plain and would never be refreshed; as
+/// the key has an upstream, it is due when a fetched one would be.
+pub(crate) fn is_due(view: &View, policy: &Policy, now: Millis) -> bool {
+    let set_at = view.timeline().fetched_at;
+    let is_plain = view.origin() == Origin::Plain;
+    view.is_due(now) || is_plain && now >= after(set_at, policy.refresh_after_plain())
 }
 
 impl Refresher {
@@ -76,6 +101,7 @@ impl Refresher {
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Arc<Self> {
+        replicas.set_policy_hash(rules.load().hash());
         let (hints, hinted) = mpsc::channel(HINTS);
         let tasks = Tasks::new(metrics.clone());
         Arc::new(Self {
@@ -146,7 +172,7 @@ impl Refresher {
             return FetchOutcome::Overloaded;
         };
         let deadline = self.clock.deadline(timeout);
-        let fetch = Box::pin(self.fetch_from_leader(key, &policy.upstream, &deadline));
+        let fetch = Box::pin(self.fetch_from_leader(key, policy, &deadline));
         tokio::select! {
             outcome = fetch => outcome,
             () = self.stop.cancelled() => FetchOutcome::NotLeading,
@@ -181,6 +207,15 @@ impl Refresher {
             Some(replica) => self.marks.report_due(key, replica.now()),
             None => {}
         }
+    }
+
+    /// The leader of a shard, if it is another node and its policies are known not to be `rules`'
+    /// own: what they say of a key is for it to judge.
+    pub fn judged_by(&self, replica: &Replica, rules: &Rules) -> Option<Leader> {
+        let leader = replica.leader().filter(|leader| !leader.is_self)?;
+        let told = self.told.lock().get(&replica.shard()).copied()?;
+        let differs = told.leader == leader && told.policy_hash != rules.hash();
+        differs.then_some(leader)
     }
 
     /// As far as this node knows.

@@ -12,7 +12,7 @@ use holdfast_raft::{Leader, Replica};
 use tokio::time::MissedTickBehavior;
 
 use super::{
-    Refresher,
+    Refresher, Told,
     marks::{Hashed, Report},
     queue::Priority,
 };
@@ -73,22 +73,24 @@ impl Refresher {
         marks.for_each(|(&hash, &at)| self.marks.mark(Hashed(hash), at));
     }
 
+    pub(crate) fn policy_hash(&self) -> u64 {
+        self.rules.load().hash()
+    }
+
     /// To each shard's leader once, if it is another node: what was read here, and elsewhere as far
     /// as this node was told while it led.
     pub(super) async fn tell_leaders_what_was_read(&self) {
         for replica in self.replicas.replicas() {
             let leader = replica.leader().filter(|leader| !leader.is_self);
             let Some(leader) = leader else { continue };
-            if self.told.lock().get(&replica.shard()) == Some(&leader) {
-                continue;
-            }
-            if self.tell_what_was_read(replica, leader).await {
-                self.told.lock().insert(replica.shard(), leader);
+            let known = self.told.lock().get(&replica.shard()).copied();
+            if known.is_none_or(|told| told.leader != leader) {
+                self.tell_what_was_read(replica, leader).await;
             }
         }
     }
 
-    async fn tell_what_was_read(&self, replica: &Replica, leader: Leader) -> bool {
+    async fn tell_what_was_read(&self, replica: &Replica, leader: Leader) {
         let mut marks: Vec<(Hashed, Millis)> = Vec::new();
         for part in self.marks.all() {
             let own = |(key, _): &(Hashed, Millis)| {
@@ -96,17 +98,28 @@ impl Refresher {
             };
             marks.extend(part.into_iter().filter(own));
         }
-        for marks in marks.chunks(MARKS_MAX) {
+        // One at least: its answer says by which policies the leader judges.
+        let parts = marks.len().div_ceil(MARKS_MAX).max(1);
+        let mut heard = None;
+        for part in 0..parts {
+            let marks = marks.chunks(MARKS_MAX).nth(part).unwrap_or_default();
             let message = ReportReadsRequest {
                 read_before: marks.iter().map(|(key, _)| key.0).collect(),
                 read_before_at_ms: marks.iter().map(|&(_, at)| at).collect(),
                 ..Default::default()
             };
-            if !self.tell(replica, leader, message).await {
-                return false;
+            heard = self.tell(replica, leader, message).await;
+            if heard.is_none() {
+                return;
             }
         }
-        true
+        if let Some(policy_hash) = heard {
+            let told = Told {
+                leader,
+                policy_hash,
+            };
+            self.told.lock().insert(replica.shard(), told);
+        }
     }
 
     fn by_shard(&self, report: Report) -> BTreeMap<ShardId, Report> {
@@ -140,7 +153,11 @@ impl Refresher {
                 for message in messages(report) {
                     // Who did not hear one would hold up the others: they wait for the next round,
                     // or for the next leader.
-                    is_heard = is_heard && self.tell(&replica, leader, message.request()).await;
+                    is_heard = is_heard
+                        && self
+                            .tell(&replica, leader, message.request())
+                            .await
+                            .is_some();
                     if !is_heard {
                         self.marks.put_back(message);
                     }
@@ -151,13 +168,23 @@ impl Refresher {
         }
     }
 
-    async fn tell(&self, replica: &Replica, leader: Leader, report: ReportReadsRequest) -> bool {
-        let Some(peers) = self.replicas.peers() else {
-            return false;
-        };
+    /// The hash of the leader's policies, if it heard.
+    async fn tell(
+        &self,
+        replica: &Replica,
+        leader: Leader,
+        report: ReportReadsRequest,
+    ) -> Option<u64> {
+        let peers = self.replicas.peers()?;
         let header = replica.header(leader.id);
         let deadline = self.clock.deadline(TIMEOUT);
-        peers.call(header, &deadline, report).await.is_ok()
+        let response = peers.call(header, &deadline, report).await.ok()?;
+        if let Some(told) = self.told.lock().get_mut(&replica.shard())
+            && told.leader == leader
+        {
+            told.policy_hash = response.policy_hash;
+        }
+        Some(response.policy_hash)
     }
 }
 

@@ -672,3 +672,62 @@ async fn a_node_that_stops_leading_tells_the_next_leader_what_was_read() {
     assert_eq!(read.filter(known).count(), 200);
     join_all(nodes.into_iter().map(Node::stop)).await;
 }
+
+fn plain(text: &str, value: &str) -> Op {
+    let lifetime = Lifetime {
+        fresh_ms: FOREVER,
+        refresh_after_ms: FOREVER,
+        ..Lifetime::default()
+    };
+    Op::Set(peer::Set {
+        key: text.to_owned().into(),
+        value: value.to_owned().into(),
+        lifetime: Some(lifetime),
+        origin: From::Plain.into(),
+        ..Default::default()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_without_the_policy_stored_is_refreshed_all_the_same() {
+    let origin = Origin::start().await;
+    let clock = Clock::system();
+    let node = Node::alone(&origin, policy(), clock.clone()).await;
+    node.write(plain("a", "set")).await;
+    node.refresher.ask(&key("a"), Priority::Asked);
+    assert!(!node.is_refreshing(&key("a")), "not before its time");
+    node.advance(&clock, Duration::from_secs(50)).await;
+    node.refresher.note_read(&key("a"), true);
+    node.applied(|node| node.value(&key("a")).as_deref() == Some("a#1"))
+        .await;
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_leaders_policies_judge_and_no_upstream_is_blamed() {
+    let origin = Origin::start().await;
+    let nodes = Node::cluster(3, &origin, policy(), Clock::system()).await;
+    let leader = leading(&nodes).await;
+    let (judge, follower) = (&nodes[leader], &nodes[(leader + 1) % 3]);
+    let knows = |node: &Node, differs: bool| {
+        let rules = node.refresher.rules.load_full();
+        node.refresher.judged_by(node.replica(), &rules).is_some() == differs
+    };
+    let known = async |differs| {
+        while !knows(follower, differs) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, known(false)).await.unwrap();
+
+    // The leader was configured first, or last: it has no policy for any key.
+    judge.obeys(Rules::default());
+    let began = judge.refresher.clock.monotonic();
+    let outcome = follower.fetch(&key("a"), PATIENCE).await;
+    assert_eq!((outcome, origin.calls()), (FetchOutcome::NoPolicy, 0));
+    assert!(judge.refresher.clock.monotonic() - began < PATIENCE / 2);
+    // The next report tells the follower that its own rules are not what counts.
+    follower.refresher.note_read(&key("b"), true);
+    tokio::time::timeout(PATIENCE, known(true)).await.unwrap();
+    join_all(nodes.into_iter().map(Node::stop)).await;
+}

@@ -1,6 +1,6 @@
 //! How the cluster is: what this node knows of it, and what the others say of themselves now.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
 use futures::future::join_all;
 use holdfast_proto::{
@@ -117,6 +117,11 @@ fn nodes(
     let leader = first.leader().map_or(0, |leader| leader.id);
     let voters: BTreeSet<u64> = first.voters().into_iter().collect();
     let all = Reports(reports);
+    let leaders = members
+        .iter()
+        .zip(reports)
+        .find(|(member, _)| member.id == leader);
+    let judged_by = leaders.and_then(|(_, answer)| Some(answer.as_ref()?.policy_hash));
     let node = |(member, answer): (&Member, &Option<ReportResponse>)| {
         let shard = answer.as_ref().and_then(|answer| answer.shards.first());
         let seen = peers.view(0, member.id).unwrap_or_default();
@@ -145,6 +150,10 @@ fn nodes(
             client_address: member.client_address.clone(),
             peer_address: member.peer_address.clone(),
             problems,
+            policy_hash: answer.as_ref().map_or(0, |answer| answer.policy_hash),
+            policies_differ: answer.as_ref().is_some_and(|answer| {
+                judged_by.is_some_and(|leaders| answer.policy_hash != leaders)
+            }),
         }
     };
     members.iter().zip(reports).map(node).collect()
@@ -189,6 +198,7 @@ pub(crate) fn report(local: &Local) -> ReportResponse {
     let first = local.replica(0);
     let peers = local.peers();
     ReportResponse {
+        policy_hash: local.policy_hash().load(Ordering::Relaxed),
         header: peers.map(|peers| peers.reply(first.map(|first| first.state().as_ref()))),
         version: env!("CARGO_PKG_VERSION").into(),
         shards: local.replicas().iter().map(|shard| of(shard)).collect(),

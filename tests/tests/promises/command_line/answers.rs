@@ -130,7 +130,7 @@ async fn every_answer_can_be_had_in_every_format_and_is_all_there_is_on_stdout()
         format!("{{entries: [{scanned}], next_cursor: null, replica: {REPLICA}, token: string}}"),
     )
     .await?;
-    let node = "{client_address: string, healthy: bool, id: uint, lag: uint, name: string, peer_address: string, region: string, revision: uint, role: string, version: string}";
+    let node = "{client_address: string, healthy: bool, id: uint, lag: uint, name: string, peer_address: string, policies_differ: bool, policy_hash: uint, problems: [], region: string, revision: uint, role: string, version: string}";
     let shard =
         "{leader: string, learners: [], revision: uint, shard: uint, term: uint, voters: [string]}";
     is(
