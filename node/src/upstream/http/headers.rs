@@ -113,3 +113,22 @@ fn check_codings(template: &TextTemplate) -> Result<(), InvalidHttp> {
         Err(InvalidHttp::UnknownCoding)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is sensitive is shown by no formatting, and kept out of HTTP/2's tables.
+    #[test]
+    fn each_configured_header_counts_as_a_secret() {
+        let template = TextTemplate::parse("{key} of hunter2").unwrap();
+        let configured = [("x-user".to_owned(), template)];
+        let headers = Headers::check(&configured, &Secrets::default()).unwrap();
+        let key = Key::new("k").unwrap();
+        let filled = headers
+            .fill(&key, &[], &HeaderMap::new(), &Secrets::default())
+            .unwrap();
+        assert_eq!(filled["x-user"], "k of hunter2");
+        assert!(filled["x-user"].is_sensitive() && !format!("{filled:?}").contains("hunter2"));
+    }
+}
