@@ -30,7 +30,7 @@ async fn syncs_of_1_s_fail_over_within_15_s() -> anyhow::Result<()> {
 
 async fn fails_over(sync: Duration, gap_max: Duration) -> anyhow::Result<()> {
     let mut cluster = processes().configure()?;
-    let disk = SlowDisk::build(cluster.dir(), sync)?;
+    let disk = SlowDisk::build(cluster.dir())?;
     let wrapper = disk.wrapper();
     let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
     for node in 0..cluster.len() {
@@ -41,6 +41,7 @@ async fn fails_over(sync: Duration, gap_max: Duration) -> anyhow::Result<()> {
     }
     let leader = cluster.leader().await?;
 
+    disk.wait(sync)?;
     info!("--- the tool delays: a write waits for a sync");
     let client = cluster.client(leader);
     let began = cluster.clock.monotonic();
@@ -70,11 +71,16 @@ async fn fails_over(sync: Duration, gap_max: Duration) -> anyhow::Result<()> {
             gap <= gap_max + SLACK,
             "no write was acknowledged for {gap:?}"
         );
+        // Opening a store takes many syncs.
+        disk.wait(Duration::ZERO)?;
         cluster.start_with(leader, &wrapper).await?;
         cluster.ready(leader).await?;
+        disk.wait(sync)?;
         writes.more(4).await?;
+        disk.wait(Duration::ZERO)?;
         let written = writes.stop().await;
         written.check(&cluster.client((leader + 1) % 3)).await?;
+        disk.wait(sync)?;
     }
     Ok(())
 }
