@@ -65,6 +65,9 @@ pub struct ShardStatus {
     pub revision: Revision,
     pub voters: Vec<String>,
     pub learners: Vec<String>,
+    /// How far log time is ahead of the voters' clocks, or of the asked node's own where it does not
+    /// lead.
+    pub log_time_ahead_ms: i64,
 }
 
 impl<'a> Cluster<'a> {
@@ -223,6 +226,7 @@ impl From<v1::ShardStatus> for ShardStatus {
             revision: shard.revision,
             voters: shard.voters,
             learners: shard.learners,
+            log_time_ahead_ms: shard.log_time_ahead_ms,
         }
     }
 }

@@ -51,7 +51,7 @@ pub use peer::{
     CallError, Identity, PeerView, Peers, membership_server::MembershipServer,
     server::ReplicaServer,
 };
-pub use replica::{InMemory, Inspected, Replica, Seen};
+pub use replica::{InMemory, Inspected, Replica, Seen, Standing};
 pub use replicas::{OpenError, Replicas};
 pub use state::{Applied, Change, Changes, MemoryUse, Scanned, Shown, View};
 pub use store::{Budget, Engine, Stores};

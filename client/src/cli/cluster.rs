@@ -1,6 +1,6 @@
 //! The commands on the cluster and its members.
 
-use std::io;
+use std::{io, time::Duration};
 
 use serde::Serialize;
 
@@ -9,9 +9,12 @@ use super::{
     arguments::{ClusterCommand, MemberCommand},
     failure::{Failure, say},
     json::{NodeJson, StatusJson},
-    output::{Output, OutputFormat, safe},
+    output::{Output, OutputFormat, safe, time},
 };
 use crate::{Client, ClusterStatus, NodeStatus};
+
+/// A person is told of a difference between log time and the clocks from here on.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(2);
 
 #[derive(Serialize)]
 struct HealthJson<'a> {
@@ -131,6 +134,22 @@ fn print_status(status: &ClusterStatus, output: &mut Output) -> io::Result<()> {
         output.line("")?;
         let name = safe(&node.name);
         output.line(&format!("{name}: its policies are not the leader's"))?;
+    }
+    for shard in &status.per_shard {
+        let ahead = Duration::from_millis(shard.log_time_ahead_ms.unsigned_abs());
+        if ahead >= CLOCKS_DIFFER {
+            let way = if shard.log_time_ahead_ms > 0 {
+                "ahead of"
+            } else {
+                "behind"
+            };
+            output.line("")?;
+            output.line(&format!(
+                "shard {}: log time is {} {way} the clocks",
+                shard.shard,
+                time(ahead)
+            ))?;
+        }
     }
     if status.shards < 2 {
         return Ok(());

@@ -158,6 +158,7 @@ struct ShardJson<'a> {
     revision: u64,
     voters: &'a [String],
     learners: &'a [String],
+    log_time_ahead_ms: i64,
 }
 
 pub(super) fn token(token: &Token) -> String {
@@ -334,6 +335,7 @@ impl<'a> From<&'a ShardStatus> for ShardJson<'a> {
             revision: shard.revision,
             voters: &shard.voters,
             learners: &shard.learners,
+            log_time_ahead_ms: shard.log_time_ahead_ms,
         }
     }
 }

@@ -78,9 +78,9 @@ impl Cache {
         let (peers, rules) = (self.peers()?, self.rules.load_full());
         let mut told: Vec<Option<Told>> = vec![None; keys.len()];
         let groups = self.group(keys, &mut told)?;
-        let current_at: Vec<_> = groups
+        let standings: Vec<_> = groups
             .iter()
-            .map(|group| group.replica.current_at())
+            .map(|group| group.replica.standing())
             .collect();
         let read = join_all(
             groups
@@ -92,12 +92,12 @@ impl Cache {
         let mut failed = None;
         let (mut here, mut leader, mut seen) =
             (Vec::new(), None, Token::new(peers.identity().epoch));
-        for ((group, current_at), read) in groups.iter().zip(current_at).zip(read) {
+        for ((group, standing), read) in groups.iter().zip(standings).zip(read) {
             match read {
                 Ok(read) => {
                     match read.leader {
                         Some(position) => leader = Some(position),
-                        None => here.push((&**group.replica, current_at)),
+                        None => here.push((&**group.replica, standing)),
                     }
                     seen.merge(&read.seen);
                     group
@@ -122,7 +122,7 @@ impl Cache {
         // Not one of them was a key.
         if groups.is_empty() {
             let first = self.replicas.replicas().first();
-            here.extend(first.map(|first| (&**first, first.current_at())));
+            here.extend(first.map(|first| (&**first, first.standing())));
         }
         let (position, token) = self.position(&peers, &here);
         seen.merge(&token);

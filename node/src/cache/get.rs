@@ -33,7 +33,7 @@ impl Cache {
             Reached::Here => {}
             Reached::Leader(response) => return only_answer(response),
         }
-        let current_at = replica.current_at();
+        let standing = replica.standing();
         let view = replica.read(&key).await;
         let view = view.map_err(|error| Error::disk(&error))?;
         let asked = Asked {
@@ -47,7 +47,8 @@ impl Cache {
         match self.settle(asked, view).await? {
             Settled::Leader(response) => only_answer(response),
             Settled::Here(answer) => {
-                let (replica, token) = self.position(&*self.peers()?, &[(replica, current_at)]);
+                let standing = standing.showing(answer.version);
+                let (replica, token) = self.position(&*self.peers()?, &[(replica, standing)]);
                 Ok(v1::GetResponse {
                     answer: Some(answer),
                     replica: Some(replica),

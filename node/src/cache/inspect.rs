@@ -38,7 +38,7 @@ impl Cache {
         let replica = self.replica_of(&key)?;
         self.seen_here(replica, &controls, &call.deadline).await?;
 
-        let current_at = replica.current_at();
+        let standing = replica.standing();
         let inspected = replica.inspect(&key).await;
         let Inspected {
             view,
@@ -65,7 +65,7 @@ impl Cache {
             refreshing: behind.refreshing,
             now,
         };
-        let (position, token) = self.position(&*self.peers()?, &[(replica, current_at)]);
+        let (position, token) = self.position(&*self.peers()?, &[(replica, standing)]);
         Ok(v1::InspectResponse {
             answer: Some(answer),
             replica: Some(position),

@@ -25,7 +25,7 @@ mod write;
 use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, Token, v1};
-use holdfast_raft::{Peers, Replica, Replicas};
+use holdfast_raft::{Peers, Replica, Replicas, Standing};
 
 use crate::{
     error::{Code, Error},
@@ -99,14 +99,10 @@ impl Cache {
         }
     }
 
-    /// Who answers, and what the answer reflects: each replica with when it was current, asked before
-    /// the look-ups, so that the lag is never less than what they show. Call after them: then the
-    /// token claims no less than they showed.
-    fn position(
-        &self,
-        peers: &Peers,
-        replicas: &[(&Replica, Option<Duration>)],
-    ) -> (v1::Replica, Token) {
+    /// Who answers, and what the answer reflects: each replica with how far it was before the
+    /// look-ups, so that the revision is no more and the lag no less than what they show. Call after
+    /// them: then the token claims no less than they showed.
+    fn position(&self, peers: &Peers, replicas: &[(&Replica, Standing)]) -> (v1::Replica, Token) {
         let identity = peers.identity();
         let mut token = Token::new(identity.epoch);
         for (replica, _) in replicas {
@@ -114,7 +110,7 @@ impl Cache {
         }
         let lag = replicas
             .iter()
-            .map(|(replica, current_at)| current_at.map(|at| replica.lag_since(at)))
+            .map(|(replica, standing)| standing.current_at.map(|at| replica.lag_since(at)))
             .try_fold(Duration::ZERO, |most, lag| Some(most.max(lag?)));
         let replica = v1::Replica {
             node_id: identity.node_id,
@@ -125,7 +121,7 @@ impl Cache {
                 .into(),
             revision: replicas
                 .iter()
-                .map(|(replica, _)| token.revision(replica.shard()))
+                .map(|(_, standing)| standing.revision)
                 .min()
                 .unwrap_or(0),
             replica_lag_ms: lag.map(|lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),

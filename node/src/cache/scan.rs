@@ -1,7 +1,7 @@
 //! Scan: one page of keys in order over all shards, in messages of a bounded size. Counts as no
 //! read, starts no fetch.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::{
@@ -15,7 +15,7 @@ use holdfast_proto::{
     timeline::Millis,
     v1,
 };
-use holdfast_raft::{Deadline, Replica, Seen, Shown, View};
+use holdfast_raft::{Deadline, Replica, Seen, Shown, Standing, View};
 
 use super::{Cache, answer, controls::Controls};
 use crate::{error::Error, operation::Call, rules::Rules};
@@ -60,7 +60,7 @@ struct Page {
 struct ShardRows {
     replica: Arc<Replica>,
     /// Before its first row was read.
-    current_at: Option<Duration>,
+    standing: Standing,
     ahead: VecDeque<(Key, View)>,
     /// Where reading goes on; `None` after the last row.
     from: Option<Bytes>,
@@ -87,7 +87,7 @@ impl Cache {
         }
         let rows = |replica: &Arc<Replica>| ShardRows {
             replica: replica.clone(),
-            current_at: replica.current_at(),
+            standing: replica.standing(),
             ahead: VecDeque::new(),
             from: Some(from.clone()),
             rows: 1,
@@ -214,7 +214,7 @@ impl Page {
         self.ended = true;
         let shards = self.shards.iter();
         let replicas: Vec<_> = shards
-            .map(|shard| (&*shard.replica, shard.current_at))
+            .map(|shard| (&*shard.replica, shard.standing))
             .collect();
         let (replica, token) = self.cache.position(&*self.cache.peers()?, &replicas);
         message.next_cursor = next_cursor;

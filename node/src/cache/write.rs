@@ -59,7 +59,7 @@ impl Cache {
         let leader = self.leader_elsewhere(replica);
         let Done { revision, existed } =
             done(outcome).map_err(|error| error.with_leader(leader.clone()))?;
-        let (position, _) = self.position(&peers, &[(replica, replica.current_at())]);
+        let (position, _) = self.position(&peers, &[(replica, replica.standing())]);
         // The write itself and no more: it says nothing of what this replica shows.
         let mut token = Token::new(peers.identity().epoch);
         token.see(replica.shard(), revision);

@@ -170,6 +170,7 @@ fn of_shard(replica: &Replica, name: impl Fn(u64) -> String) -> v1::ShardStatus 
         revision: replica.applied().revision,
         voters: replica.voters().into_iter().map(&name).collect(),
         learners: replica.learners().into_iter().map(&name).collect(),
+        log_time_ahead_ms: replica.log_time_ahead_ms(),
     }
 }
 

@@ -282,6 +282,17 @@ impl ReplicaService for ReplicaServer {
         let meta = snapshot_meta(&applied)
             .map_err(fatal)?
             .ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
+        // The files may be newer than the header, and its sender deposed since: openraft takes no
+        // entry of a term that is later than its sender's.
+        let newest_term = meta
+            .last_log_id
+            .as_ref()
+            .map_or(0, |last| last.committed_leader_id().term);
+        if newest_term > vote.leader_id.term {
+            return Err(Status::failed_precondition(
+                "the snapshot is of a later term than its sender's",
+            ));
+        }
         let _installing = replica.install_begins();
         tracing::info!(shard = replica.shard(), bytes, "installing a snapshot");
         let snapshot = Snapshot {

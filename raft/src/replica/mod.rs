@@ -62,6 +62,26 @@ const RETRY_PAUSE: Duration = Duration::from_millis(15);
 /// How often a replica looks whether its openraft still runs.
 const LIFE_CHECK_EVERY: Duration = Duration::from_millis(100);
 
+/// How far a replica is at least. Of an answer it is asked for before the look-up: what is applied
+/// after that may not be in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Standing {
+    pub revision: Revision,
+    /// When it last had all that was acknowledged by then, as monotonic time; `None` if it never
+    /// knew.
+    pub current_at: Option<Duration>,
+}
+
+impl Standing {
+    /// Of an answer that waited and shows this version.
+    pub fn showing(self, version: Revision) -> Self {
+        Self {
+            revision: self.revision.max(version),
+            ..self
+        }
+    }
+}
+
 /// What a replica is opened with.
 pub(crate) struct Parts {
     pub(crate) shard: ShardId,
@@ -335,10 +355,17 @@ impl Replica {
         Installing(&self.installing)
     }
 
+    /// What every look-up that begins now will show.
+    pub fn standing(&self) -> Standing {
+        Standing {
+            revision: self.state.applied().revision,
+            current_at: self.current_at(),
+        }
+    }
+
     /// When this replica last had all that was acknowledged by then, as monotonic time; `None` if
-    /// it never knew. Of an answer ask it before the look-up: what is applied after that is not in
-    /// it.
-    pub fn current_at(&self) -> Option<Duration> {
+    /// it never knew.
+    fn current_at(&self) -> Option<Duration> {
         match self.leader() {
             Some(leader) if leader.is_self && self.leads() == Some(leader.term) => {
                 let now = self.clock.monotonic();
@@ -434,9 +461,13 @@ impl Replica {
             .map(|(&id, _)| id)
     }
 
-    /// How far log time is ahead of the voters' clocks, as seen when this replica last led.
+    /// How far log time is ahead of the voters' clocks if this replica leads, else of its own.
     pub fn log_time_ahead_ms(&self) -> i64 {
-        self.leader_clock.log_time_ahead_ms()
+        if self.leads().is_some() {
+            return self.leader_clock.log_time_ahead_ms();
+        }
+        let ahead = i128::from(self.now()) - i128::from(self.clock.wall_ms());
+        i64::try_from(ahead).unwrap_or(i64::MAX)
     }
 
     /// Whether this leader's own clock is off.

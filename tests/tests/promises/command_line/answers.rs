@@ -23,6 +23,8 @@ fn shape(value: &Value) -> String {
             // How far behind a replica is, it may not know.
             let one = |(name, value): (&String, &Value)| match name.as_str() {
                 "replica_lag_ms" if value.is_null() => "replica_lag_ms: uint".to_owned(),
+                // Of either sign.
+                "log_time_ahead_ms" if value.is_i64() => "log_time_ahead_ms: int".to_owned(),
                 name => format!("{name}: {}", shape(value)),
             };
             let mut fields: Vec<String> = fields.iter().map(one).collect();
@@ -131,8 +133,7 @@ async fn every_answer_can_be_had_in_every_format_and_is_all_there_is_on_stdout()
     )
     .await?;
     let node = "{client_address: string, healthy: bool, id: uint, lag: uint, name: string, peer_address: string, policies_differ: bool, policy_hash: uint, problems: [], region: string, revision: uint, role: string, version: string}";
-    let shard =
-        "{leader: string, learners: [], revision: uint, shard: uint, term: uint, voters: [string]}";
+    let shard = "{leader: string, learners: [], log_time_ahead_ms: int, revision: uint, shard: uint, term: uint, voters: [string]}";
     is(
         "cluster status",
         format!("{{cluster_id: string, epoch: uint, leader: string, nodes: [{node}], per_shard: [{shard}], shards: uint}}"),
