@@ -95,11 +95,11 @@ impl Forming {
                         return Ok(None);
                     }
                 }
-                Step::Ask(nodes) => {
+                Step::Ask { nodes, so_far } => {
                     let before = accepted.len();
                     accepted.extend(self.ask_to_accept(nodes).await);
                     if accepted.len() == before {
-                        self.say("not all nodes have accepted to form the cluster yet");
+                        self.say(&so_far);
                         return Ok(None);
                     }
                 }

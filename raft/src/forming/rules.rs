@@ -32,7 +32,11 @@ pub(super) enum Step {
     /// Accept this formation and ask the others to: the cluster's id is still to be drawn.
     Propose(Vec<Member>),
     /// Ask these empty nodes to accept what this node has accepted.
-    Ask(Vec<(u64, SocketAddr)>),
+    Ask {
+        nodes: Vec<(u64, SocketAddr)>,
+        /// What to say if none of them accepts.
+        so_far: String,
+    },
     /// Every member has accepted: initialise.
     Found,
     /// Nothing to do but wait; why.
@@ -186,14 +190,18 @@ fn finish(mine: &Mine, formation: &Formation, met: &[Met], just_accepted: &BTree
         .map(|met| (met.incarnation(), met.address))
         .filter(|(incarnation, _)| !accepted.contains(incarnation))
         .collect();
-    if !to_ask.is_empty() {
-        return Step::Ask(to_ask);
-    }
-    Step::Wait(format!(
+    let so_far = format!(
         "{} of {} nodes have accepted to form the cluster",
         accepted.len(),
         formation.members.len()
-    ))
+    );
+    if to_ask.is_empty() {
+        return Step::Wait(so_far);
+    }
+    Step::Ask {
+        nodes: to_ask,
+        so_far,
+    }
 }
 
 /// Why an empty node does not accept a formation. One that came since the proposer looked joins
@@ -380,7 +388,11 @@ mod tests {
             met(3, NodeState::Empty, &[]),
         );
         let both = [two.clone(), three];
-        assert_eq!(next(&mine, &both), Step::Ask(vec![(3, address(3))]));
+        let asks = Step::Ask {
+            nodes: vec![(3, address(3))],
+            so_far: "2 of 3 nodes have accepted to form the cluster".into(),
+        };
+        assert_eq!(next(&mine, &both), asks);
         assert_eq!(decide(&mine, &both, &BTreeSet::from([3])), Step::Found);
         let why = waits(next(&mine, &[two]));
         assert_eq!(why, "2 of 3 nodes have accepted to form the cluster");

@@ -95,6 +95,18 @@ async fn replica_lag_is_never_understated() -> anyhow::Result<()> {
             .write(cluster.client(leader), clock.clone()),
     );
 
+    for &follower in &followers {
+        let client = cluster.client(follower);
+        cluster
+            .until("it knows its lag", async || {
+                recorder
+                    .read(&client, &clock)
+                    .await
+                    .is_ok_and(|lag| lag.is_some())
+            })
+            .await?;
+    }
+
     info!("--- read on followers under writes");
     let mut lags = Vec::new();
     for read in 0..READS {
