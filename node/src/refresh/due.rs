@@ -200,7 +200,9 @@ impl Refresher {
             return false;
         };
         match replica.in_memory(key) {
-            InMemory::Found(view) => read_at > view.timeline().fetched_at,
+            // A read in the millisecond of the fetch counts: lost, it would cost its readers a stale
+            // answer; one more refresh costs little.
+            InMemory::Found(view) => read_at >= view.timeline().fetched_at,
             InMemory::Absent => false,
             // The flight looks at what is on disk.
             InMemory::Unknown => true,
