@@ -1,7 +1,7 @@
 # A fresh machine needs git, make and a Rust toolchain. Plain rules: any make, any shell.
 .POSIX:
 .SUFFIXES:
-.PHONY: help run test install verify fmt clippy docs fix bench deps
+.PHONY: help run test torture install verify fmt clippy docs fix bench deps
 
 # One target directory for all checkouts and one profile for everything, so that RocksDB is compiled once.
 TARGET = $${CARGO_TARGET_DIR:-$$HOME/.cache/holdfast-target}
@@ -13,6 +13,7 @@ MEMORY = --locked --release --workspace --no-default-features --features holdfas
 help:
 	@echo "make run       a cluster of three in one process, with a demo upstream"
 	@echo "make test      all tests"
+	@echo "make torture   the promises that break a cluster over and over, for much longer"
 	@echo "make install   holdfast and holdfastd into cargo's bin directory"
 	@echo "make verify    what a change must pass: format, lints, docs, tests; changes nothing"
 	@echo "make fix       formats and applies what clippy can; the only target that rewrites files"
@@ -25,6 +26,11 @@ run: deps
 
 test: deps
 	@$(CARGO) test $(ALL) --no-fail-fast
+
+# A failure names the seed that repeats it.
+torture: deps
+	@HOLDFAST_CYCLES=$${HOLDFAST_CYCLES:-200} $(CARGO) test $(ALL) --no-fail-fast --test promises -- \
+	a_frozen_leader p9_ p1_acknowledged_write_survives
 
 install: deps
 	@$(CARGO) build $(ALL) --bin holdfast --bin holdfastd

@@ -17,6 +17,9 @@ use super::pace::Pace;
 
 /// Patience is doubled so often at most.
 const DOUBLED_MAX: u32 = 4;
+/// It grows no further than this, unless the pace itself asks for more: what a disk takes is
+/// measured, and a cluster that lost elections by chance must not wait for minutes.
+const PATIENCE_MAX: Duration = Duration::from_secs(5);
 
 /// How a replica stands to its leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +115,8 @@ impl Election {
 
     /// It stands: the next time only after this election had its time.
     pub(crate) fn stands(&mut self, now: Duration, me: u64, pace: Pace, jitter: f64) {
-        let patience = pace.vote_patience() * 2u32.pow(self.lost.min(DOUBLED_MAX));
+        let least = pace.vote_patience();
+        let patience = (least * 2u32.pow(self.lost.min(DOUBLED_MAX))).min(least.max(PATIENCE_MAX));
         self.lost = self.lost.saturating_add(1);
         self.keep(me, now + patience);
         self.next = Some(now + patience + pace.election(jitter));
@@ -192,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_candidate_waits_twice_as_long_after_each_lost_election() {
-        let (mut election, pace) = (Election::default(), slow());
+        let (mut election, pace) = (Election::default(), Pace::default());
         let mut now = at(0);
         let mut waits = Vec::new();
         for _ in 0..6 {
@@ -206,6 +210,14 @@ mod tests {
             waits.push((now - stood - at(200)).as_millis() / pace.vote_patience().as_millis());
         }
         assert_eq!(waits, [1, 2, 4, 8, 16, 16]);
+        // On slow disks too it waits for seconds and not for minutes.
+        let (mut election, now) = (Election::default(), at(0));
+        for _ in 0..6 {
+            election.stands(now, ME, slow(), 0.0);
+        }
+        let longest = now + PATIENCE_MAX + at(400);
+        assert!(election.is_due(longest, Situation::Leaderless, slow(), 0.0));
+        let mut election = Election::default();
         election.is_due(now, Situation::Leads, pace, 0.0);
         election.stands(now, ME, pace, 0.0);
         assert!(election.is_due(

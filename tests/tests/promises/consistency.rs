@@ -29,13 +29,15 @@ use tracing::info;
 use crate::{in_process, processes, seed};
 
 const READS_AT_ONCE: usize = 3;
+/// How often the leader is frozen, unless `HOLDFAST_CYCLES` says; `make torture` says more.
+const FREEZES: usize = 15;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_leader_never_reads_the_old_value_once_it_wakes() -> anyhow::Result<()> {
     let cluster = processes().start().await?;
     let wires = cluster.wires()?;
     wires[0].set("k", "before", None).await?;
-    let cycles = crate::from_environment("HOLDFAST_CYCLES").unwrap_or(50);
+    let cycles = crate::from_environment("HOLDFAST_CYCLES").unwrap_or(FREEZES);
     for cycle in 0..cycles {
         let old = cluster.leader_of(&[0, 1, 2]).await?;
         for wire in &wires {
