@@ -464,7 +464,7 @@ mod tests {
                 r#"{"cluster_id":"c","epoch":0,"shards":1,"leader":null,"nodes":[{"name":"a","id":1,"role":"leader","region":"","#,
                 r#""revision":0,"lag":0,"version":"","healthy":true,"client_address":"","peer_address":"","problems":[],"#,
                 r#""policy_hash":0,"policies_differ":false}],"#,
-                r#""per_shard":[{"shard":0,"leader":null,"term":4,"revision":0,"voters":["a"],"learners":[]}]}"#
+                r#""per_shard":[{"shard":0,"leader":null,"term":4,"revision":0,"voters":["a"],"learners":[],"log_time_ahead_ms":0}]}"#
             )
         );
     }

@@ -55,6 +55,8 @@ use crate::{
 /// Due keys of this node's own readers on their way to a flight; more are dropped, and asked for
 /// again by the next reader.
 const HINTS: usize = 16_384;
+/// Two instants that are rounded down may differ by so much more than they do.
+const ROUNDING_MS: Millis = 2;
 
 /// How long a node that stops takes to tell the leader what was read.
 const LAST_REPORT: Duration = Duration::from_millis(300);
@@ -189,11 +191,17 @@ impl Refresher {
         let Some(replica) = self.replicas.of_key(key) else {
             return;
         };
+        // A reader who finds it due came before the refresh that it asks for, also where both round
+        // to the same millisecond.
+        let at = match due {
+            true => replica.now().saturating_sub(ROUNDING_MS),
+            false => replica.now(),
+        };
         if replica.leads().is_none() {
-            self.marks.try_report(hashed, key, due, replica.now());
+            self.marks.try_report(hashed, key, due, at);
             return;
         }
-        self.marks.try_mark(hashed, replica.now());
+        self.marks.try_mark(hashed, at);
         if due && let Some(key) = own_key(key) {
             let _ = self.hints.try_send(key);
         }

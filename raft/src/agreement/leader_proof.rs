@@ -124,6 +124,7 @@ impl LeaderProof {
     ) -> Option<u64> {
         let header = Header {
             now_ms: self.leader_clock.log_time(),
+            proof: self.leader_clock.proof(vote.term, voter),
             ..self.peers.header(voter, self.shard)
         };
         // An append of nothing, after nothing: it can only be accepted or meet a higher vote.

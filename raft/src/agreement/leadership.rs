@@ -116,15 +116,18 @@ impl LeaderClock {
             }
             let before =
                 heard.filter(|heard| heard.term == vote.term && heard.leader == header.from);
+            // Not every message says it; what the last one said still holds.
+            let quorum_at = header
+                .proof
+                .as_ref()
+                .map(|proof| at.saturating_sub(Duration::from_millis(proof.ms_ago)))
+                .or(before.and_then(|before| before.quorum_at));
             *heard = Some(Heard {
                 leader: header.from,
                 term: vote.term,
                 at,
                 first_at: before.map_or(at, |before| before.first_at),
-                quorum_at: header
-                    .proof
-                    .as_ref()
-                    .map(|proof| at.saturating_sub(Duration::from_millis(proof.ms_ago))),
+                quorum_at,
             });
         }
         *self.time.lock() = Time {

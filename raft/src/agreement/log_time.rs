@@ -16,6 +16,8 @@ use holdfast_proto::timeline::Millis;
 
 /// Of the time that passes, so much is left out while log time is ahead.
 const SLEWED_SHARE: u32 = 10;
+/// What a voter's clock may hide.
+const CLOCK_STEP: Duration = Duration::from_millis(1);
 
 /// Log time at a monotonic instant, and how it goes on from there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +48,8 @@ impl LogTime {
         let (going_on, voters) = (self.continued(now), voters.map(Duration::from_millis));
         // Where it would be at its full pace: a clock within what was slewed is level with it.
         let full = self.since_epoch + now.saturating_sub(self.at);
-        self.slewed = voters.is_some_and(|voters| voters < full);
+        // Clocks are read in whole milliseconds: less than one is no difference.
+        self.slewed = voters.is_some_and(|voters| voters + CLOCK_STEP <= full);
         self.since_epoch = going_on
             .max(voters.unwrap_or_default())
             .max(Duration::from_millis(applied));
