@@ -97,6 +97,7 @@ impl RaftStateMachine<Types> for StateMachine {
                 committed.push(committed_entry(entry));
                 responders.push(responder);
             }
+            self.state.may_apply().await;
             let outcomes = apply_run(&self.state, committed).await?;
             for (responder, outcomes) in responders.into_iter().zip(outcomes) {
                 if let Some(responder) = responder {

@@ -7,7 +7,8 @@
 //! follower:  agreed ≠ own ─► serve no more, say so in each answer ─► the leader's state comes ─► serve
 //! ```
 //! Heard is only who leads this replica's term and is a member. The log is right on all of them, so
-//! an odd replica goes on acknowledging and voting; it stands for no election.
+//! an odd replica goes on acknowledging and voting; it stands for no election and applies nothing
+//! more, so that the leader's state overtakes it.
 
 use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
 
@@ -135,6 +136,7 @@ impl Replica {
         let own = self.state.hash_at(agreed.index);
         let differs = own.is_some_and(|own| own.version == agreed.version && own != agreed);
         if differs && !self.diverged.swap(true, Ordering::Relaxed) {
+            self.state.hold(true);
             tracing::error!(
                 shard = self.shard,
                 index = agreed.index,
@@ -190,6 +192,7 @@ impl Replica {
             .await
             .map_err(std::io::Error::other)??;
         self.diverged.store(false, Ordering::Relaxed);
+        self.state.hold(false);
         tracing::info!(
             shard = self.shard,
             "the leader's state took the place of the diverged one"

@@ -645,6 +645,8 @@ impl Replica {
     }
 
     pub(crate) async fn close(&self) -> io::Result<()> {
+        // Whoever waits to apply must be able to end.
+        self.state.hold(false);
         self.tasks.stop().await;
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "the replica did not stop cleanly");

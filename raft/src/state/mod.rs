@@ -109,6 +109,8 @@ pub struct State {
     writer: Mutex<Writer>,
     published: ArcSwap<Published>,
     hashes: Mutex<VecDeque<StateHash>>,
+    /// Nothing more is applied: another state is to take the place of this one.
+    held: watch::Sender<bool>,
     feed: Feed,
 }
 
@@ -146,6 +148,7 @@ impl State {
             published: ArcSwap::from_pointee(writer.published.clone()),
             writer: Mutex::new(writer),
             hashes: Mutex::default(),
+            held: watch::Sender::new(false),
             feed: Feed::default(),
         });
         state.load_memory();
@@ -154,6 +157,18 @@ impl State {
 
     pub fn shard(&self) -> ShardId {
         self.shard
+    }
+
+    /// A state that differs from the majority's goes no further, or what comes to take its place
+    /// would never be as far as it is.
+    pub(crate) fn hold(&self, held: bool) {
+        self.held.send_replace(held);
+    }
+
+    /// Resolves when what is committed may be applied.
+    pub(crate) async fn may_apply(&self) {
+        // The sender is this state's own: it cannot be gone.
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
     }
 
     // ---- reading: `read.rs` ----

@@ -1,10 +1,11 @@
 //! States that have parted: the majority is right, whoever leads; the odd one serves nothing until the
 //! majority's state has taken its place; nobody else's word counts.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use holdfast_proto::peer::{Header, StateHash};
 use openraft::type_config::async_runtime::watch::WatchReceiver as _;
+use tokio::time::timeout;
 
 use super::group::{Node, PATIENCE, leader_of, nodes, set, value};
 use crate::{Clock, Replica, agreement::types::vote_to};
@@ -36,16 +37,32 @@ async fn write_until(nodes: &[Node], so: impl Fn() -> bool) {
             for node in nodes {
                 let op = set("k", &format!("v{n}"));
                 let soon = Clock::system().deadline(Duration::from_millis(500));
-                let _ = node.replica().write(op, None, &soon).await;
+                let replica = node.replica();
+                let mut write = pin!(replica.write(op, None, &soon));
+                // What is awaited may be over before the write is.
+                while timeout(Duration::from_millis(1), &mut write).await.is_err() {
+                    if so() {
+                        return;
+                    }
+                }
                 if so() {
                     return;
                 }
             }
         }
     };
-    tokio::time::timeout(PATIENCE * 3, writing)
-        .await
-        .expect("in time");
+    if timeout(PATIENCE * 3, writing).await.is_err() {
+        let stands = nodes.iter().map(|node| {
+            let replica = node.replica();
+            let (applied, hash) = (replica.applied(), replica.state().hash());
+            format!(
+                "diverged {}, catching up {}, {applied:?}, {hash:?}",
+                replica.is_diverged(),
+                replica.must_catch_up()
+            )
+        });
+        panic!("not in time: {:#?}", stands.collect::<Vec<_>>());
+    }
 }
 
 /// All have the same hash at an index that was reached after `index`.
@@ -65,11 +82,11 @@ async fn a_follower_whose_state_is_not_the_majoritys_gets_the_leaders() {
     let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
     let odd = (leader + 1) % 3;
     replicas[odd].state().spoil(42);
-    write_until(&nodes, || replicas[odd].is_diverged()).await;
-    assert!(
-        replicas[odd].must_catch_up(),
-        "it answers nothing by itself"
-    );
+    // It answers nothing by itself.
+    write_until(&nodes, || {
+        replicas[odd].is_diverged() && replicas[odd].must_catch_up()
+    })
+    .await;
     assert!(
         !replicas[leader].is_diverged() && !replicas[(leader + 2) % 3].is_diverged(),
         "the others go on"
@@ -86,7 +103,11 @@ async fn a_leader_whose_state_is_not_the_majoritys_hands_over_and_gets_anothers(
     let (nodes, leader) = formed(3).await;
     let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
     replicas[leader].state().spoil(42);
-    write_until(&nodes, || replicas[leader].is_diverged()).await;
+    // It may be repaired within a moment of that.
+    write_until(&nodes, || {
+        (0..3).any(|other| other != leader && replicas[other].leads().is_some())
+    })
+    .await;
     let index = replicas[leader].applied().index;
     write_until(&nodes, || are_level(&replicas, index)).await;
     let now = leader_of(&nodes).await;
