@@ -172,8 +172,12 @@ async fn propose(
         drop(in_flight);
         match result {
             Ok(Ok(response)) => {
-                for (caller, outcome) in callers.into_iter().zip(response.data.0) {
-                    let _ = caller.send(Ok(outcome));
+                let mut outcomes = response.data.0.into_iter();
+                for caller in callers {
+                    // None for what came with a state that took the place of the one here.
+                    let unknown =
+                        || WriteError::Unknown("this replica's state was replaced".into());
+                    let _ = caller.send(outcomes.next().ok_or_else(unknown));
                 }
             }
             Ok(Err(ClientWriteError::ForwardToLeader(forward))) => answer_all(

@@ -135,7 +135,7 @@ impl Replica {
     fn compare(&self, agreed: StateHash) -> bool {
         let own = self.state.hash_at(agreed.index);
         let differs = own.is_some_and(|own| own.version == agreed.version && own != agreed);
-        if differs && !self.diverged.swap(true, Ordering::Relaxed) {
+        if differs && !self.diverged.swap(true, Ordering::Acquire) {
             self.state.hold(true);
             tracing::error!(
                 shard = self.shard,
@@ -191,8 +191,9 @@ impl Replica {
         crate::task::blocking(move || state.install(dir.path(), Install::Repair))
             .await
             .map_err(std::io::Error::other)??;
-        self.diverged.store(false, Ordering::Relaxed);
+        // In this order: who finds it diverged again holds it again.
         self.state.hold(false);
+        self.diverged.store(false, Ordering::Release);
         tracing::info!(
             shard = self.shard,
             "the leader's state took the place of the diverged one"

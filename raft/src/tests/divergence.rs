@@ -7,26 +7,8 @@ use holdfast_proto::peer::{Header, StateHash};
 use openraft::type_config::async_runtime::watch::WatchReceiver as _;
 use tokio::time::timeout;
 
-use super::group::{Node, PATIENCE, leader_of, nodes, set, value};
+use super::group::{Node, PATIENCE, formed, leader_of, set, stop, value};
 use crate::{Clock, Replica, agreement::types::vote_to};
-
-async fn formed(n: u32) -> (Vec<Node>, usize) {
-    let mut nodes = nodes(n as usize, n, 1).await;
-    for node in &mut nodes {
-        node.start().await;
-    }
-    for node in &nodes {
-        node.member().await;
-    }
-    let leader = leader_of(&nodes).await;
-    (nodes, leader)
-}
-
-async fn stop(nodes: Vec<Node>) {
-    for mut node in nodes {
-        node.stop().await;
-    }
-}
 
 /// Writes until `so`: past indexes at which states are compared.
 async fn write_until(nodes: &[Node], so: impl Fn() -> bool) {

@@ -227,9 +227,9 @@ pub(super) async fn leader_of(nodes: &[Node]) -> usize {
         .expect("a leader in time")
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn three_nodes_form_replicate_fail_over_and_restart() {
-    let mut nodes = nodes(3, 3, 1).await;
+/// `n` voters of one shard and which of them leads.
+pub(super) async fn formed(n: u32) -> (Vec<Node>, usize) {
+    let mut nodes = nodes(n as usize, n, 1).await;
     for node in &mut nodes {
         node.start().await;
     }
@@ -237,6 +237,18 @@ async fn three_nodes_form_replicate_fail_over_and_restart() {
         node.member().await;
     }
     let leader = leader_of(&nodes).await;
+    (nodes, leader)
+}
+
+pub(super) async fn stop(nodes: Vec<Node>) {
+    for mut node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_form_replicate_fail_over_and_restart() {
+    let (mut nodes, leader) = formed(3).await;
     let follower = (leader + 1) % 3;
 
     // A write through a follower is forwarded, and every node has it.
@@ -368,14 +380,7 @@ async fn five_empty_nodes_that_expect_three_form_no_cluster_and_a_fourth_joins_o
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_of_voters_that_nobody_finished_is_finished() {
-    let mut nodes = nodes(3, 3, 1).await;
-    for node in &mut nodes {
-        node.start().await;
-    }
-    for node in &nodes {
-        node.member().await;
-    }
-    let leader = leader_of(&nodes).await;
+    let (mut nodes, leader) = formed(3).await;
     let replica = nodes[leader].replica();
     let gone = replica
         .voters()
@@ -417,13 +422,7 @@ async fn a_change_of_voters_that_nobody_finished_is_finished() {
 /// their own word says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_a_quorum_has_left_proves_nothing() {
-    let mut nodes = nodes(3, 3, 1).await;
-    for node in &mut nodes {
-        node.start().await;
-    }
-    for node in &nodes {
-        node.member().await;
-    }
+    let (mut nodes, _) = formed(3).await;
     let mut forged = 0;
     for round in 0..5 {
         // Elected after the last one was left, and by now it knows that.

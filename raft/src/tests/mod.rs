@@ -3,6 +3,7 @@
 
 mod divergence;
 mod group;
+mod leadership;
 mod membership;
 mod quiet;
 mod suite;

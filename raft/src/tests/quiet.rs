@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use holdfast_proto::peer::{
-    Header, LogId, PreVoteRequest, Vote, VoteRequest, replica_service_server::ReplicaService,
+    LogId, PreVoteRequest, Vote, VoteRequest, replica_service_server::ReplicaService,
 };
 use tonic::{Code, Request};
 
@@ -87,35 +87,4 @@ async fn nobody_is_voted_for_within_two_leases_of_a_start() {
         .into_inner();
     assert!(answer.vote.is_some_and(|vote| vote.term >= 1));
     replicas.close().await;
-}
-
-/// A round that proves who leads asks followers with messages of its own.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_says_nothing_of_the_quorum_takes_no_leader_away() {
-    let mut nodes = nodes(3, 3, 1).await;
-    for node in &mut nodes {
-        node.start().await;
-    }
-    for node in &nodes {
-        node.member().await;
-    }
-    let leader = leader_of(&nodes).await;
-    let (leads, follower) = (nodes[leader].replica(), nodes[(leader + 1) % 3].replica());
-    let mut known = follower.watch_leader();
-    known.wait_for(Option::is_some).await.expect("it hears one");
-    let vote = Vote {
-        term: leads.term(),
-        voted_for: Some(leads.peers_identity().node_id),
-        committed: true,
-    };
-    let header = Header {
-        proof: None,
-        ..leads.header(follower.peers_identity().node_id)
-    };
-    follower.heard_append(Some(&vote), Some(&header));
-    assert!(follower.leader().is_some());
-    drop((leads, follower));
-    for node in &mut nodes {
-        node.stop().await;
-    }
 }

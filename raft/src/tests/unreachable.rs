@@ -4,19 +4,12 @@ use std::time::Duration;
 
 use holdfast_proto::peer::ReadIndexRequest;
 
-use super::group::{leader_of, nodes, patience, set};
+use super::group::{formed, patience, set};
 use crate::{CallError, WriteError};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_whose_leader_cannot_be_reached_was_not_applied() {
-    let mut nodes = nodes(3, 3, 1).await;
-    for node in &mut nodes {
-        node.start().await;
-    }
-    for node in &nodes {
-        node.member().await;
-    }
-    let leader = leader_of(&nodes).await;
+    let (mut nodes, leader) = formed(3).await;
     let (asked, third) = ((leader + 1) % 3, (leader + 2) % 3);
     let replica = nodes[asked].replica();
     replica
