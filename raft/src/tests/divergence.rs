@@ -3,11 +3,12 @@
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
+use futures::FutureExt as _;
 use holdfast_proto::peer::{Header, StateHash};
 use openraft::type_config::async_runtime::watch::WatchReceiver as _;
 use tokio::time::timeout;
 
-use super::group::{Node, PATIENCE, formed, leader_of, set, stop, value};
+use super::group::{Node, PATIENCE, formed, leader_of, patience, set, stop, value};
 use crate::{Clock, Replica, agreement::types::vote_to};
 
 /// Writes until `so`: past indexes at which states are compared.
@@ -167,6 +168,32 @@ async fn a_hash_from_anybody_but_the_leader_accuses_nobody() {
 
     follower.hear_agreed(Some(&vote), Some(&genuine));
     assert!(follower.is_diverged(), "the leader's own word counts");
+    assert!(
+        follower.state().may_apply().now_or_never().is_none(),
+        "it applies nothing until it is repaired"
+    );
     drop((follower, leads));
+    stop(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_committed_waits_while_a_state_is_held() {
+    let (nodes, leader) = formed(3).await;
+    let (leads, follower) = (nodes[leader].replica(), nodes[(leader + 1) % 3].replica());
+    follower.state().hold(true);
+    leads
+        .write(set("k", "v"), None, &patience())
+        .await
+        .expect("a quorum is left");
+    let reads_it = async || {
+        while value(&follower, "k").is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let held = timeout(Duration::from_millis(500), reads_it()).await;
+    assert!(held.is_err(), "it was applied");
+    follower.state().hold(false);
+    timeout(PATIENCE, reads_it()).await.expect("it goes on");
+    drop((leads, follower));
     stop(nodes).await;
 }
