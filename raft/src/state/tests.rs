@@ -12,7 +12,7 @@ use super::*;
 
 /// Applies one command in a term of its own, to a state of its own.
 fn applied(
-    state: &State,
+    state: &Arc<State>,
     term: u64,
     stamp_ms: u64,
     op: peer::command::Op,

@@ -48,7 +48,10 @@ pub(crate) enum Install {
 impl State {
     /// Applies a run of committed entries and says what their commands came to. What is applied
     /// already, by a snapshot that was ahead, is passed over.
-    pub(crate) fn apply(&self, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
+    pub(crate) fn apply(
+        self: &Arc<Self>,
+        run: &[Committed],
+    ) -> Result<Vec<Vec<Outcome>>, ApplyError> {
         let mut outcomes = Vec::with_capacity(run.len());
         while outcomes.len() < run.len() {
             let rest = &run[outcomes.len()..];
@@ -62,7 +65,7 @@ impl State {
     }
 
     /// One batch: the outcomes of the entries at the beginning of `run` that went into it.
-    fn apply_batch(&self, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
+    fn apply_batch(self: &Arc<Self>, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
         let mut writer = self.writer.lock();
         // Under the lock: a snapshot may just have taken the place of what was there.
         let generation = self.generation.load_full();
@@ -114,6 +117,9 @@ impl State {
         generation.store.write(batch)?;
         let told = self.feed.has_followers().then(|| told(&changes, &applied));
         generation.memory.apply(changes);
+        if generation.memory.filter_is_worn() {
+            self.renew_filter();
+        }
         writer.published.applied = Arc::new(applied);
         if let Some(roster) = roster {
             writer.published.roster = Some(Arc::new(roster));

@@ -13,13 +13,6 @@ const STRIPES: usize = 4096;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FillTicket(u64);
 
-/// The tickets of all keys at one moment, for a page of the store's entries whose keys are not
-/// known before.
-pub(crate) struct FillTickets {
-    counters: Box<[u64]>,
-    hasher: RandomState,
-}
-
 /// Raised under the lock of the key's segment, read without.
 pub(super) struct Changes {
     counters: Box<[AtomicU64]>,
@@ -27,12 +20,6 @@ pub(super) struct Changes {
     /// random keys, per instance): a fast hash, even a seeded one, promises nothing to somebody who
     /// looks for collisions, and the map probes. A read pays some 10 ns for it.
     hasher: RandomState,
-}
-
-impl FillTickets {
-    pub(crate) fn of(&self, key: &[u8]) -> FillTicket {
-        FillTicket(self.counters[stripe(self.hasher.hash_one(key))])
-    }
 }
 
 impl Changes {
@@ -51,30 +38,12 @@ impl Changes {
         FillTicket(self.counters[stripe(hash)].load(Ordering::SeqCst))
     }
 
-    pub(super) fn tickets(&self) -> FillTickets {
-        let counters = self
-            .counters
-            .iter()
-            .map(|counter| counter.load(Ordering::SeqCst))
-            .collect();
-        FillTickets {
-            counters,
-            hasher: self.hasher.clone(),
-        }
-    }
-
     pub(super) fn none_since(&self, hash: u64, ticket: FillTicket) -> bool {
         self.ticket(hash).0 == ticket.0
     }
 
     pub(super) fn raise(&self, hash: u64) {
         self.counters[stripe(hash)].fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub(super) fn raise_all(&self) {
-        for counter in &self.counters {
-            counter.fetch_add(1, Ordering::SeqCst);
-        }
     }
 }
 

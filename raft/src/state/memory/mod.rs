@@ -2,8 +2,10 @@
 //! the ones worth it, with the store behind.
 //!
 //! Promises: a read never takes a lock and never waits for a writer (P2). What it finds is the last
-//! applied entry of the key. `Absent` is said only when the store cannot have the key. Memory stays
-//! below `bytes_max`, exceeded for a moment by at most the one entry that is being applied (P10).
+//! applied entry of the key. `Absent` is said only when the store cannot have the key: once the
+//! store was read through, each of its keys is in the map or in a filter (`filter.rs`), so that a
+//! miss of a key that nobody has costs no read of the disk, after evictions too. Memory stays below
+//! `bytes_max`, exceeded for a moment by at most the one entry that is being applied (P10).
 //! Must never know: clocks, phases, the store, openraft.
 //!
 //! # The order of an apply run
@@ -26,45 +28,61 @@
 //! Being absent does not tell that nothing happened: v5 may have come and gone, or the key was
 //! deleted. So the reader takes a [`FillTicket`] *before* it reads the store (before it even picks
 //! the store's handle, which a snapshot swaps), and the fill is refused if the counter of the key's
-//! stripe moved since. Apply, eviction and `clear` raise it, inside the segment's lock and before
-//! they change the map. Eviction too: a second fill may have brought v5 before apply did.
+//! stripe moved since. Apply and eviction raise it, inside the segment's lock and before they change
+//! the map. Eviction too: a second fill may have brought v5 before apply did.
+//!
+//! # Why absent is certain
+//!
+//! ```text
+//! reader: is all loaded? ─► the map has no slot ─► no filter has the key ─► absent
+//! evict:                     filter gets the key ─► the map loses the slot
+//! ```
+//! Each side goes in the other's order. Had the key been stored when the map was asked, the filter
+//! had it by then, and has it still, or one that took its place: that one has every key the store
+//! had since.
 //!
 //! # Who does what
 //!
 //! Readers: one look-up in a lock-free map, one atomic load. Writers lock one segment, chosen by
-//! the key's hash, never two (`clear` alone takes all, in order). The budget is one for all
-//! segments; room is made in the fuller of two neighbours, so that they stay of a size.
+//! the key's hash, never two. The budget is one for all segments; room is made in the fuller of two
+//! neighbours, so that they stay of a size.
 
 mod changes;
-mod completeness;
 mod entry;
+mod filter;
 mod queue;
 #[cfg(test)]
 mod tests;
 
 use std::hash::RandomState;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use holdfast_proto::Key;
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
+pub(crate) use self::changes::FillTicket;
 use self::changes::{Changes, stripe};
-pub(crate) use self::changes::{FillTicket, FillTickets};
-use self::completeness::Completeness;
 #[allow(
     unused_imports,
     reason = "`examples/memory` compares it with what it measures"
 )]
 pub(crate) use self::entry::{ENTRY_OVERHEAD_BYTES, Entry};
+use self::filter::Filters;
 use self::queue::{FREQUENCY_MAX, NodeId, Queues};
 
 /// One segment for so many bytes of budget, …
 const SEGMENT_BYTES: u64 = 4 << 20;
 /// … up to so many: enough that fillers seldom meet.
 const SEGMENTS_MAX: u64 = 64;
+/// One filter takes such a part of the budget, and another while it is rebuilt: at 10 bits a key
+/// enough for ten times the entries that fit.
+const FILTER_SHARE: u64 = 64;
+/// Enough for 200 million keys.
+const FILTER_BYTES_MAX: u64 = 256 << 20;
+
 /// What memory knows of a key.
 pub(crate) enum Lookup {
     Found(Arc<Entry>),
@@ -72,12 +90,6 @@ pub(crate) enum Lookup {
     Absent,
     /// Not in memory; the store may have it. The ticket is for putting what the store has.
     Unknown(FillTicket),
-}
-
-/// One pass over the store that puts everything into memory. Void after `Memory::clear`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Loading {
-    generation: u64,
 }
 
 /// What became of one entry that was loaded.
@@ -88,18 +100,19 @@ pub(crate) enum Loaded {
     /// Something changed since the ticket: take a new one, read this key again and load what is
     /// there, if anything.
     Changed,
-    /// Full. Loading can stop: memory will not be complete.
+    /// There is no room, and it is remembered that the store has it: the rest need not be read.
     Full,
-    /// Memory was cleared since loading began: stop.
-    Void,
 }
 
 pub(crate) struct Memory {
+    /// For entries; the filters' share is taken off.
     bytes_max: u64,
     map: papaya::HashMap<Key, Slot, RandomState>,
     segments: Box<[Segment]>,
     changes: Changes,
-    completeness: Completeness,
+    filters: Filters,
+    /// Every key of the store is in the map or in the filters.
+    is_loaded: AtomicBool,
     bytes: AtomicU64,
     entries: AtomicU64,
     evicted: AtomicU64,
@@ -126,6 +139,11 @@ struct Slot {
 impl Memory {
     /// Empty and not loaded yet.
     pub(crate) fn new(bytes_max: u64) -> Self {
+        let filter_bytes = (bytes_max / FILTER_SHARE).min(FILTER_BYTES_MAX);
+        Self::with_room(bytes_max - 2 * filter_bytes, filter_bytes)
+    }
+
+    fn with_room(bytes_max: u64, filter_bytes: u64) -> Self {
         let hasher = RandomState::new();
         let segments = (bytes_max / SEGMENT_BYTES)
             .clamp(1, SEGMENTS_MAX)
@@ -140,7 +158,8 @@ impl Memory {
                 })
                 .collect(),
             changes: Changes::new(hasher),
-            completeness: Completeness::default(),
+            filters: Filters::new(filter_bytes),
+            is_loaded: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
             entries: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
@@ -201,33 +220,12 @@ impl Memory {
         self.changes.ticket(self.changes.hash(key))
     }
 
-    /// As `ticket`, for every key. Costs some 10 µs: once per page.
-    pub(crate) fn tickets(&self) -> FillTickets {
-        self.changes.tickets()
-    }
-
-    /// Begins a pass over the store. Take it before the store's handle.
-    pub(crate) fn loading(&self) -> Loading {
-        Loading {
-            generation: self.completeness.generation(),
-        }
-    }
-
     /// As `fill`, but never evicts, and says why not.
-    pub(crate) fn load(
-        &self,
-        loading: Loading,
-        key: &[u8],
-        ticket: FillTicket,
-        entry: Arc<Entry>,
-    ) -> Loaded {
+    pub(crate) fn load(&self, key: &[u8], ticket: FillTicket, entry: Arc<Entry>) -> Loaded {
         let hash = self.changes.hash(key);
         let cost = entry.cost(key);
         let segment = self.segment(hash);
         let mut queues = segment.queues.lock();
-        if self.completeness.generation() != loading.generation {
-            return Loaded::Void;
-        }
         if self.map.pin().contains_key(key) {
             return Loaded::Kept;
         }
@@ -235,53 +233,57 @@ impl Memory {
             return Loaded::Changed;
         }
         if !self.take_room(cost) {
-            self.completeness.lose();
+            self.filters.insert(hash);
             return Loaded::Full;
         }
         self.insert(segment, &mut queues, key, hash, entry, cost);
         Loaded::Kept
     }
 
-    /// Ends a pass that put every entry of the store: from now on what is not in memory is
-    /// `Absent`, unless something did not fit, was evicted, or memory was cleared since the pass
-    /// began. Returns whether it is so.
-    pub(crate) fn loaded(&self, loading: Loading) -> bool {
-        self.completeness.complete(loading.generation)
-    }
-
-    /// Empties memory for another state: back to not loaded, every ticket and pass void. Swap the
-    /// store's handle first: who takes a ticket after this then reads the new state.
-    pub(crate) fn clear(&self) {
-        let mut locked: Vec<MutexGuard<'_, Queues>> = self
-            .segments
-            .iter()
-            .map(|segment| segment.queues.lock())
-            .collect();
-        self.completeness.restart();
-        self.changes.raise_all();
-        for (segment, queues) in self.segments.iter().zip(&mut locked) {
-            let bytes = queues.bytes();
-            for key in queues.clear() {
-                self.take_out(&key);
-            }
-            segment.bytes.store(0, Ordering::Relaxed);
-            // Not set to 0: fills under way hold reservations, which they give back themselves.
-            self.give_back(bytes);
+    /// Remembers that the store has this key, if memory has not.
+    pub(crate) fn note_stored(&self, key: &[u8]) {
+        // Who evicts it after this look remembers it too.
+        if !self.map.pin().contains_key(key) {
+            self.filters.insert(self.changes.hash(key));
         }
     }
 
-    /// Whether a look-up that finds nothing is certain.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.completeness.observe().is_complete()
+    /// Ends a pass that loaded or noted every key of the store: from now on a key that is neither
+    /// in memory nor in the filters is `Absent`.
+    pub(crate) fn loaded(&self) {
+        self.is_loaded.store(true, Ordering::SeqCst);
     }
 
-    /// What the entries count for, room reserved by fills under way included.
+    /// Whether the filter holds so many keys that the store no longer has that it is worth to read
+    /// the store's keys for another one.
+    pub(crate) fn filter_is_worn(&self) -> bool {
+        self.is_loaded.load(Ordering::SeqCst) && self.filters.is_worn()
+    }
+
+    /// Begins to fill another filter: note all keys of the store, as of a moment after this, by the
+    /// guard. `None` if somebody else is at it, or nothing was ever put in.
+    pub(crate) fn rebuild_filter(&self) -> Option<FilterRebuild<'_>> {
+        if !self.filters.begin_rebuild() {
+            return None;
+        }
+        // Who evicts a key does so under a segment's lock: whoever knew of one filter only is
+        // through when each was free once, and what comes to the store later goes into both.
+        for segment in &self.segments {
+            drop(segment.queues.lock());
+        }
+        Some(FilterRebuild {
+            memory: self,
+            has_all: false,
+        })
+    }
+
+    /// What the entries count for, room reserved by fills under way included, and the filters.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::SeqCst)
+        self.entry_bytes() + self.filters.bytes()
     }
 
-    pub(crate) fn bytes_max(&self) -> u64 {
-        self.bytes_max
+    fn entry_bytes(&self) -> u64 {
+        self.bytes.load(Ordering::SeqCst)
     }
 
     pub(crate) fn entries(&self) -> u64 {
@@ -294,7 +296,8 @@ impl Memory {
     }
 
     fn look_up(&self, key: &[u8], found: impl FnOnce(&Slot)) -> Lookup {
-        let before = self.completeness.observe();
+        // Before the map: what is loaded after it was asked says nothing of what it had.
+        let is_loaded = self.is_loaded.load(Ordering::SeqCst);
         let map = self.map.pin();
         if let Some(slot) = map.get(key) {
             // A slot without entry is on its way out of the map, by then already removed.
@@ -303,9 +306,10 @@ impl Memory {
                 return Lookup::Found(entry);
             }
         }
-        match self.completeness.held_since(before) {
+        let hash = self.changes.hash(key);
+        match is_loaded && !self.filters.may_have(hash) {
             true => Lookup::Absent,
-            false => Lookup::Unknown(self.ticket(key)),
+            false => Lookup::Unknown(self.changes.ticket(hash)),
         }
     }
 
@@ -317,7 +321,7 @@ impl Memory {
         self.changes.raise(hash);
         // What came without its value is for the next reader to bring.
         if cost > self.bytes_max || entry.value.is_none() {
-            self.completeness.lose();
+            self.filters.insert(hash);
             self.unlink(segment, &mut queues, key);
         } else if let Some(slot) = self.map.pin().get(key) {
             let cost_before = queues.resize(slot.node, cost);
@@ -332,7 +336,7 @@ impl Memory {
         drop(queues);
         // Afterwards, since an overwrite may need none; there is one apply, so one entry at most is
         // over the budget.
-        while self.bytes() > self.bytes_max && self.evict_one() {}
+        while self.entry_bytes() > self.bytes_max && self.evict_one() {}
     }
 
     fn remove(&self, key: &[u8]) {
@@ -442,7 +446,7 @@ impl Memory {
         });
         let Some(victim) = victim else { return false };
         // First, so that no reader takes what is evicted for absent.
-        self.completeness.lose();
+        self.filters.insert(victim.hash);
         self.changes.raise(victim.hash);
         self.take_out(&victim.key);
         self.give_back(victim.bytes);
@@ -454,5 +458,32 @@ impl Memory {
     /// All keys of a stripe are of one segment, as segments divide stripes.
     fn segment(&self, hash: u64) -> &Segment {
         &self.segments[stripe(hash) % self.segments.len()]
+    }
+}
+
+/// A filter that is being filled from the store; thrown away unless it is finished.
+pub(crate) struct FilterRebuild<'m> {
+    memory: &'m Memory,
+    has_all: bool,
+}
+
+impl FilterRebuild<'_> {
+    /// The store has this key. Memory may have it too: a reader may have asked the map before it
+    /// came there, and asks the new filter.
+    pub(crate) fn note_stored(&self, key: &[u8]) {
+        self.memory
+            .filters
+            .insert_stored(self.memory.changes.hash(key));
+    }
+
+    /// All keys were noted.
+    pub(crate) fn finish(mut self) {
+        self.has_all = true;
+    }
+}
+
+impl Drop for FilterRebuild<'_> {
+    fn drop(&mut self) {
+        self.memory.filters.end_rebuild(self.has_all);
     }
 }

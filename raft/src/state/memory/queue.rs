@@ -177,15 +177,6 @@ impl Queues {
         None
     }
 
-    /// Empties everything, the ghost too, and returns the keys.
-    pub(super) fn clear(&mut self) -> impl Iterator<Item = Key> + use<> {
-        std::mem::take(self)
-            .nodes
-            .into_iter()
-            .flatten()
-            .map(|node| node.key)
-    }
-
     fn small_is_over(&self) -> bool {
         self.main.front.is_none()
             || (self.small.front.is_some() && self.small.bytes >= self.bytes() / SMALL_SHARE)

@@ -10,6 +10,8 @@ use proptest::prelude::*;
 use super::*;
 
 const UNBOUNDED: u64 = 1 << 40;
+/// Enough for what the tests evict.
+const FILTER_BYTES: u64 = 1 << 16;
 
 fn key(number: usize) -> Key {
     Key::new(format!("key{number}")).unwrap()
@@ -25,8 +27,12 @@ fn entry(version: u64, size: usize) -> Arc<Entry> {
     ))
 }
 
-/// Room for so many entries with values of so many bytes under `key`.
-fn room(entries: u64, size: usize) -> u64 {
+/// With room for so many entries with values of so many bytes under `key`.
+fn with_room(entries: u64, size: usize) -> Memory {
+    Memory::with_room(room_of(entries, size), FILTER_BYTES)
+}
+
+fn room_of(entries: u64, size: usize) -> u64 {
     entries * entry(0, size).cost(&key(100))
 }
 
@@ -49,47 +55,39 @@ fn of_another_stripe(memory: &Memory, keys: &[Key]) -> Key {
     (1_000..).map(key).find(apart).unwrap()
 }
 
-/// Empty, and known to be all there is.
-fn complete(bytes_max: u64) -> Memory {
-    let memory = Memory::new(bytes_max);
-    assert!(memory.loaded(memory.loading()));
+/// Over a store that is known to be empty.
+fn loaded(memory: Memory) -> Memory {
+    memory.loaded();
     memory
 }
 
 #[test]
 fn absent_is_certain_only_after_loading() {
-    let memory = Memory::new(UNBOUNDED);
-    let loading = memory.loading();
+    let memory = Memory::with_room(UNBOUNDED, FILTER_BYTES);
     assert!(!is_absent(&memory, &key(1)));
     assert_eq!(
-        memory.load(loading, &key(2), memory.ticket(&key(2)), entry(5, 10)),
+        memory.load(&key(2), memory.ticket(&key(2)), entry(5, 10)),
         Loaded::Kept
     );
     assert!(!is_absent(&memory, &key(1)));
-    assert!(memory.loaded(loading));
+    memory.loaded();
     assert!(is_absent(&memory, &key(1)));
     assert_eq!(found(&memory, &key(2)), Some(5));
 }
 
 #[test]
 fn loading_never_goes_back_behind_apply() {
-    let memory = Memory::new(UNBOUNDED);
+    let memory = Memory::with_room(UNBOUNDED, FILTER_BYTES);
     let other = of_another_stripe(&memory, &[key(1), key(2)]);
-    let (loading, page) = (memory.loading(), memory.tickets());
+    let tickets = [&key(1), &key(2), &other].map(|key| memory.ticket(key));
     memory.apply([(key(1), Some(entry(2, 10))), (key(2), None)]);
+    assert_eq!(memory.load(&key(1), tickets[0], entry(1, 10)), Loaded::Kept);
     assert_eq!(
-        memory.load(loading, &key(1), page.of(&key(1)), entry(1, 10)),
-        Loaded::Kept
-    );
-    assert_eq!(
-        memory.load(loading, &key(2), page.of(&key(2)), entry(1, 10)),
+        memory.load(&key(2), tickets[1], entry(1, 10)),
         Loaded::Changed
     );
-    assert_eq!(
-        memory.load(loading, &other, page.of(&other), entry(1, 10)),
-        Loaded::Kept
-    );
-    assert!(memory.loaded(loading));
+    assert_eq!(memory.load(&other, tickets[2], entry(1, 10)), Loaded::Kept);
+    memory.loaded();
     assert_eq!(
         (found(&memory, &key(1)), found(&memory, &other)),
         (Some(2), Some(1))
@@ -98,41 +96,49 @@ fn loading_never_goes_back_behind_apply() {
 }
 
 #[test]
-fn loading_fills_without_evicting_and_is_then_not_complete() {
-    let memory = Memory::new(room(2, 10));
-    let loading = memory.loading();
-    let outcomes = [100, 101, 102]
-        .map(|n| memory.load(loading, &key(n), memory.ticket(&key(n)), entry(1, 10)));
+fn loading_fills_without_evicting_and_remembers_what_found_no_room() {
+    let memory = with_room(2, 10);
+    let outcomes =
+        [100, 101, 102].map(|n| memory.load(&key(n), memory.ticket(&key(n)), entry(1, 10)));
     assert_eq!(outcomes, [Loaded::Kept, Loaded::Kept, Loaded::Full]);
-    assert!(!memory.loaded(loading));
-    assert!(!is_absent(&memory, &key(102)));
+    memory.note_stored(&key(103));
+    memory.loaded();
+    assert!([102, 103].iter().all(|&n| !is_absent(&memory, &key(n))));
+    assert!(is_absent(&memory, &key(104)));
     assert_eq!((memory.entries(), memory.evicted_total()), (2, 0));
 }
 
 #[test]
-fn a_cleared_memory_forgets_everything_tickets_and_passes_too() {
-    let memory = complete(UNBOUNDED);
-    memory.apply((0..100).map(|n| (key(n), Some(entry(1, 10)))));
-    let (loading, tickets) = (memory.loading(), memory.tickets());
-    memory.clear();
-    assert_eq!(
-        (memory.bytes(), memory.entries(), memory.is_complete()),
-        (0, 0, false)
-    );
-    assert!((0..100).all(|n| found(&memory, &key(n)).is_none() && !is_absent(&memory, &key(n))));
-    assert!((0..200).all(|n| !memory.fill(&key(n), tickets.of(&key(n)), entry(1, 10))));
-    assert_eq!(
-        memory.load(loading, &key(1), memory.ticket(&key(1)), entry(1, 10)),
-        Loaded::Void
-    );
-    assert!(!memory.loaded(loading));
-    assert!(memory.loaded(memory.loading()));
-    assert!(is_absent(&memory, &key(1)));
+fn a_miss_for_an_absent_key_needs_no_disk_after_evictions() {
+    let memory = loaded(with_room(10, 10));
+    memory.apply((0..1_000).map(|n| (key(n), Some(entry(1, 10)))));
+    assert_eq!(memory.evicted_total(), 990);
+    assert!((0..1_000).all(|n| !is_absent(&memory, &key(n))));
+    let absent = (1_000..11_000).filter(|n| is_absent(&memory, &key(*n)));
+    assert!(absent.count() > 9_900);
+}
+
+#[test]
+fn a_filter_worn_out_by_keys_that_are_gone_is_renewed_from_the_store() {
+    let memory = loaded(Memory::with_room(room_of(10, 10), 256));
+    for n in 0..2_000 {
+        memory.apply([(key(n), Some(entry(1, 10)))]);
+    }
+    // Of all these the store has the last 100.
+    assert!(memory.filter_is_worn());
+    let rebuild = memory.rebuild_filter().unwrap();
+    (1_900..2_000).for_each(|n| rebuild.note_stored(&key(n)));
+    // What is only in memory now is evicted while the other filter is filled.
+    memory.apply((2_000..2_020).map(|n| (key(n), Some(entry(1, 10)))));
+    rebuild.finish();
+    assert!((1_900..2_020).all(|n| !is_absent(&memory, &key(n))));
+    assert!((0..1_900).filter(|n| is_absent(&memory, &key(*n))).count() > 1_700);
+    assert!(!memory.filter_is_worn());
 }
 
 #[test]
 fn a_fill_loses_to_any_change_since_its_ticket() {
-    let memory = Memory::new(UNBOUNDED);
+    let memory = Memory::with_room(UNBOUNDED, FILTER_BYTES);
     let ticket = memory.ticket(&key(1));
     memory.apply([(key(1), Some(entry(2, 10))), (key(1), None)]);
     assert!(
@@ -154,7 +160,7 @@ fn a_fill_loses_to_any_change_since_its_ticket() {
 
 #[test]
 fn a_fill_loses_to_an_eviction_since_its_ticket() {
-    let memory = Memory::new(room(1, 10));
+    let memory = with_room(1, 10);
     let ticket = memory.ticket(&key(100));
     assert!(memory.fill(&key(100), memory.ticket(&key(100)), entry(5, 10)));
     memory.apply([(key(101), Some(entry(1, 10)))]);
@@ -166,8 +172,8 @@ fn a_fill_loses_to_an_eviction_since_its_ticket() {
 }
 
 #[test]
-fn eviction_takes_away_the_certainty_of_absence() {
-    let memory = complete(room(2, 10));
+fn what_was_evicted_is_not_absent() {
+    let memory = loaded(with_room(2, 10));
     memory.apply([
         (key(100), Some(entry(1, 10))),
         (key(101), Some(entry(2, 10))),
@@ -176,12 +182,11 @@ fn eviction_takes_away_the_certainty_of_absence() {
     memory.apply([(key(102), Some(entry(3, 10)))]);
     assert_eq!((memory.entries(), memory.evicted_total()), (2, 1));
     assert!(matches!(memory.get(&key(100)), Lookup::Unknown(_)));
-    assert!(!memory.is_complete());
 }
 
 #[test]
 fn an_entry_over_the_whole_budget_is_not_kept_and_not_denied() {
-    let memory = complete(room(2, 10));
+    let memory = loaded(with_room(2, 10));
     memory.apply([
         (key(100), Some(entry(1, 10))),
         (key(101), Some(entry(2, 10))),
@@ -201,17 +206,17 @@ fn an_entry_over_the_whole_budget_is_not_kept_and_not_denied() {
 
 #[test]
 fn an_entry_larger_than_a_segments_share_is_kept() {
-    let memory = complete(16 * SEGMENT_BYTES);
+    let memory = loaded(Memory::with_room(16 * SEGMENT_BYTES, FILTER_BYTES));
     assert_eq!(memory.segments.len(), 16);
     memory.apply((0..20).map(|n| (key(n), Some(entry(1, 2 * SEGMENT_BYTES as usize)))));
-    assert!(memory.bytes() <= memory.bytes_max());
+    assert!(memory.entry_bytes() <= memory.bytes_max);
     assert_eq!(memory.entries(), 7, "as many as fit with their overhead");
     assert_eq!(memory.evicted_total(), 13);
 }
 
 #[test]
 fn values_are_freed_at_once_when_their_entry_goes() {
-    let memory = Memory::new(room(2, 10));
+    let memory = with_room(2, 10);
     let put = |n: usize| -> Weak<Entry> {
         let entry = entry(1, 10);
         let weak = Arc::downgrade(&entry);
@@ -223,17 +228,15 @@ fn values_are_freed_at_once_when_their_entry_goes() {
     assert!(overwritten.upgrade().is_none());
     memory.apply([(key(100), None)]);
     assert!(removed.upgrade().is_none());
-    let (evicted, cleared) = (put(101), put(102));
+    let (evicted, kept) = (put(101), put(102));
     put(103);
     assert!(evicted.upgrade().is_none());
-    assert!(cleared.upgrade().is_some());
-    memory.clear();
-    assert!(cleared.upgrade().is_none());
+    assert!(kept.upgrade().is_some());
 }
 
 #[test]
 fn a_key_rewritten_for_ever_leaves_nothing_behind() {
-    let memory = complete(UNBOUNDED);
+    let memory = loaded(Memory::with_room(UNBOUNDED, FILTER_BYTES));
     for version in 0..10_000 {
         memory.apply([(key(1), Some(entry(version, version as usize % 100)))]);
         if version % 3 == 0 {
@@ -257,7 +260,7 @@ fn a_key_rewritten_for_ever_leaves_nothing_behind() {
 
 #[test]
 fn overwriting_a_key_keeps_its_standing() {
-    let memory = Memory::new(room(3, 10));
+    let memory = with_room(3, 10);
     memory.apply((100..103).map(|n| (key(n), Some(entry(1, 10)))));
     (0..2).for_each(|_| drop(memory.get(&key(100))));
     memory.apply([
@@ -270,7 +273,7 @@ fn overwriting_a_key_keeps_its_standing() {
 
 #[test]
 fn a_scan_of_keys_read_once_does_not_evict_what_is_read_repeatedly() {
-    let memory = Memory::new(room(100, 10));
+    let memory = with_room(100, 10);
     memory.apply((100..150).map(|n| (key(n), Some(entry(1, 10)))));
     for n in 200..10_000 {
         if n % 20 == 0 {
@@ -289,7 +292,7 @@ fn a_scan_of_keys_read_once_does_not_evict_what_is_read_repeatedly() {
 
 #[test]
 fn peek_does_not_keep_a_key() {
-    let memory = Memory::new(room(2, 10));
+    let memory = with_room(2, 10);
     memory.apply((100..102).map(|n| (key(n), Some(entry(1, 10)))));
     (0..5).for_each(|_| drop(memory.peek(&key(100))));
     memory.apply([(key(102), Some(entry(1, 10)))]);
@@ -301,14 +304,14 @@ fn peek_does_not_keep_a_key() {
 
 #[test]
 fn segments_stay_of_a_size_under_eviction() {
-    let memory = Memory::new(4 * SEGMENT_BYTES);
+    let memory = Memory::with_room(4 * SEGMENT_BYTES, FILTER_BYTES);
     memory.apply((0..60_000).map(|n| (key(n), Some(entry(1, 1_000)))));
     let sizes: Vec<u64> = memory
         .segments
         .iter()
         .map(|segment| segment.queues.lock().bytes())
         .collect();
-    assert_eq!(sizes.iter().sum::<u64>(), memory.bytes());
+    assert_eq!(sizes.iter().sum::<u64>(), memory.entry_bytes());
     assert!(memory.evicted_total() > 40_000);
     assert!(
         sizes
@@ -338,9 +341,10 @@ enum Step {
     Fill {
         reader: usize,
     },
-    Clear,
     /// A whole pass over the store.
     Load,
+    /// Another one, for the filter.
+    Renew,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -351,8 +355,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => key.clone().prop_map(|key| Step::Read { key }),
         4 => key.prop_map(|key| Step::Fetch { key }),
         4 => (0..8usize).prop_map(|reader| Step::Fill { reader }),
-        1 => Just(Step::Clear),
         1 => Just(Step::Load),
+        1 => Just(Step::Renew),
     ]
 }
 
@@ -382,19 +386,24 @@ fn play(memory: &Memory, steps: Vec<Step>) {
                 memory.fill(&key(n), ticket, entry);
             }
             Step::Fill { .. } => {}
-            Step::Clear => memory.clear(),
             Step::Load => load_all(memory, &store),
+            Step::Renew => {
+                let Some(rebuild) = memory.rebuild_filter() else {
+                    continue;
+                };
+                store.keys().for_each(|n| rebuild.note_stored(&key(*n)));
+                rebuild.finish();
+            }
         }
         compare(memory, &store);
     }
 }
 
 fn load_all(memory: &Memory, store: &HashMap<usize, Arc<Entry>>) {
-    let (loading, tickets) = (memory.loading(), memory.tickets());
     for (n, entry) in store {
-        memory.load(loading, &key(*n), tickets.of(&key(*n)), entry.clone());
+        memory.load(&key(*n), memory.ticket(&key(*n)), entry.clone());
     }
-    memory.loaded(loading);
+    memory.loaded();
 }
 
 fn compare(memory: &Memory, store: &HashMap<usize, Arc<Entry>>) {
@@ -412,25 +421,24 @@ fn compare(memory: &Memory, store: &HashMap<usize, Arc<Entry>>) {
                 bytes += entry.cost(&key(n));
             }
             Lookup::Absent => assert!(!store.contains_key(&n), "{} is in the store", key(n)),
-            Lookup::Unknown(_) => assert!(!memory.is_complete()),
+            Lookup::Unknown(_) => {}
         }
     }
-    assert_eq!(memory.bytes(), bytes, "every byte is accounted for");
-    assert!(bytes <= memory.bytes_max());
+    assert_eq!(memory.entry_bytes(), bytes, "every byte is accounted for");
+    assert!(bytes <= memory.bytes_max);
 }
 
 proptest! {
     #[test]
     fn with_room_for_all_memory_is_the_state(steps in prop::collection::vec(step(), 0..200)) {
-        let memory = complete(UNBOUNDED);
-        let steps: Vec<Step> = steps.into_iter().filter(|step| !matches!(step, Step::Clear)).collect();
+        let memory = loaded(Memory::with_room(UNBOUNDED, FILTER_BYTES));
         play(&memory, steps);
-        prop_assert!(memory.is_complete());
+        prop_assert!((0..12).all(|n| !matches!(memory.peek(&key(n)), Lookup::Unknown(_))));
     }
 
     #[test]
     fn with_little_room_memory_never_lies(steps in prop::collection::vec(step(), 0..300), room in 2_000..12_000u64) {
-        play(&Memory::new(room), steps);
+        play(&Memory::with_room(room, 32), steps);
     }
 }
 
@@ -549,7 +557,7 @@ fn stress_read(memory: &Memory, versions: &Versions) {
 
 #[test]
 fn readers_never_see_a_key_go_back_while_it_is_applied_filled_and_evicted() {
-    let memory = Memory::new(room(STRESS_KEYS as u64 / 4, 10));
+    let memory = with_room(STRESS_KEYS as u64 / 4, 10);
     let zeros = || (0..STRESS_KEYS).map(|_| AtomicU64::new(0)).collect();
     let versions = Versions {
         store: zeros(),
@@ -563,38 +571,55 @@ fn readers_never_see_a_key_go_back_while_it_is_applied_filled_and_evicted() {
             scope.spawn(|| stress_read(&memory, &versions));
         }
     });
-    assert!(memory.evicted_total() > 0 && memory.bytes() <= memory.bytes_max());
+    assert!(memory.evicted_total() > 0 && memory.entry_bytes() <= memory.bytes_max);
 }
 
 #[test]
-fn readers_never_take_a_stored_key_for_absent_while_memory_is_cleared_loaded_and_evicted() {
-    let memory = Memory::new(room(30, 10));
+fn readers_never_take_a_stored_key_for_absent_while_it_is_loaded_evicted_filled_and_the_filter_renewed()
+ {
+    const STORED: std::ops::Range<usize> = 100..130;
+    // A filter of one block, so that it is worn all the time.
+    let memories: Vec<Memory> = (0..200)
+        .map(|_| Memory::with_room(room_of(10, 10), 32))
+        .collect();
+    let now = AtomicUsize::new(0);
     let done = AtomicBool::new(false);
-    let completed = AtomicU64::new(0);
+    let renewed = AtomicU64::new(0);
+    let memory = || memories.get(now.load(Ordering::SeqCst));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let _done = Done(&done);
-            for _ in 0..2_000 {
-                let loading = memory.loading();
-                for n in 100..130 {
-                    memory.load(loading, &key(n), memory.ticket(&key(n)), entry(1, 10));
+            for memory in &memories {
+                for n in STORED {
+                    memory.load(&key(n), memory.ticket(&key(n)), entry(1, 10));
                 }
-                completed.fetch_add(u64::from(memory.loaded(loading)), Ordering::SeqCst);
-                assert!(is_absent(&memory, &key(200)));
-                // One more than fits, and gone again: something was evicted.
-                memory.apply([(key(130), Some(entry(1, 10))), (key(130), None)]);
-                memory.clear();
+                memory.loaded();
+                // All are evicted and filled again, now and then.
+                for n in STORED.cycle().take(1_000) {
+                    memory.fill(&key(n), memory.ticket(&key(n)), entry(1, 10));
+                }
+                now.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                if let Some(rebuild) = memory().and_then(Memory::rebuild_filter) {
+                    STORED.for_each(|n| rebuild.note_stored(&key(n)));
+                    rebuild.finish();
+                    renewed.fetch_add(1, Ordering::SeqCst);
+                }
             }
         });
         for _ in 0..2 {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
-                    (100..130).for_each(|n| {
-                        assert!(!is_absent(&memory, &key(n)), "{} is in the store", key(n))
-                    });
+                    for (n, memory) in STORED.zip(std::iter::repeat_with(memory)) {
+                        let is_absent = memory.is_some_and(|memory| is_absent(memory, &key(n)));
+                        assert!(!is_absent, "{} is in the store", key(n));
+                    }
                 }
             });
         }
     });
-    assert_eq!(completed.load(Ordering::SeqCst), 2_000);
+    assert!(renewed.load(Ordering::SeqCst) > 0);
 }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    state::read::after,
+    state::{memory::Lookup, read::after},
     store::{Scan, StateBatch},
 };
 
@@ -169,6 +169,80 @@ async fn what_operations_go_by_is_read_without_values() {
     let read = state.get(&Key::new("a").unwrap()).unwrap().unwrap();
     assert_eq!(read.value.as_deref(), Some(b"value of a".as_slice()));
     assert_eq!((read.record.version, read.record.changed), (2, 3));
+}
+
+fn delete(key: &str) -> peer::command::Op {
+    peer::command::Op::Delete(peer::Delete {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+    })
+}
+
+/// How many of a thousand keys that nobody ever set cost a read of the disk.
+fn reads_for_absent_keys(state: &State, store: &Counted) -> usize {
+    let before = store.reads(Family::Entry);
+    for n in 0..1_000 {
+        let absent = Key::new(format!("absent{n}")).unwrap();
+        assert!(state.get(&absent).unwrap().is_none());
+    }
+    store.reads(Family::Entry) - before
+}
+
+async fn until_loaded(state: &State) {
+    let loaded = async {
+        while !matches!(state.peek(b"nobody's"), Lookup::Absent) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), loaded)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_miss_for_an_absent_key_reads_no_disk_after_evictions_and_a_restart() {
+    const KEYS: usize = 4_000;
+    let state = empty();
+    let mut store = counted(&state, 1 << 20, &[]);
+    state.load_memory();
+    until_loaded(&state).await;
+    for n in 0..KEYS {
+        applied(&state, 1, 1_000, set(&format!("k{n}")));
+    }
+    assert!(state.memory_use().evicted > 2_000);
+    assert!(
+        store.reads(Family::Entry) < 100,
+        "nor does a set of a new key"
+    );
+    assert!(reads_for_absent_keys(&state, &store) < 50);
+
+    // Another memory over the same store, too small for all of it.
+    store = counted(&state, 1 << 20, &[]);
+    state.load_memory();
+    until_loaded(&state).await;
+    assert!(reads_for_absent_keys(&state, &store) < 50);
+    let read = |n| state.get(&Key::new(format!("k{n}")).unwrap()).unwrap();
+    assert!((0..KEYS).all(|n| read(n).is_some()));
+}
+
+#[tokio::test]
+async fn keys_that_came_and_went_do_not_make_misses_go_to_the_disk_for_ever() {
+    let state = empty();
+    let store = counted(&state, 1 << 17, &[]);
+    state.load_memory();
+    until_loaded(&state).await;
+    for n in 0..10_000 {
+        applied(&state, 1, 1_000, set(&format!("k{n}")));
+        applied(&state, 1, 1_000, set(&format!("stays{}", n % 300)));
+        if n >= 300 {
+            applied(&state, 1, 1_000, delete(&format!("k{}", n - 300)));
+        }
+        // The other filter is filled beside.
+        tokio::task::yield_now().await;
+    }
+    assert!(state.memory_use().evicted > 5_000);
+    assert!(reads_for_absent_keys(&state, &store) < 400);
+    let stays = |n| state.get(&Key::new(format!("stays{n}")).unwrap()).unwrap();
+    assert!((0..300).all(|n| stays(n).is_some()));
 }
 
 #[tokio::test]
