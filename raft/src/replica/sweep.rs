@@ -3,6 +3,7 @@
 use std::{io, sync::Arc, time::Duration};
 
 use holdfast_proto::{
+    Key, Revision,
     peer::{self, Command, SweepKey, command::Op},
     timeline::Millis,
 };
@@ -19,10 +20,18 @@ const SWEEP_BATCH: usize = 1000;
 /// Batches of one tick.
 const SWEEP_BATCHES: usize = 50;
 
-/// How far the broom is.
-struct Swept {
-    /// Where the next batch begins.
-    next: Millis,
+/// Where in the due index the next batch begins: what was removed before is not passed over again.
+#[derive(Clone, Copy, Default)]
+struct Broom {
+    entries: Millis,
+    tombstones: Millis,
+}
+
+/// One batch of what is past its last instant.
+struct Batch {
+    entries: Vec<SweepKey>,
+    tombstones: Vec<SweepKey>,
+    next: Broom,
     more: bool,
 }
 
@@ -30,23 +39,23 @@ impl Replica {
     pub(super) async fn sweep(self: Arc<Self>) {
         let mut every = every(SWEEP_EVERY);
         let mut rounds = 0u32;
-        let mut from = 0;
+        let mut broom = Broom::default();
         loop {
             every.tick().await;
             if self.leads().is_none() {
-                from = 0;
+                broom = Broom::default();
                 continue;
             }
             rounds = rounds.wrapping_add(1);
             if rounds.is_multiple_of(SWEEP_ALL_EVERY) {
-                from = 0;
+                broom = Broom::default();
             }
             // On without a pause while there is more, so that what expires cannot outrun the broom.
             for _ in 0..SWEEP_BATCHES {
-                match self.sweep_once(from).await {
-                    Ok(swept) => {
-                        from = swept.next;
-                        if !swept.more {
+                match self.sweep_once(broom).await {
+                    Ok((next, more)) => {
+                        broom = next;
+                        if !more {
                             break;
                         }
                     }
@@ -59,17 +68,21 @@ impl Replica {
         }
     }
 
-    /// One batch from `from` on.
-    async fn sweep_once(self: &Arc<Self>, from: Millis) -> io::Result<Swept> {
+    /// One batch, and whether there is more.
+    async fn sweep_once(self: &Arc<Self>, from: Broom) -> io::Result<(Broom, bool)> {
         let now = self.applied().log_time;
         let this = self.clone();
-        let (keys, tombstones, swept) = crate::task::blocking(move || this.expired(from, now))
+        let batch = crate::task::blocking(move || this.expired(from, now))
             .await
             .map_err(io::Error::other)??;
-        if keys.is_empty() && tombstones.is_empty() {
-            return Ok(swept);
+        let next = (batch.next, batch.more);
+        if batch.entries.is_empty() && batch.tombstones.is_empty() {
+            return Ok(next);
         }
-        let op = Op::Sweep(peer::Sweep { keys, tombstones });
+        let op = Op::Sweep(peer::Sweep {
+            keys: batch.entries,
+            tombstones: batch.tombstones,
+        });
         let command = Command {
             request_id: None,
             caller: String::new(),
@@ -78,41 +91,58 @@ impl Replica {
         self.propose_here(command, SWEEP_TIMEOUT)
             .await
             .map_err(io::Error::other)?;
-        Ok(swept)
+        Ok(next)
     }
 
-    fn expired(
-        &self,
-        from: Millis,
-        now: Millis,
-    ) -> io::Result<(Vec<SweepKey>, Vec<SweepKey>, Swept)> {
-        let expired = self.state.due(DueKind::Expire, from, now, SWEEP_BATCH)?;
-        let full = expired.len() == SWEEP_BATCH;
-        let next = if full {
-            expired.last().map_or(from, |&(at, _)| at)
-        } else {
-            now
+    fn expired(&self, from: Broom, now: Millis) -> io::Result<Batch> {
+        let entries = self
+            .state
+            .due(DueKind::Expire, from.entries, now, SWEEP_BATCH)?;
+        let tombstones = self
+            .state
+            .due(DueKind::Tombstone, from.tombstones, now, SWEEP_BATCH)?;
+        let (next_entries, more_entries) = after(&entries, now);
+        let (next_tombstones, more_tombstones) = after(&tombstones, now);
+        let changed = |key: &Key| Ok(self.state.record(key)?.map(|entry| entry.record.changed));
+        let deleted = |key: &Key| {
+            Ok(self
+                .state
+                .tombstone(key)?
+                .map(|tombstone| tombstone.revision))
         };
-        let mut keys = Vec::new();
-        for (_, key) in expired {
-            if let Some(entry) = self.state.record(&key)? {
-                keys.push(SweepKey {
-                    key: key.into(),
-                    changed: entry.record.changed,
-                });
-            }
-        }
-        let mut tombstones = Vec::new();
-        let settled = self.state.due(DueKind::Tombstone, 0, now, SWEEP_BATCH)?;
-        let more = full || settled.len() == SWEEP_BATCH;
-        for (_, key) in settled {
-            if let Some(tombstone) = self.state.tombstone(&key)? {
-                tombstones.push(SweepKey {
-                    key: key.into(),
-                    changed: tombstone.revision,
-                });
-            }
-        }
-        Ok((keys, tombstones, Swept { next, more }))
+        Ok(Batch {
+            entries: as_they_are(entries, changed)?,
+            tombstones: as_they_are(tombstones, deleted)?,
+            next: Broom {
+                entries: next_entries,
+                tombstones: next_tombstones,
+            },
+            more: more_entries || more_tombstones,
+        })
     }
+}
+
+/// Where the index is read next, and whether there is more of it.
+fn after(due: &[(Millis, Key)], now: Millis) -> (Millis, bool) {
+    match due.last() {
+        Some(&(at, _)) if due.len() == SWEEP_BATCH => (at, true),
+        _ => (now, false),
+    }
+}
+
+/// With the revision that each key has now: what changes until the sweep is applied stays.
+fn as_they_are(
+    due: Vec<(Millis, Key)>,
+    revision: impl Fn(&Key) -> io::Result<Option<Revision>>,
+) -> io::Result<Vec<SweepKey>> {
+    let mut keys = Vec::with_capacity(due.len());
+    for (_, key) in due {
+        if let Some(changed) = revision(&key)? {
+            keys.push(SweepKey {
+                key: key.into(),
+                changed,
+            });
+        }
+    }
+    Ok(keys)
 }
