@@ -16,6 +16,8 @@ use holdfast_proto::timeline::Millis;
 #[derive(Debug, Clone)]
 pub struct Clock {
     inner: Arc<Inner>,
+    /// How far this machine's wall clock is set off.
+    skew_ms: Arc<AtomicI64>,
 }
 
 #[derive(Debug)]
@@ -47,6 +49,15 @@ impl Clock {
         };
         Self {
             inner: Arc::new(inner),
+            skew_ms: Arc::default(),
+        }
+    }
+
+    /// The same time with a wall clock of its own, which can be set off alone. For tests.
+    pub fn of_another_machine(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            skew_ms: Arc::new(AtomicI64::new(self.skew_ms.load(Ordering::Relaxed))),
         }
     }
 
@@ -62,6 +73,7 @@ impl Clock {
             .unwrap_or_default();
         let wall = i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX);
         wall.saturating_add(self.inner.wall_offset_ms.load(Ordering::Relaxed))
+            .saturating_add(self.skew_ms.load(Ordering::Relaxed))
             .try_into()
             .unwrap_or(0)
     }
@@ -104,7 +116,7 @@ impl Clock {
 
     /// Sets the wall clock off by so much, as a badly set machine would be. For tests.
     pub fn skew_wall_ms(&self, by: i64) {
-        self.inner.wall_offset_ms.fetch_add(by, Ordering::Relaxed);
+        self.skew_ms.fetch_add(by, Ordering::Relaxed);
     }
 }
 

@@ -138,6 +138,7 @@ impl Setup {
                 admin: ports[2],
             })
             .collect();
+        let clock = Clock::system();
         let mut nodes = Vec::new();
         for (number, &addresses) in addresses_of.iter().enumerate() {
             let name = format!("node-{}", number + 1);
@@ -172,6 +173,7 @@ impl Setup {
                 file,
                 data_dir,
                 addresses,
+                clock: clock.of_another_machine(),
                 running: None,
             });
         }
@@ -179,7 +181,7 @@ impl Setup {
             setup: self,
             dir,
             nodes,
-            clock: Clock::system(),
+            clock,
         })
     }
 }
@@ -216,6 +218,8 @@ struct Slot {
     file: PathBuf,
     data_dir: PathBuf,
     addresses: Addresses,
+    /// Its machine's, if it is in this process.
+    clock: Clock,
     running: Option<Running>,
 }
 
@@ -238,7 +242,7 @@ pub struct Cluster {
     setup: Setup,
     dir: TempDir,
     nodes: Vec<Slot>,
-    /// Of all nodes in this process.
+    /// The true time, by which the clocks of all nodes in this process go on.
     pub clock: Clock,
 }
 
@@ -328,7 +332,7 @@ impl Cluster {
                     std::iter::empty(),
                     &Default::default(),
                 )?;
-                let started = start_when_the_port_is_free(config, &self.clock).await?;
+                let started = start_when_the_port_is_free(config, &self.nodes[node].clock).await?;
                 Running::Here(Box::new(started))
             }
             Place::Processes => Running::Child(Process(self.spawn(node, wrapper)?)),
@@ -349,9 +353,11 @@ impl Cluster {
                 )
             })
             .collect();
+        let clocks = nodes.iter().map(|&node| &self.nodes[node].clock);
         let starts = configs?
             .into_iter()
-            .map(|config| start_when_the_port_is_free(config, &self.clock));
+            .zip(clocks)
+            .map(|(config, clock)| start_when_the_port_is_free(config, clock));
         let started = futures::future::try_join_all(starts).await?;
         for (&node, started) in nodes.iter().zip(started) {
             self.nodes[node].running = Some(Running::Here(Box::new(started)));
@@ -518,6 +524,11 @@ impl Cluster {
         endpoint
             .expect("an address makes an endpoint")
             .connect_lazy()
+    }
+
+    /// Sets one machine's wall clock off by so much; for nodes in this process.
+    pub fn skew_clock(&self, node: usize, by_ms: i64) {
+        self.nodes[node].clock.skew_wall_ms(by_ms);
     }
 
     /// Moves time, for nodes in this process, and waits until each of them judges by it: in its own
