@@ -34,7 +34,7 @@ pub(crate) fn of_self(local: &Local, opened: &Opened) -> Vec<String> {
         problems.push(format!("its disk is slow: a sync of the log takes {ms} ms"));
     }
     let now = local.clock().monotonic();
-    for replica in &opened.replicas {
+    for replica in opened.replicas() {
         problems.extend(of_replica(local, opened, replica, now));
     }
     problems
@@ -45,6 +45,16 @@ fn of_replica(local: &Local, opened: &Opened, replica: &Replica, now: Duration) 
     if replica.log_is_short() {
         return Some(format!(
             "its log of shard {shard} lost entries that it had acknowledged: it does not vote until it has them again"
+        ));
+    }
+    if replica.is_diverged() {
+        return Some(format!(
+            "its state of shard {shard} is not the majority's: it answers nothing until the leader's has taken its place"
+        ));
+    }
+    if replica.states_are_split() {
+        return Some(format!(
+            "no majority of the voters has the same state of shard {shard}: one of them has to be chosen, and the others replaced"
         ));
     }
     if replica.must_catch_up() {
@@ -75,8 +85,7 @@ pub(crate) fn of_others(local: &Local, opened: &Opened) -> Vec<Accusation> {
         })
         .collect();
     let led = opened
-        .replicas
-        .iter()
+        .replicas()
         .filter(|replica| replica.leads().is_some());
     for replica in led {
         accusations.extend(of_followers(local, opened, replica));

@@ -51,6 +51,7 @@ impl Replica {
             let Some(leader) = leader else {
                 judging = None;
                 self.agreed.set(None);
+                self.split.store(false, Ordering::Relaxed);
                 continue;
             };
             if judging
@@ -137,6 +138,7 @@ impl Replica {
         let differs = own.is_some_and(|own| own.version == agreed.version && own != agreed);
         if differs && !self.diverged.swap(true, Ordering::Acquire) {
             self.state.hold(true);
+            self.remember_divergence();
             tracing::error!(
                 shard = self.shard,
                 index = agreed.index,
@@ -144,6 +146,17 @@ impl Replica {
             );
         }
         differs
+    }
+
+    fn remember_divergence(&self) {
+        let (state, shard) = (self.state.clone(), self.shard);
+        let diverged = state.generation();
+        // Detached on purpose: it is one write, and this replica serves no more, remembered or not.
+        drop(crate::task::blocking(move || {
+            if let Err(error) = state.remember_divergence(&diverged) {
+                tracing::warn!(%error, shard, "a restart will not know that this state is not the majority's");
+            }
+        }));
     }
 
     /// One after the other: each costs a checkpoint.

@@ -15,6 +15,7 @@
 pub(crate) mod apply;
 mod clients;
 mod closed;
+mod diverged;
 mod effects;
 mod feed;
 mod hash;
@@ -108,7 +109,8 @@ pub struct State {
     writer: Mutex<Writer>,
     published: ArcSwap<Published>,
     hashes: Mutex<VecDeque<StateHash>>,
-    /// Nothing more is applied: another state is to take the place of this one.
+    /// Nothing more is applied: another state is to take the place of this one, which is not the
+    /// majority's.
     held: watch::Sender<bool>,
     feed: Feed,
 }
@@ -132,6 +134,7 @@ impl State {
         let store = stores.open_state(shard)?;
         let writer = Writer::load(store.as_ref())?;
         let applied = applied_of(&writer.published.applied);
+        let is_diverged = diverged::is_marked(store.as_ref())?;
         let state = Arc::new(Self {
             shard,
             stores: stores.clone(),
@@ -147,7 +150,7 @@ impl State {
             published: ArcSwap::from_pointee(writer.published.clone()),
             writer: Mutex::new(writer),
             hashes: Mutex::default(),
-            held: watch::Sender::new(false),
+            held: watch::Sender::new(is_diverged),
             feed: Feed::default(),
         });
         state.load_memory();
@@ -162,6 +165,21 @@ impl State {
     /// would never be as far as it is.
     pub(crate) fn hold(&self, held: bool) {
         self.held.send_replace(held);
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        *self.held.borrow()
+    }
+
+    /// A restart goes on holding what was there when it was found to be another state than the
+    /// majority's.
+    pub(crate) fn remember_divergence(&self, of: &Arc<Generation>) -> io::Result<()> {
+        // Nothing takes its place meanwhile.
+        let _writer = self.writer.lock();
+        if Arc::ptr_eq(&self.generation.load(), of) {
+            diverged::mark(of.store.as_ref())?;
+        }
+        Ok(())
     }
 
     /// Resolves when what is committed may be applied.

@@ -30,6 +30,8 @@ pub(crate) const FORMAT: u8 = 1;
 
 pub(crate) const APPLIED: &[u8] = b"applied";
 pub(crate) const ROSTER: &[u8] = b"roster";
+/// There if the state is not the majority's.
+pub(crate) const DIVERGED: &[u8] = b"diverged";
 pub(crate) const CLUSTER: &[u8] = b"cluster";
 
 pub(crate) type ClientId = [u8; CLIENT_ID_BYTES];

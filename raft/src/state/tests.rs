@@ -4,9 +4,10 @@ mod changes;
 mod hash;
 mod reads;
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use holdfast_proto::peer;
+use tokio::time::timeout;
 
 use super::*;
 
@@ -73,6 +74,45 @@ async fn what_was_fetched_in_another_term_is_not_stored() {
         applied(&state, 5, 1_000, commit(5)),
         Some(peer::outcome::Result::Done(_))
     ));
+}
+
+/// Again, as soon as what loads its entries has let go.
+async fn opened(stores: &Stores) -> Arc<State> {
+    let opened = async {
+        loop {
+            match State::open(stores, 0, 1 << 20) {
+                Ok(state) => return state,
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    timeout(Duration::from_secs(30), opened).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_restart_goes_on_holding_a_state_that_is_not_the_majoritys() {
+    let stores = Stores::memory();
+    let state = State::open(&stores, 0, 1 << 20).unwrap();
+    assert!(!state.is_held());
+    state.hold(true);
+    state.remember_divergence(&state.generation()).unwrap();
+    drop(state);
+    assert!(opened(&stores).await.is_held());
+}
+
+/// It took its place between the two: the mark was not meant for it.
+#[tokio::test]
+async fn a_state_that_takes_the_place_of_a_diverged_one_is_not_marked() {
+    let stores = Stores::memory();
+    let state = State::open(&stores, 0, 1 << 20).unwrap();
+    let diverged = state.generation();
+    state.generation.store(Arc::new(Generation {
+        store: diverged.store.clone(),
+        memory: Memory::new(1 << 20),
+    }));
+    state.remember_divergence(&diverged).unwrap();
+    drop((state, diverged));
+    assert!(!opened(&stores).await.is_held());
 }
 
 /// What the broom saw, and no newer value of the same key.

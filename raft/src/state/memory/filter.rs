@@ -83,7 +83,7 @@ impl Filter {
 
     /// By the upper half of the hash; the bits are by the lower one.
     fn block(&self, hash: u64) -> usize {
-        ((hash >> 32) * self.blocks.len() as u64 >> 32) as usize
+        (((hash >> 32) * self.blocks.len() as u64) >> 32) as usize
     }
 }
 

@@ -190,12 +190,10 @@ fn reads_for_absent_keys(state: &State, store: &Counted) -> usize {
 async fn until_loaded(state: &State) {
     let loaded = async {
         while !matches!(state.peek(b"nobody's"), Lookup::Absent) {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(30), loaded)
-        .await
-        .unwrap();
+    timeout(Duration::from_secs(30), loaded).await.unwrap();
 }
 
 #[tokio::test]

@@ -1,0 +1,159 @@
+//! A voter whose state is another one than the majority's serves nothing until it has the majority's,
+//! be it the leader.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use bytes::Bytes;
+use holdfast_proto::{
+    peer::AppliedRecord,
+    v1::{Consistency, Role},
+};
+use holdfast_tests::{cluster::Cluster, wire::text};
+use prost::Message as _;
+use rocksdb::{ColumnFamily, DB, Options};
+use tracing::info;
+
+use crate::processes;
+
+const KEY: &[u8] = b"applied";
+
+/// The directories of databases that hold a replica's state.
+fn states_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    if dir.join("CURRENT").exists() {
+        let families = DB::list_cf(&Options::default(), dir)?;
+        let is_state = families.iter().any(|family| family == "system");
+        return Ok(is_state.then(|| dir.to_owned()).into_iter().collect());
+    }
+    let mut states = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        // What was replaced is kept there.
+        if path.is_dir() && !path.ends_with("diverged") {
+            states.extend(states_in(&path)?);
+        }
+    }
+    Ok(states)
+}
+
+/// Changes what a stopped node has stored about its state.
+fn change(
+    data_dir: &Path,
+    change: impl FnOnce(&DB, &ColumnFamily) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let states = states_in(data_dir)?;
+    let [state] = states.as_slice() else {
+        anyhow::bail!("not one state: {states:?}");
+    };
+    let families = DB::list_cf(&Options::default(), state)?;
+    let db = DB::open_cf(&Options::default(), state, families)?;
+    let system = db.cf_handle("system").context("the family `system`")?;
+    change(&db, system)?;
+    db.flush_cf(system)?;
+    Ok(())
+}
+
+/// What it holds comes to another sum than its peers', as after a bug in one version's apply.
+fn spoil(data_dir: &Path) -> anyhow::Result<()> {
+    change(data_dir, |db, system| {
+        let stored = db.get_cf(system, KEY)?.context("the applied record")?;
+        let (format, record) = stored.split_first().context("a format")?;
+        let mut applied = AppliedRecord::decode(record)?;
+        applied.hash_sum ^= 42;
+        let spoiled = [&[*format], applied.encode_to_vec().as_slice()].concat();
+        db.put_cf(system, KEY, spoiled)?;
+        Ok(())
+    })
+}
+
+/// Past the next index at which states are compared.
+async fn write_on(cluster: &Cluster) -> anyhow::Result<()> {
+    let client = cluster.client_of_all();
+    for n in 0..300 {
+        client.set("k", n.to_string()).await?;
+    }
+    Ok(())
+}
+
+fn health(cluster: &Cluster, asked: usize) -> anyhow::Result<(Option<i32>, String)> {
+    let output = cluster.holdfast(asked, &["cluster", "health"])?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok((output.status.code(), text))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_is_not_the_majoritys_is_replaced_whoever_has_it() -> anyhow::Result<()> {
+    let mut cluster = processes().start().await?;
+    write_on(&cluster).await?;
+    for leads in [false, true] {
+        let odd = cluster.follower().await?;
+        info!("--- node {odd} is spoiled; it leads: {leads}");
+        let before = cluster.log_of(odd).len();
+        cluster.stop_node(odd).await?;
+        spoil(cluster.data_dir(odd))?;
+        cluster.start_node(odd).await?;
+        cluster.ready(odd).await?;
+        let leader = cluster.leader().await?;
+        if leads {
+            let client = cluster.client(leader);
+            let to = Some(cluster.name(odd));
+            client.cluster().transfer_leader(to).await?;
+        }
+        write_on(&cluster).await?;
+        let said = |what: &str| cluster.log_of(odd)[before..].contains(what);
+        cluster
+            .until("it finds out and is given another", async || {
+                said("is not the majority's") && said("took the place of the diverged one")
+            })
+            .await?;
+        write_on(&cluster).await?;
+        cluster
+            .until("all is well again", async || {
+                health(&cluster, odd).is_ok_and(|(code, _)| code == Some(0))
+            })
+            .await?;
+        let wire = cluster.wire(odd)?;
+        let read = wire.get("k", Consistency::Local, &Bytes::new()).await?;
+        ensure!(text(&read) == "299", "{read:?}");
+    }
+    cluster.stop().await
+}
+
+/// It was found out and stopped before it had another: too few writes later for states to be
+/// compared again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_does_not_make_a_diverged_state_right() -> anyhow::Result<()> {
+    let mut cluster = processes().start().await?;
+    cluster.client_of_all().set("k", "v").await?;
+    let odd = cluster.follower().await?;
+    cluster.stop_node(odd).await?;
+    change(cluster.data_dir(odd), |db, system| {
+        db.put_cf(system, b"diverged", [1])?;
+        Ok(())
+    })?;
+    cluster.start_node(odd).await?;
+    cluster
+        .until("it says what is wrong", async || {
+            health(&cluster, odd)
+                .is_ok_and(|(code, said)| code == Some(8) && said.contains("is not the majority's"))
+        })
+        .await?;
+    ensure!(cluster.admin(odd, "/readyz").await?.0 == 503);
+    let metric = cluster
+        .metric(odd, "holdfast_state_is_diverged", &[])
+        .await?;
+    ensure!(metric == 1.0, "{metric}");
+    let wire = cluster.wire(odd)?;
+    let read = wire.get("k", Consistency::Local, &Bytes::new()).await?;
+    let role = read.replica.as_ref().map(|replica| replica.role());
+    ensure!(role == Some(Role::Leader), "{read:?}");
+
+    write_on(&cluster).await?;
+    cluster.ready(odd).await?;
+    cluster
+        .until("all is well", async || {
+            health(&cluster, odd).is_ok_and(|(code, _)| code == Some(0))
+        })
+        .await?;
+    cluster.stop().await
+}
