@@ -9,7 +9,7 @@
 use std::{borrow::Cow, collections::HashMap, io, time::Duration};
 
 use holdfast_proto::{
-    InvalidKey, InvalidToken, reason,
+    InvalidKey, InvalidToken, ShardId, reason,
     v1::{FailureClass, KeyError},
 };
 use holdfast_raft::{ReadError, WriteError};
@@ -226,6 +226,13 @@ impl Error {
         Self::new(reason::NOT_READY, why)
     }
 
+    pub fn not_here(shard: ShardId) -> Self {
+        Self::new(
+            reason::NOT_READY,
+            format!("this node has no replica of shard {shard}"),
+        )
+    }
+
     pub fn no_leader() -> Self {
         Self::new(reason::NO_LEADER, "nobody leads the key's shard")
     }
@@ -256,6 +263,10 @@ impl Error {
 
     pub fn maybe_applied(self) -> Self {
         self.with(reason::APPLIED, reason::APPLIED_UNKNOWN)
+    }
+
+    pub fn is_not_applied(&self) -> bool {
+        self.metadata(reason::APPLIED) == Some(reason::APPLIED_NO)
     }
 
     pub fn reason(&self) -> &str {

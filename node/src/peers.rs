@@ -1,5 +1,5 @@
 //! What other nodes ask of this one beside agreement: fetches and reports for the leader of a key,
-//! and reads that they could not answer themselves.
+//! reads that they could not answer themselves, and Sets that its policies judge.
 //!
 //! Promises to answer only who belongs to the cluster, and never to pass a question on. Must never
 //! know how a value is fetched or a read is answered.
@@ -11,7 +11,8 @@ use holdfast_proto::{
     Key,
     limits::{BATCH_KEYS_MAX, DEADLINE_DEFAULT, PEER_MESSAGE_BYTES_MAX},
     peer::{
-        FetchRequest, Header, ReadRequest, ReadResponse, ReportReadsRequest, ReportReadsResponse,
+        FetchRequest, ForwardSetRequest, ForwardSetResponse, Header, ReadRequest, ReadResponse,
+        ReportReadsRequest, ReportReadsResponse,
         refresh_service_server::{RefreshService, RefreshServiceServer},
     },
     timeout,
@@ -104,6 +105,23 @@ impl RefreshService for PeerServer {
         Ok(Response::new(ReportReadsResponse {
             header: Some(replica.reply()),
             policy_hash: self.refresher.policy_hash(),
+        }))
+    }
+
+    async fn forward_set(
+        &self,
+        request: Request<ForwardSetRequest>,
+    ) -> Result<Response<ForwardSetResponse>, Status> {
+        let call = self.call(&request);
+        let message = request.into_inner();
+        let replica = self.checked(message.header.as_ref())?;
+        let set = message
+            .set
+            .ok_or_else(|| Status::invalid_argument("no Set"))?;
+        let set = self.cache.set_for_peer(set, &call).await?;
+        Ok(Response::new(ForwardSetResponse {
+            header: Some(replica.reply()),
+            set: Some(set),
         }))
     }
 

@@ -121,7 +121,7 @@ impl Cache {
         }
         // Not one of them was a key.
         if groups.is_empty() {
-            let first = self.replicas.replicas().first();
+            let first = self.replicas.replicas().next();
             here.extend(first.map(|first| (&**first, first.standing())));
         }
         let (position, token) = self.position(&peers, &here);

@@ -82,6 +82,15 @@ impl Cache {
             .ok_or_else(|| Error::not_ready(self.replicas.why_retired()))
     }
 
+    /// Of every shard: what asks for all keys cannot leave one out.
+    fn all_replicas(&self) -> Result<Vec<Arc<Replica>>, Error> {
+        let shards = 0..self.replicas.shards();
+        let replica = |shard| self.replicas.replica(shard);
+        shards
+            .map(|shard| replica(shard).ok_or_else(|| Error::not_here(shard)))
+            .collect()
+    }
+
     /// The client address of the node that leads, if it is another one.
     fn leader_elsewhere(&self, replica: &Replica) -> Option<String> {
         let leader = replica.leader().filter(|leader| !leader.is_self)?;

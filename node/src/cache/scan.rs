@@ -82,17 +82,18 @@ impl Cache {
             controls,
         } = check(request)?;
         self.peers()?;
-        for replica in self.replicas.replicas() {
+        let replicas = self.all_replicas()?;
+        for replica in &replicas {
             self.seen_here(replica, &controls, &call.deadline).await?;
         }
-        let rows = |replica: &Arc<Replica>| ShardRows {
-            replica: replica.clone(),
+        let rows = |replica: Arc<Replica>| ShardRows {
             standing: replica.standing(),
             ahead: VecDeque::new(),
             from: Some(from.clone()),
             rows: 1,
+            replica,
         };
-        let shards = self.replicas.replicas().iter().map(rows).collect();
+        let shards = replicas.into_iter().map(rows).collect();
         let page = Page {
             cache: self.clone(),
             rules: self.rules.load_full(),

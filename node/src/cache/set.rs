@@ -1,25 +1,31 @@
 //! Set: replaces a key's value, times and tags.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{
     Key,
     limits::{
         CONTENT_TYPE_BYTES_MAX, TAG_BYTES_MAX, TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX,
     },
-    peer::{self, Lifetime, command::Op},
+    peer::{self, ForwardSetRequest, Lifetime, command::Op},
+    reason,
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
 };
+
+use holdfast_raft::{CallError, Leader, Replica};
 
 use super::{
     Cache,
     write::{Acknowledged, check_request_id},
 };
-use crate::{error::Error, operation::Call, policy::Policy};
+use crate::{error::Error, grpc::error_of, operation::Call, policy::Policy};
 
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
+
+/// Between two leaders that are asked.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A Set that was checked.
 #[derive(Debug)]
@@ -40,7 +46,87 @@ enum Life {
 }
 
 impl Cache {
+    /// By the policies of whoever leads the key: a node that is known to have others lets the
+    /// leader form it.
     pub async fn set(
+        &self,
+        request: v1::SetRequest,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
+        let mut last = None;
+        // Whoever is no leader any more, or not reached, did not apply it: the next one judges.
+        while let Some((replica, leader)) = self.judge_of(&request) {
+            if let Some(error) = last.take_if(|_| call.deadline.has_passed()) {
+                return Err(error);
+            }
+            match self.forward_set(&replica, leader, &request, call).await {
+                Err(error) if error.is_not_applied() && error.reason() == reason::NO_LEADER => {
+                    last = Some(error);
+                    tokio::time::sleep(PAUSE.min(call.deadline.left())).await;
+                }
+                outcome => return outcome,
+            }
+        }
+        self.set_here(request, call).await
+    }
+
+    /// A Set that a peer lets this node judge, as the leader of its key.
+    pub(crate) async fn set_for_peer(
+        &self,
+        request: v1::SetRequest,
+        call: &Call,
+    ) -> Result<v1::SetResponse, Error> {
+        let leads = Key::new(request.key.clone()).is_ok_and(|key| {
+            self.replica_of(&key)
+                .is_ok_and(|replica| replica.leads().is_some())
+        });
+        if !leads {
+            return Err(Error::no_leader().not_applied());
+        }
+        let acknowledged = self.set_here(request, call).await?;
+        Ok(acknowledged.response)
+    }
+
+    /// Another node that leads the key and is known to have other policies.
+    fn judge_of(&self, request: &v1::SetRequest) -> Option<(Arc<Replica>, Leader)> {
+        let key = Key::new(request.key.clone()).ok()?;
+        let replica = self.replica_of(&key).ok()?;
+        let leader = self.refresher.judged_by(replica, &self.rules.load())?;
+        Some((replica.clone(), leader))
+    }
+
+    async fn forward_set(
+        &self,
+        replica: &Replica,
+        leader: Leader,
+        request: &v1::SetRequest,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
+        let peers = self.peers().map_err(Error::not_applied)?;
+        let question = ForwardSetRequest {
+            header: None,
+            set: Some(request.clone()),
+        };
+        let header = replica.header(leader.id);
+        let answered = peers.call(header, &call.deadline, question).await;
+        let response = answered.map_err(|error| match error {
+            CallError::NeverSent(_) => Error::no_leader().not_applied(),
+            CallError::Refused(status) => {
+                error_of(&status).unwrap_or_else(|| Error::no_leader().maybe_applied())
+            }
+            CallError::Timeout => Error::deadline().maybe_applied(),
+            CallError::GivenUp | CallError::Lost(_) => Error::no_leader().maybe_applied(),
+        })?;
+        let response = response.set.ok_or_else(|| {
+            Error::internal("the leader answered a Set with nothing", "it is empty").maybe_applied()
+        })?;
+        Ok(Acknowledged {
+            response,
+            leader: self.leader_elsewhere(replica),
+        })
+    }
+
+    async fn set_here(
         &self,
         mut request: v1::SetRequest,
         call: &Call,
