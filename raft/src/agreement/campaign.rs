@@ -22,7 +22,6 @@ use holdfast_proto::{
 };
 use openraft::{ServerState, raft::VoteRequest, type_config::async_runtime::watch::WatchReceiver};
 use parking_lot::Mutex;
-use tonic::Request;
 
 use super::{
     RaftHandle,
@@ -33,7 +32,7 @@ use super::{
     quorum::Voters,
     types::{LeaderId, LogId, Types, Vote, log_id_to, vote_from, vote_to},
 };
-use crate::peer::{Peers, Purpose};
+use crate::peer::Peers;
 
 /// How often a replica looks whether its leader still counts.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -236,21 +235,19 @@ impl Campaign {
         vote: Vote,
         pace: Pace,
     ) -> Option<(u64, PreVoteResponse)> {
-        let mut request = Request::new(PreVoteRequest {
-            header: Some(self.peers.header(voter, self.shard)),
+        let question = PreVoteRequest {
+            header: None,
             vote: Some(vote_to(&vote)),
             last_log_id: self.log.last_id().as_ref().map(log_id_to),
-        });
-        request.set_timeout(pace.ask_timeout());
+        };
+        let header = self.peers.header(voter, self.shard);
+        let deadline = self.leader_clock.deadline(pace.ask_timeout());
         let asked_at = self.leader_clock.monotonic();
         let answer = self
             .peers
-            .replica_client(address, Purpose::Control)
-            .pre_vote(request)
+            .call_at(address, header, &deadline, question)
             .await
-            .ok()?
-            .into_inner();
-        self.peers.heard(self.shard, voter, answer.header.as_ref());
+            .ok()?;
         let took = self.leader_clock.monotonic().saturating_sub(asked_at);
         self.peers.measured(voter, took, answer.header.as_ref());
         Some((voter, answer))

@@ -17,7 +17,11 @@ use super::{
     pace::{Pace, SharedPace},
     quorum::Quorum,
 };
-use crate::{clock::Clock, peer::Peers, state::State};
+use crate::{
+    clock::{Clock, Deadline},
+    peer::Peers,
+    state::State,
+};
 
 /// The clock of a voter that has not been heard for longer is not known.
 const CLOCK_COUNTS_FOR: Duration = Duration::from_secs(10);
@@ -158,6 +162,10 @@ impl LeaderClock {
 
     pub(crate) fn monotonic(&self) -> Duration {
         self.clock.monotonic()
+    }
+
+    pub(crate) fn deadline(&self, timeout: Duration) -> Deadline {
+        self.clock.deadline(timeout)
     }
 
     // ---- who leads ----

@@ -29,11 +29,12 @@ use holdfast_proto::{
     limits::PEER_MESSAGE_BYTES_MAX,
     peer::{
         AcceptRequest, AcceptResponse, AppendRequest, AppendResponse, ChangeMemberRequest,
-        ChangeMemberResponse, FetchRequest, FetchResponse, Header, HelloRequest, HelloResponse,
-        JoinRequest, JoinResponse, ProposeRequest, ProposeResponse, ReadIndexRequest,
-        ReadIndexResponse, ReadRequest, ReadResponse, ReplyHeader, ReportReadsRequest,
-        ReportReadsResponse, ReportRequest, ReportResponse,
-        membership_service_client::MembershipServiceClient,
+        ChangeMemberResponse, FetchRequest, FetchResponse, ForwardSetRequest, ForwardSetResponse,
+        Header, HelloRequest, HelloResponse, JoinRequest, JoinResponse, PreVoteRequest,
+        PreVoteResponse, ProposeRequest, ProposeResponse, ReadIndexRequest, ReadIndexResponse,
+        ReadRequest, ReadResponse, ReplyHeader, ReportReadsRequest, ReportReadsResponse,
+        ReportRequest, ReportResponse, TransferLeaderRequest, TransferLeaderResponse, VoteRequest,
+        VoteResponse, membership_service_client::MembershipServiceClient,
         refresh_service_client::RefreshServiceClient, replica_service_client::ReplicaServiceClient,
     },
 };
@@ -123,16 +124,20 @@ questions! {
     ChangeMemberRequest => ChangeMemberResponse by MembershipServiceClient::change_member over Control;
     ReportRequest => ReportResponse by MembershipServiceClient::report over Control;
     AppendRequest => AppendResponse by ReplicaServiceClient::append over Control;
+    VoteRequest => VoteResponse by ReplicaServiceClient::vote over Control;
+    PreVoteRequest => PreVoteResponse by ReplicaServiceClient::pre_vote over Control;
+    TransferLeaderRequest => TransferLeaderResponse by ReplicaServiceClient::transfer_leader over Control;
     ProposeRequest => ProposeResponse by ReplicaServiceClient::propose over Control;
     ReadIndexRequest => ReadIndexResponse by ReplicaServiceClient::read_index over Control;
     ReportReadsRequest => ReportReadsResponse by RefreshServiceClient::report_reads over Fetch;
     ReadRequest => ReadResponse by RefreshServiceClient::read over Fetch;
+    ForwardSetRequest => ForwardSetResponse by RefreshServiceClient::forward_set over Fetch;
 }
 
 between_members! {
     ChangeMemberRequest ReportRequest
-    AppendRequest ProposeRequest ReadIndexRequest
-    ReportReadsRequest ReadRequest
+    AppendRequest VoteRequest PreVoteRequest TransferLeaderRequest ProposeRequest ReadIndexRequest
+    ReportReadsRequest ReadRequest ForwardSetRequest
 }
 
 impl Peers {
@@ -255,7 +260,7 @@ async fn exchange<Q: Question>(
     };
     match answer {
         Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(without_answer(failed(status), &handover)),
+        Ok(Err(status)) => Err(without_answer(status.into(), &handover)),
         Err(_) => Err(without_answer(CallError::Timeout, &handover)),
     }
 }
@@ -269,17 +274,19 @@ fn without_answer(error: CallError, handover: &Handover) -> CallError {
 }
 
 /// What a peer says has come over the wire; what has a source was made here.
-fn failed(status: Status) -> CallError {
-    let Some(source) = status.source() else {
-        return CallError::Refused(status);
-    };
-    let (mut cause, mut timed_out) = (source, false);
-    loop {
-        timed_out |= cause.is::<TimeoutExpired>();
-        match cause.source() {
-            Some(deeper) => cause = deeper,
-            None if timed_out => return CallError::Timeout,
-            None => return CallError::Lost(cause.to_string()),
+impl From<Status> for CallError {
+    fn from(status: Status) -> Self {
+        let Some(source) = status.source() else {
+            return Self::Refused(status);
+        };
+        let (mut cause, mut timed_out) = (source, false);
+        loop {
+            timed_out |= cause.is::<TimeoutExpired>();
+            match cause.source() {
+                Some(deeper) => cause = deeper,
+                None if timed_out => return Self::Timeout,
+                None => return Self::Lost(cause.to_string()),
+            }
         }
     }
 }

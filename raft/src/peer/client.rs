@@ -39,9 +39,9 @@ use openraft::{
     type_config::alias::SnapshotOf,
 };
 use tokio::sync::Semaphore;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 
-use super::{Peers, Purpose, snapshot::SnapshotError};
+use super::{CallError, Peers, Purpose, call::MemberQuestion, snapshot::SnapshotError};
 use crate::{
     agreement::{
         agreed::Agreed,
@@ -136,14 +136,21 @@ pub(crate) struct PeerClient {
 }
 
 impl PeerClient {
-    fn header(&self, leads: Option<u64>) -> Option<wire::Header> {
-        Some(self.network.header(self.target, leads))
-    }
-
     fn heard(&self, reply: Option<&wire::ReplyHeader>) {
         self.network
             .peers
             .heard(self.network.shard, self.target, reply);
+    }
+
+    async fn call<Q: MemberQuestion>(&self, question: Q, timeout: Duration) -> Rpc<Q::Reply> {
+        self.open()?;
+        let header = self.network.header(self.target, None);
+        let deadline = self.network.leader_clock.deadline(timeout);
+        self.network
+            .peers
+            .call_at(&self.address(), header, &deadline, question)
+            .await
+            .map_err(|error| failed(&error))
     }
 
     fn open(&self) -> Rpc<()> {
@@ -170,21 +177,15 @@ impl PeerClient {
         }
     }
 
-    /// A peer that cannot be reached, or will not have us, is left alone for a while; anything else
-    /// is tried again soon.
-    fn failed(&self, status: &Status) -> RPCError<Types> {
-        match status.code() {
-            Code::FailedPrecondition => {
-                self.network
-                    .peers
-                    .note_refusal(self.target, &self.address(), status);
-                RPCError::Unreachable(Unreachable::from_string(status))
-            }
-            Code::Unavailable | Code::Unimplemented => {
-                RPCError::Unreachable(Unreachable::from_string(status))
-            }
-            _ => RPCError::Network(NetworkError::from_string(status)),
+    /// A stream, of messages or of files, was ended.
+    fn stream_failed(&self, status: Status) -> RPCError<Types> {
+        let error = CallError::from(status);
+        if let CallError::Refused(status) = &error {
+            self.network
+                .peers
+                .note_refusal(self.target, &self.address(), status);
         }
+        failed(&error)
     }
 
     fn call_timeout(&self) -> Duration {
@@ -192,12 +193,6 @@ impl PeerClient {
             .leader_clock
             .pace()
             .answer_timeout(CALL_TIMEOUT)
-    }
-
-    fn request<T>(&self, message: T, timeout: Duration) -> Request<T> {
-        let mut request = Request::new(message);
-        request.set_timeout(timeout);
-        request
     }
 
     /// One append as a call, in a task of its own: openraft drops its call when its time is up, and
@@ -227,38 +222,30 @@ impl PeerClient {
             .acknowledged()
             .of_shard(self.network.shard);
         let message = wire::AppendRequest {
-            header: Some(header),
+            header: None,
             vote: Some(vote_to(&rpc.vote)),
             prev_log_id: rpc.prev_log_id.as_ref().map(log_id_to),
             entries: rpc.entries.iter().map(entry_to).collect(),
             leader_commit: rpc.leader_commit.as_ref().map(log_id_to),
         };
-        let (mut client, request) = (
-            self.client(Purpose::Control),
-            self.request(message, timeout),
-        );
-        let (peers, shard, target) = (self.network.peers.clone(), self.network.shard, self.target);
+        let (peers, address, target) = (self.network.peers.clone(), self.address(), self.target);
         let (leader_clock, term) = (self.network.leader_clock.clone(), rpc.vote.leader_id.term);
         let call = crate::task::spawn(async move {
             let _permit = permit;
             let sent_at = leader_clock.monotonic();
-            // The request's own timeout does not count the dial.
-            let response = tokio::time::timeout(timeout, client.append(request)).await;
-            let response = response
-                .map_err(|_| Status::deadline_exceeded("the peer does not answer"))??
-                .into_inner();
-            peers.heard(shard, target, response.header.as_ref());
+            let deadline = leader_clock.deadline(timeout);
+            let response = peers.call_at(&address, header, &deadline, message).await?;
             let took = leader_clock.monotonic().saturating_sub(sent_at);
             peers.measured(target, took, response.header.as_ref());
             if is_acknowledged(response.result.as_ref()) {
                 leader_clock.acknowledged(target, term, sent_at);
             }
-            Ok::<_, Status>(response.result)
+            Ok::<_, CallError>(response.result)
         });
         let result = call
             .await
             .map_err(|error| network_error(&error))?
-            .map_err(|status| self.failed(&status))?;
+            .map_err(|error| failed(&error))?;
         match result {
             Some(append_response::Result::Success(_)) => Ok(AppendEntriesResponse::Success),
             Some(append_response::Result::Partial(matched)) => Ok(
@@ -310,13 +297,13 @@ impl PeerClient {
             .send(
                 state,
                 self.client(Purpose::Bulk),
-                self.header(None),
+                Some(self.network.header(self.target, None)),
                 vote,
                 install_timeout,
             )
             .await;
         let response = sent.map_err(|error| match error {
-            SnapshotError::Peer(status) => self.failed(&status),
+            SnapshotError::Peer(status) => self.stream_failed(*status),
             other => network_error(&other),
         })?;
         self.heard(response.header.as_ref());
@@ -382,7 +369,7 @@ impl RaftNetworkV2<Types> for PeerClient {
                 .client(self.purpose)
                 .stream_append(requests)
                 .await
-                .map_err(|status| self.failed(&status))?
+                .map_err(|status| self.stream_failed(status))?
                 .into_inner();
             let this: &'s PeerClient = self;
             let answers =
@@ -407,20 +394,13 @@ impl RaftNetworkV2<Types> for PeerClient {
         rpc: VoteRequest<Types>,
         _option: RPCOption,
     ) -> Rpc<VoteResponse<Types>> {
-        self.open()?;
-        let message = wire::VoteRequest {
-            header: self.header(None),
+        let question = wire::VoteRequest {
+            header: None,
             vote: Some(vote_to(&rpc.vote)),
             last_log_id: rpc.last_log_id.as_ref().map(log_id_to),
             leadership_transfer: rpc.leadership_transfer,
         };
-        let response = self
-            .client(Purpose::Control)
-            .vote(self.request(message, VOTE_TIMEOUT))
-            .await
-            .map_err(|status| self.failed(&status))?
-            .into_inner();
-        self.heard(response.header.as_ref());
+        let response = self.call(question, VOTE_TIMEOUT).await?;
         Ok(VoteResponse::new(
             vote_of(response.vote)?,
             response.last_log_id.map(log_id_from),
@@ -452,19 +432,13 @@ impl RaftNetworkV2<Types> for PeerClient {
         req: TransferLeaderRequest<Types>,
         _option: RPCOption,
     ) -> Rpc<openraft::raft::TransferLeaderResponse<Types>> {
-        self.open()?;
-        let message = wire::TransferLeaderRequest {
-            header: self.header(None),
+        let question = wire::TransferLeaderRequest {
+            header: None,
             from_leader: Some(vote_to(req.from_leader())),
             to_node: *req.to_node_id(),
             last_log_id: req.last_log_id().map(log_id_to),
         };
-        let sent = self
-            .client(Purpose::Control)
-            .transfer_leader(self.request(message, self.call_timeout()))
-            .await;
-        let response = sent.map_err(|status| self.failed(&status))?.into_inner();
-        self.heard(response.header.as_ref());
+        let response = self.call(question, self.call_timeout()).await?;
         if !response.accepted {
             return Err(RPCError::Network(NetworkError::from_string(
                 "the peer cannot take over now",
@@ -568,8 +542,25 @@ impl PeerClient {
                 NetworkError::from_string("the follower needs entries that are to be purged"),
             ))),
             Ok(None) => self.open().err().map(Err),
-            Err(status) => Some(Err(self.failed(&status))),
+            Err(status) => Some(Err(self.stream_failed(status))),
         }
+    }
+}
+
+/// A peer that cannot be reached, or will not have us, is left alone for a while; anything else is
+/// tried again soon.
+fn failed(error: &CallError) -> RPCError<Types> {
+    let is_for_a_while = match error {
+        CallError::NeverSent(_) | CallError::Lost(_) => true,
+        CallError::Refused(status) => matches!(
+            status.code(),
+            Code::FailedPrecondition | Code::Unavailable | Code::Unimplemented
+        ),
+        CallError::Timeout | CallError::GivenUp => false,
+    };
+    match is_for_a_while {
+        true => RPCError::Unreachable(Unreachable::from_string(error)),
+        false => RPCError::Network(NetworkError::from_string(error)),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 use openraft::{raft::AppendEntriesRequest, storage::Snapshot};
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Response, Streaming};
+use tonic::{Request, Response, Streaming};
 
 use super::*;
 use crate::{
