@@ -18,6 +18,7 @@ use crate::{
     metrics::{self, Metrics, Seen},
     operation::Operations,
     ready::{Checks, Readiness},
+    refresh::Refresher,
     serve::Listeners,
 };
 
@@ -28,6 +29,7 @@ pub(crate) struct Shown {
     pub(crate) readiness: Arc<Readiness>,
     pub(crate) listeners: Arc<Listeners>,
     pub(crate) operations: Arc<Operations>,
+    pub(crate) refresher: Arc<Refresher>,
     pub(crate) is_insecure: bool,
 }
 
@@ -66,6 +68,7 @@ async fn scrape(State(shown): State<Arc<Shown>>) -> Response {
             replicas: &shown.replicas,
             listeners: &shown.listeners,
             load: shown.operations.load(),
+            refresher: &shown.refresher,
             is_insecure: shown.is_insecure,
             is_ready,
         })

@@ -13,9 +13,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::{Metrics, ShardLabel};
+use super::{Metrics, ShardLabel, UpstreamLabel};
 use crate::{
     operation::{KINDS, Load},
+    refresh::Refresher,
     resources,
     serve::Listeners,
 };
@@ -26,6 +27,7 @@ pub(crate) struct Seen<'a> {
     pub(crate) replicas: &'a Replicas,
     pub(crate) listeners: &'a Listeners,
     pub(crate) load: &'a Load,
+    pub(crate) refresher: &'a Refresher,
     /// A listener beyond loopback is open without TLS and auth.
     pub(crate) is_insecure: bool,
     pub(crate) is_ready: bool,
@@ -59,6 +61,11 @@ struct Gauges {
     term: ByShard<i64, std::sync::atomic::AtomicI64>,
     clock_skewed: ByShard<i64, std::sync::atomic::AtomicI64>,
     log_time_ahead: ByShard<f64, AtomicU64>,
+    proposals_waiting: ByShard<i64, std::sync::atomic::AtomicI64>,
+    refresh_overdue: ByShard<i64, std::sync::atomic::AtomicI64>,
+    refresh_behind: ByShard<f64, AtomicU64>,
+    is_diverged: ByShard<i64, std::sync::atomic::AtomicI64>,
+    is_split: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory_entries: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory_evicted: Family<ShardLabel, Counter>,
@@ -73,6 +80,7 @@ impl Metrics {
         register_node(&mut registry, seen);
         register_connections(&mut registry, seen.listeners);
         register_load(&mut registry, seen.load);
+        register_refresh(&mut registry, seen.refresher);
         if let Some(peers) = seen.replicas.peers() {
             register_peers(
                 &mut registry,
@@ -83,8 +91,7 @@ impl Metrics {
         let gauges = Gauges::default();
         seen.replicas
             .replicas()
-            .iter()
-            .for_each(|replica| gauges.read(replica));
+            .for_each(|replica| gauges.read(replica, seen.refresher));
         gauges.register(&mut registry);
 
         let mut text = String::new();
@@ -185,6 +192,45 @@ fn register_load(registry: &mut Registry, load: &Load) {
     );
 }
 
+fn register_refresh(registry: &mut Registry, refresher: &Refresher) {
+    let running = Family::<UpstreamLabel, Gauge>::default();
+    let waiting = Family::<UpstreamLabel, Gauge>::default();
+    let readers = Family::<UpstreamLabel, Gauge>::default();
+    for backlog in refresher.upstream_backlogs() {
+        let label = UpstreamLabel::of(&backlog.upstream);
+        let set = |gauges: &Family<UpstreamLabel, Gauge>, count: usize| {
+            gauges.get_or_create(&label).set(signed(count as u64));
+        };
+        set(&running, backlog.flights_running);
+        set(&waiting, backlog.flights_waiting);
+        set(&readers, backlog.readers_waiting);
+    }
+    registry.register("flights_running", "Fetches under way", running);
+    registry.register(
+        "flights_waiting",
+        "Fetches that wait for a slot of their upstream",
+        waiting,
+    );
+    registry.register(
+        "flight_readers",
+        "Requests that wait for a fetch, here or at the leader",
+        readers,
+    );
+    let dropped = Counter::<u64>::default();
+    dropped.inc_by(refresher.marks_dropped());
+    registry.register(
+        "reads_unmarked",
+        "Reads from which no refresh follows: there was no room to remember them",
+        dropped,
+    );
+    let policies = Info::new([("hash", refresher.policy_hash().to_string())]);
+    registry.register(
+        "policies",
+        "The policies this node judges by: nodes with another hash judge otherwise",
+        policies,
+    );
+}
+
 fn register_peers(registry: &mut Registry, peers: &Peers, disk_bytes_max: u64) {
     let permille = u64::from(peers.disk_used_permille());
     let used = gauge(signed(peers.disk_used_bytes()));
@@ -223,7 +269,7 @@ fn register_peers(registry: &mut Registry, peers: &Peers, disk_bytes_max: u64) {
 }
 
 impl Gauges {
-    fn read(&self, replica: &Replica) {
+    fn read(&self, replica: &Replica, refresher: &Refresher) {
         let shard = ShardLabel {
             shard: replica.shard(),
         };
@@ -252,6 +298,24 @@ impl Gauges {
         self.log_time_ahead
             .get_or_create(&shard)
             .set(replica.log_time_ahead_ms() as f64 / 1000.0);
+        self.proposals_waiting
+            .get_or_create(&shard)
+            .set(signed(replica.proposals_waiting() as u64));
+        // Of what this node leads.
+        if let Some(backlog) = refresher.due_backlog(replica.shard()) {
+            self.refresh_overdue
+                .get_or_create(&shard)
+                .set(signed(backlog.overdue as u64));
+            self.refresh_behind
+                .get_or_create(&shard)
+                .set(backlog.behind_ms as f64 / 1000.0);
+        }
+        self.is_diverged
+            .get_or_create(&shard)
+            .set(i64::from(replica.is_diverged()));
+        self.is_split
+            .get_or_create(&shard)
+            .set(i64::from(replica.states_are_split()));
         let memory = replica.memory_use();
         self.memory.get_or_create(&shard).set(signed(memory.bytes));
         self.memory_entries
@@ -306,6 +370,32 @@ impl Gauges {
             "How far log time is ahead of the voters' clocks",
             Unit::Seconds,
             self.log_time_ahead,
+        );
+        registry.register(
+            "proposals_waiting",
+            "Writes that wait to be put into the log",
+            self.proposals_waiting,
+        );
+        registry.register(
+            "refresh_overdue",
+            "Keys that were overdue when this node began to lead and wait for their turn",
+            self.refresh_overdue,
+        );
+        registry.register_with_unit(
+            "refresh_behind",
+            "How far the look at what comes due is behind",
+            Unit::Seconds,
+            self.refresh_behind,
+        );
+        registry.register(
+            "state_is_diverged",
+            "1 if this replica's state is not the majority's and waits for the leader's",
+            self.is_diverged,
+        );
+        registry.register(
+            "states_are_split",
+            "1 if this leader finds no majority with the same state",
+            self.is_split,
         );
         registry.register_with_unit("memory", "Entries in memory", Unit::Bytes, self.memory);
         registry.register("memory_entries", "Entries in memory", self.memory_entries);

@@ -367,6 +367,7 @@ impl Parts {
 
     fn serve_admin(&self, listener: TcpListener) -> Serving {
         let router = admin::router(admin::Shown {
+            refresher: self.refresher.clone(),
             metrics: self.metrics.clone(),
             replicas: self.replicas.clone(),
             readiness: self.readiness.clone(),

@@ -15,7 +15,7 @@ use holdfast_proto::{Key, timeline::Millis};
 use holdfast_raft::{InMemory, Replica};
 use tokio::time::MissedTickBehavior;
 
-use super::{Refresher, marks::Hashed, queue::Priority};
+use super::{Refresher, backlog::DueBacklog, marks::Hashed, queue::Priority};
 
 const SCAN_EVERY: Duration = Duration::from_millis(50);
 /// Rows of one read, and of what is due of one look.
@@ -111,6 +111,13 @@ impl Watch {
         }
     }
 
+    fn backlog(&self, now: Millis) -> DueBacklog {
+        DueBacklog {
+            overdue: self.turns.len(),
+            behind_ms: now.saturating_sub(self.due.from),
+        }
+    }
+
     /// Whose turn it is, as many as one look takes.
     fn next_turns(&mut self, now: Millis) -> Vec<Key> {
         let mut next = Vec::new();
@@ -132,6 +139,7 @@ impl Refresher {
             every.tick().await;
             let Some(term) = replica.leads() else {
                 watch = None;
+                self.set_due_backlog(replica.shard(), None);
                 continue;
             };
             let now = replica.now();
@@ -142,6 +150,7 @@ impl Refresher {
             if let Err(error) = self.look(&replica, watch, now).await {
                 tracing::warn!(%error, shard = replica.shard(), "the due index cannot be read");
             }
+            self.set_due_backlog(replica.shard(), Some(watch.backlog(now)));
         }
     }
 

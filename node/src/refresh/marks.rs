@@ -36,6 +36,7 @@ pub(crate) struct Marks {
     /// One word a place: the last key read there, in which tick, and whether it was due.
     recent: Box<[AtomicU64]>,
     stripes: Box<[Mutex<Stripe>]>,
+    dropped: AtomicU64,
 }
 
 /// What a follower tells its leader.
@@ -80,6 +81,7 @@ impl Default for Marks {
             tick: AtomicU64::new(1),
             recent: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
+            dropped: AtomicU64::new(0),
         }
     }
 }
@@ -106,8 +108,9 @@ impl Marks {
 
     /// Read at `at`. Never waits.
     pub(crate) fn try_mark(&self, key: Hashed, at: Millis) {
-        if let Some(mut stripe) = self.stripes[key.stripe()].try_lock() {
-            stripe.mark(key, at);
+        match self.stripes[key.stripe()].try_lock() {
+            Some(mut stripe) => stripe.mark(key, at),
+            None => self.drop_one(),
         }
     }
 
@@ -118,17 +121,33 @@ impl Marks {
 
     /// Marked here, and told to the leader with the next report. Never waits.
     pub(crate) fn try_report(&self, hashed: Hashed, key: &[u8], due: bool, at: Millis) {
-        if let Some(mut stripe) = self.stripes[hashed.stripe()].try_lock() {
-            stripe.report(hashed, key, due, at);
+        let is_kept = self.stripes[hashed.stripe()]
+            .try_lock()
+            .is_some_and(|mut stripe| stripe.report(hashed, key, due, at));
+        if !is_kept {
+            self.drop_one();
         }
+    }
+
+    /// Nothing follows from one read.
+    pub(crate) fn drop_one(&self) {
+        self.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     /// As a reader would who finds it due, but never lost to another's lock: what was invalidated
     /// has to be refreshed though nobody reads it.
     pub(crate) fn report_due(&self, key: &[u8], at: Millis) {
         let hashed = Hashed::of(key);
-        let mut stripe = self.stripes[hashed.stripe()].lock();
-        stripe.report(hashed, key, true, at);
+        let is_kept = self.stripes[hashed.stripe()]
+            .lock()
+            .report(hashed, key, true, at);
+        if !is_kept {
+            self.drop_one();
+        }
     }
 
     /// A report that reached nobody goes with the next one, as far as there is room.
@@ -190,22 +209,21 @@ impl Stripe {
         *known = at.max(*known);
     }
 
-    fn report(&mut self, hashed: Hashed, key: &[u8], due: bool, at: Millis) {
+    /// False if there is no room for it.
+    fn report(&mut self, hashed: Hashed, key: &[u8], due: bool, at: Millis) -> bool {
         self.mark(hashed, at);
         let keys = if due { &mut self.due } else { &mut self.read };
-        if !keys.0.contains(key)
-            && let Some(key) = own_key(key)
-        {
-            keys.insert_if_room(key);
-        }
+        keys.0.contains(key) || own_key(key).is_some_and(|key| keys.insert_if_room(key))
     }
 }
 
 impl Reported {
-    fn insert_if_room(&mut self, key: Key) {
-        if self.0.len() < REPORTED_MAX {
+    fn insert_if_room(&mut self, key: Key) -> bool {
+        let has_room = self.0.len() < REPORTED_MAX;
+        if has_room {
             self.0.insert(key);
         }
+        has_room
     }
 }
 
@@ -284,6 +302,7 @@ mod tests {
             marks.try_report(Hashed::of(&key), &key, false, 1);
             marks.try_report(Hashed::of(&key), &key, n % 2 == 0, 1);
         }
+        assert!(marks.dropped() > 0);
         let soon = marks.take_report(false);
         assert!(
             soon.read.is_empty()

@@ -12,6 +12,7 @@
 
 mod answer;
 mod ask;
+mod backlog;
 mod due;
 mod failures;
 mod flight;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::answer::Answers;
 use self::{
     ask::Links,
+    backlog::DueBacklog,
     marks::{Hashed, Marks, own_key},
     queue::{Priority, Queue},
 };
@@ -75,6 +77,8 @@ pub struct Refresher {
     hinted: Mutex<mpsc::Receiver<Key>>,
     /// Whom all that was read before was told to, by shard.
     told: parking_lot::Mutex<HashMap<ShardId, Told>>,
+    /// By shard this node leads.
+    due_backlogs: parking_lot::Mutex<HashMap<ShardId, DueBacklog>>,
     stop: CancellationToken,
     tasks: Tasks,
 }
@@ -117,6 +121,7 @@ impl Refresher {
             hints,
             hinted: Mutex::new(hinted),
             told: Default::default(),
+            due_backlogs: Default::default(),
             stop: tasks.stopping().clone(),
             tasks,
         })
@@ -202,8 +207,11 @@ impl Refresher {
             return;
         }
         self.marks.try_mark(hashed, at);
-        if due && let Some(key) = own_key(key) {
-            let _ = self.hints.try_send(key);
+        if due
+            && let Some(key) = own_key(key)
+            && self.hints.try_send(key).is_err()
+        {
+            self.marks.drop_one();
         }
     }
 

@@ -265,7 +265,7 @@ impl Node {
     }
 
     pub(super) fn replica(&self) -> &Arc<Replica> {
-        &self.replicas.replicas()[0]
+        self.replicas.replicas().next().unwrap()
     }
 
     /// Other rules from here on, as another configuration would have.

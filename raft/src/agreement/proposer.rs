@@ -56,6 +56,11 @@ impl Proposer {
         Self { queue }
     }
 
+    /// Commands in the queue.
+    pub(crate) fn waiting(&self) -> usize {
+        self.queue.max_capacity() - self.queue.capacity()
+    }
+
     /// Proposes here and waits for the outcome. Only a leader gets one.
     pub(crate) async fn propose(
         &self,

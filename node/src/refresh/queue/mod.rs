@@ -26,6 +26,7 @@ use tracing::Span;
 pub(crate) use self::slots::Priority;
 use self::slots::{Entered, Slots};
 use super::{
+    backlog::UpstreamBacklog,
     gate::Gate,
     marks::own_key,
     outcome::FetchOutcome,
@@ -210,6 +211,16 @@ impl Queue {
             flights.end(&key, &FetchOutcome::NotLeading);
         }
         self.count(&flights);
+    }
+
+    pub(crate) fn backlog(&self) -> UpstreamBacklog {
+        let flights = self.flights.lock();
+        UpstreamBacklog {
+            upstream: self.upstream.to_string(),
+            flights_running: flights.slots.running(),
+            flights_waiting: flights.slots.waiting(),
+            readers_waiting: READERS_MAX.saturating_sub(self.readers.available_permits()),
+        }
     }
 
     pub(crate) fn is_idle(&self) -> bool {

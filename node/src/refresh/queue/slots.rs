@@ -146,6 +146,10 @@ impl Slots {
         }
     }
 
+    pub(crate) fn running(&self) -> usize {
+        self.running_misses + self.running_refreshes
+    }
+
     pub(crate) fn waiting(&self) -> usize {
         self.places.len()
     }
@@ -155,7 +159,7 @@ impl Slots {
             Priority::Miss => self.running_misses,
             Priority::Asked | Priority::Due => self.running_refreshes,
         };
-        self.running_misses + self.running_refreshes < FLIGHTS_MAX && alike < FLIGHTS_MAX - RESERVED
+        self.running() < FLIGHTS_MAX && alike < FLIGHTS_MAX - RESERVED
     }
 
     fn take(&mut self, priority: Priority) {
