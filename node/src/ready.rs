@@ -86,7 +86,7 @@ impl Readiness {
     pub fn to_write(&self) -> Checks {
         let mut checks = self.to_read();
         let without = self.shards_where(|replica| replica.leader().is_none());
-        let no_leader = if self.replicas.replicas().is_empty() {
+        let no_leader = if self.replicas.replicas().next().is_none() {
             Some("no shard is open".to_owned())
         } else {
             (!without.is_empty()).then(|| format!("nobody leads: {without}"))
@@ -113,7 +113,6 @@ impl Readiness {
         let shards = self
             .replicas
             .replicas()
-            .iter()
             .filter(|replica| holds(replica))
             .map(|replica| format!("shard {}", replica.shard()));
         shards.collect::<Vec<_>>().join(", ")

@@ -5,6 +5,7 @@
 //! other's insides. Must never know any of them.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
@@ -81,8 +82,34 @@ pub(crate) struct Local {
 /// What there is once the node belongs to a cluster.
 pub(crate) struct Opened {
     pub(crate) peers: Arc<Peers>,
-    pub(crate) replicas: Vec<Arc<Replica>>,
+    /// Of the shards that are kept here.
+    replicas: BTreeMap<ShardId, Arc<Replica>>,
     pub(crate) table: SlotTable,
+}
+
+impl Opened {
+    pub(crate) fn new(
+        peers: Arc<Peers>,
+        replicas: impl IntoIterator<Item = Arc<Replica>>,
+        table: SlotTable,
+    ) -> Self {
+        let by_shard = |replica: Arc<Replica>| (replica.shard(), replica);
+        Self {
+            peers,
+            replicas: replicas.into_iter().map(by_shard).collect(),
+            table,
+        }
+    }
+
+    /// `None` if the shard is not kept here.
+    pub(crate) fn replica(&self, shard: ShardId) -> Option<&Arc<Replica>> {
+        self.replicas.get(&shard)
+    }
+
+    /// By shard.
+    pub(crate) fn replicas(&self) -> impl DoubleEndedIterator<Item = &Arc<Replica>> + Clone {
+        self.replicas.values()
+    }
 }
 
 impl Local {
@@ -244,11 +271,17 @@ impl Local {
     }
 
     pub(crate) fn replica(&self, shard: ShardId) -> Option<&Arc<Replica>> {
-        self.replicas().get(usize::try_from(shard).ok()?)
+        self.opened()?.replica(shard)
     }
 
-    pub(crate) fn replicas(&self) -> &[Arc<Replica>] {
-        self.opened().map_or(&[], |opened| &opened.replicas)
+    /// Of the shards that are kept here, none until the node belongs to a cluster.
+    pub(crate) fn replicas(&self) -> impl DoubleEndedIterator<Item = &Arc<Replica>> + Clone {
+        self.opened().into_iter().flat_map(Opened::replicas)
+    }
+
+    /// How many the cluster has; 0 until the node belongs to one.
+    pub(crate) fn shards(&self) -> u32 {
+        self.opened().map_or(0, |opened| opened.table.shards())
     }
 
     /// `None` until the node belongs to a cluster.

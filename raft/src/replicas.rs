@@ -198,8 +198,14 @@ impl Replicas {
         self.local.replica(shard).cloned()
     }
 
-    pub fn replicas(&self) -> &[Arc<Replica>] {
+    /// Of the shards that are kept here, none until the node belongs to a cluster.
+    pub fn replicas(&self) -> impl Iterator<Item = &Arc<Replica>> + Clone {
         self.local.replicas()
+    }
+
+    /// How many the cluster has; 0 until the node belongs to one.
+    pub fn shards(&self) -> u32 {
+        self.local.shards()
     }
 
     /// Why this node answers no data for good, though its replicas may be open: it was removed, is
@@ -333,11 +339,7 @@ impl Replicas {
             shards = cluster.shards,
             "this node belongs to a cluster"
         );
-        let opened = Opened {
-            peers,
-            replicas,
-            table,
-        };
+        let opened = Opened::new(peers, replicas, table);
         if !self.local.open(opened) {
             return Err(io::Error::other("this node already belongs to a cluster"));
         }
@@ -362,7 +364,7 @@ impl Replicas {
             let _ = membership
                 .wait_for(|membership| *membership == Membership::Member)
                 .await;
-            let ends = self.replicas().iter().map(|replica| {
+            let ends = self.replicas().map(|replica| {
                 Box::pin(async move {
                     let why = replica.died().await;
                     format!("the replica of shard {} stopped: {why}", replica.shard())

@@ -95,8 +95,7 @@ impl Upkeep {
                 );
             }
             let led = opened
-                .replicas
-                .iter()
+                .replicas()
                 .filter(|replica| replica.leader().is_some_and(|leader| leader.is_self));
             join_all(
                 led.map(|replica| tokio::time::timeout(HAND_OVER_TIMEOUT, replica.hand_over(None))),
@@ -111,14 +110,14 @@ impl Upkeep {
     /// What shard 0 has applied says who is a member; the groups may know some sooner, and need
     /// some longer.
     fn know_members(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first() else {
+        let Some(first) = opened.replica(0) else {
             return;
         };
         let roster = first.state().roster();
         if roster.members.is_empty() {
             return;
         }
-        let groups = opened.replicas.iter().flat_map(|group| group.members());
+        let groups = opened.replicas().flat_map(|group| group.members());
         let groups: Vec<Member> = groups.collect();
         let me = opened.peers.identity().node_id;
         let is_in = |members: &[Member]| members.iter().any(|member| member.id == me);
@@ -144,10 +143,7 @@ impl Upkeep {
         let Some(cluster) = self.local.identity().record().cluster else {
             return;
         };
-        let caught_up = opened
-            .replicas
-            .iter()
-            .all(|replica| !replica.must_catch_up());
+        let caught_up = opened.replicas().all(|replica| !replica.must_catch_up());
         if caught_up
             && !cluster.caught_up
             && let Err(error) = self.local.identity().belong(ClusterRecord {
@@ -177,7 +173,7 @@ impl Upkeep {
                 Ok(Err(error)) => tracing::warn!(%error, "measuring the disk failed"),
                 Err(_) => {}
             }
-            for replica in &opened.replicas {
+            for replica in opened.replicas() {
                 replica.hand_over_for_space().await;
             }
         }
@@ -187,8 +183,7 @@ impl Upkeep {
         let (log, states) = (
             self.log.clone(),
             opened
-                .replicas
-                .iter()
+                .replicas()
                 .map(|replica| replica.state().clone())
                 .collect::<Vec<_>>(),
         );
@@ -220,7 +215,7 @@ impl Upkeep {
 
     /// Purges what the state has on disk, and compacts what was deleted.
     async fn give_space_back(&self, opened: &Opened) {
-        for replica in &opened.replicas {
+        for replica in opened.replicas() {
             replica.purge_for_space().await;
             let state = replica.state().clone();
             if let Ok(Err(error)) = crate::task::blocking(move || state.compact()).await {
@@ -235,11 +230,7 @@ impl Upkeep {
 
     /// The cluster's level is what all its members speak; nothing above it is written.
     async fn raise_feature_level(&self, opened: &Opened) {
-        let Some(first) = opened
-            .replicas
-            .first()
-            .filter(|first| first.leads().is_some())
-        else {
+        let Some(first) = opened.replica(0).filter(|first| first.leads().is_some()) else {
             return;
         };
         if first.state().applied_record().feature_level >= FEATURE_LEVEL {
@@ -261,7 +252,7 @@ impl Upkeep {
             .min()
             .unwrap_or(FEATURE_LEVEL);
         if spoken >= FEATURE_LEVEL {
-            for replica in &opened.replicas {
+            for replica in opened.replicas() {
                 let op = Op::RaiseFeatureLevel(RaiseFeatureLevel {
                     level: FEATURE_LEVEL,
                 });

@@ -740,7 +740,7 @@ async fn without_a_quorum_local_reads_go_on_and_writes_say_they_were_not_applied
         node.stop().await;
     }
     let left = &cluster.nodes[0];
-    let replica = &left.replicas.replicas()[0];
+    let replica = left.replicas.replica(0).unwrap();
     // Who stops hands over, and the last to stop may just have acknowledged the one that is left as
     // leader: no leader at this instant may be one elected at the next.
     tokio::time::sleep(replica.pace().heard_for()).await;

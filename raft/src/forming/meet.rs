@@ -66,7 +66,7 @@ async fn ask(
 /// Who this node is.
 fn hello(local: &Local) -> HelloRequest {
     let record = local.identity().record();
-    let logs = local.replicas().iter();
+    let logs = local.replicas();
     HelloRequest {
         self_: Some(local.myself()),
         state: state_of(&record).into(),

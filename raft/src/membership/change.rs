@@ -122,7 +122,7 @@ impl Changes {
         let deadline = self.local.clock().deadline(CHANGE_TIMEOUT);
         let mut leader = String::new();
         // Shard 0 last: it is the one whose leader is told.
-        for replica in self.local.replicas().iter().rev() {
+        for replica in self.local.replicas().rev() {
             leader = loop {
                 let transfer = Change::TransferLeader(to.into());
                 let leader = self.run(replica.shard(), transfer).await?.leader;
@@ -206,7 +206,7 @@ impl Changes {
         Ok(Admission::Here(Joined {
             cluster_id: identity.cluster_id.clone(),
             epoch: identity.epoch,
-            shards: u32::try_from(self.local.replicas().len()).unwrap_or(u32::MAX),
+            shards: self.local.shards(),
             node_id: id,
             roster: Some(RosterRecord::clone(&first.state().roster())),
         }))
@@ -300,7 +300,7 @@ impl Changes {
             }
             // Forgotten before, and not yet gone from every group: repeated to wait for it.
             Err(error) => {
-                let mut groups = self.local.replicas().iter();
+                let mut groups = self.local.replicas();
                 groups
                     .find_map(|group| group.node_named(name))
                     .ok_or(error)?
@@ -337,7 +337,7 @@ impl Changes {
 
     async fn wait_until(&self, done: impl Fn(&Replica) -> bool) -> Result<(), ChangeError> {
         let all_done = async {
-            while !self.local.replicas().iter().all(|replica| done(replica)) {
+            while !self.local.replicas().all(|replica| done(replica)) {
                 tokio::time::sleep(POLL_EVERY).await;
             }
         };

@@ -231,7 +231,7 @@ impl Contact {
             }
             (Standing::Member, None) => {
                 if hello.log_is_short {
-                    for replica in &opened.replicas {
+                    for replica in opened.replicas() {
                         replica.expect_less_of(member.id).await;
                     }
                 }
@@ -302,7 +302,7 @@ impl Contact {
             let Some(opened) = self.local.opened() else {
                 continue;
             };
-            for replica in &opened.replicas {
+            for replica in opened.replicas() {
                 opened
                     .peers
                     .acknowledged()

@@ -42,14 +42,14 @@ impl Reconciler {
 
     /// One step of each group that this node leads.
     pub(crate) async fn step(&self, opened: &Opened) {
-        let Some(first) = opened.replicas.first() else {
+        let Some(first) = opened.replica(0) else {
             return;
         };
         let roster = first.state().roster();
         if roster.members.is_empty() {
             return;
         }
-        for group in &opened.replicas {
+        for group in opened.replicas() {
             if group.leads().is_some() && rules::next_step(&group_of(group), &roster).is_some() {
                 reconcile(first, group).await;
             }

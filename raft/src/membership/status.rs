@@ -28,18 +28,20 @@ pub(crate) async fn status(local: &Local) -> v1::StatusResponse {
         let member = members.iter().find(|member| member.id == id);
         member.map(|member| member.name.clone()).unwrap_or_default()
     };
-    let shards = local.replicas();
     let identity = peers.identity();
     v1::StatusResponse {
         cluster_id: identity.cluster_id.clone(),
         epoch: identity.epoch,
-        shards: u32::try_from(shards.len()).unwrap_or(u32::MAX),
+        shards: local.shards(),
         leader: first
             .leader()
             .map(|leader| name(leader.id))
             .unwrap_or_default(),
         nodes: nodes(&peers, first, &members, &reports),
-        per_shard: shards.iter().map(|shard| of_shard(shard, name)).collect(),
+        per_shard: local
+            .replicas()
+            .map(|shard| of_shard(shard, name))
+            .collect(),
     }
 }
 
@@ -202,7 +204,7 @@ pub(crate) fn report(local: &Local) -> ReportResponse {
         policy_hash: local.policy_hash().load(Ordering::Relaxed),
         header: peers.map(|peers| peers.reply(first.map(|first| first.state().as_ref()))),
         version: env!("CARGO_PKG_VERSION").into(),
-        shards: local.replicas().iter().map(|shard| of(shard)).collect(),
+        shards: local.replicas().map(|shard| of(shard)).collect(),
         problems: local
             .opened()
             .map(|opened| health::of_self(local, opened))

@@ -251,7 +251,7 @@ impl Replica {
             leader_clock: leader_clock.clone(),
         });
         let log_is_short = Arc::new(AtomicBool::new(lost.is_some()));
-        let diverged = Arc::new(AtomicBool::new(false));
+        let diverged = Arc::new(AtomicBool::new(state.is_held()));
         let campaign = Arc::new(Campaign::new(
             shard,
             raft.clone(),
@@ -317,6 +317,11 @@ impl Replica {
     /// Every change of a key that is applied here from now on.
     pub fn follow(&self) -> Changes {
         self.state.follow()
+    }
+
+    /// Writes that wait to be put into the log.
+    pub fn proposals_waiting(&self) -> usize {
+        self.proposer.waiting()
     }
 
     pub fn memory_use(&self) -> MemoryUse {

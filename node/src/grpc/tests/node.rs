@@ -139,7 +139,7 @@ impl Running {
     pub(super) async fn leader(&self) -> usize {
         let leads = self.nodes.iter().map(|node| {
             Box::pin(async move {
-                let mut leads = node.replicas.replicas()[0].watch_leads();
+                let mut leads = node.replicas.replica(0).unwrap().watch_leads();
                 leads.wait_for(Option::is_some).await.map(|_| ()).unwrap();
             })
         });
@@ -244,7 +244,7 @@ impl Node {
 
     /// Looks again after everything that is applied here.
     pub(super) async fn until<'n, F: Future<Output = bool>>(&'n self, so: impl Fn(&'n Self) -> F) {
-        let mut applied = self.replicas.replicas()[0].watch_applied();
+        let mut applied = self.replicas.replica(0).unwrap().watch_applied();
         let reached = async {
             while !so(self).await {
                 applied.changed().await.unwrap();
