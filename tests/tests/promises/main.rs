@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
 
 mod bad_input;
+mod clocks;
 mod command_line;
 mod configuration;
 mod consistency;
@@ -10,9 +11,12 @@ mod consistency;
 mod disks;
 mod distance;
 #[cfg(feature = "rocksdb")]
+mod divergence;
+#[cfg(feature = "rocksdb")]
 mod durability;
 #[cfg(feature = "rocksdb")]
 mod failover;
+mod fairness;
 mod fencing;
 mod first_minutes;
 mod forming;
@@ -26,6 +30,7 @@ mod membership_truth;
 mod operation;
 mod proposals;
 mod refresh;
+mod rolling_configuration;
 #[cfg(feature = "rocksdb")]
 mod slow_disks;
 #[cfg(feature = "rocksdb")]

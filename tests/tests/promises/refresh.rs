@@ -386,6 +386,59 @@ async fn what_one_follower_reads_stays_fresh_when_the_leader_changes() -> anyhow
     cluster.stop().await
 }
 
+/// Each node is stopped, started and awaited in turn, as a deployment does it, while one of them is
+/// read all the time it is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_leaves_what_one_follower_reads_fresh() -> anyhow::Result<()> {
+    const KEYS: usize = 200;
+    let origin = Origin::start().await?;
+    let mut cluster = in_process()
+        .extra(users(&origin, "ttl: 10s, ttl_jitter: 0"))
+        .start()
+        .await?;
+    let reader = cluster.follower().await?;
+    let wire = cluster.wire(reader)?;
+    assert_eq!(stale_of(&wire, KEYS).await?, []);
+    // Who has it takes the node out of the readers' rotation.
+    let rotation = Arc::new(tokio::sync::Mutex::new(wire));
+    let stop = Arc::new(AtomicBool::new(false));
+    let reads = tokio::spawn({
+        let (rotation, stop) = (rotation.clone(), stop.clone());
+        async move {
+            let (mut passes, mut stale) = (0, Vec::new());
+            while !stop.load(Ordering::Relaxed) {
+                stale.extend(stale_of(&*rotation.lock().await, KEYS).await?);
+                passes += 1;
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            anyhow::Ok((passes, stale))
+        }
+    });
+    for node in 0..cluster.len() {
+        let out_of_rotation = match node == reader {
+            true => Some(rotation.lock().await),
+            false => None,
+        };
+        cluster.stop_node(node).await?;
+        cluster.start_node(node).await?;
+        cluster.ready(node).await?;
+        drop(out_of_rotation);
+        let before: Vec<u64> = (0..KEYS)
+            .map(|n| origin.calls_of(&format!("/users/{n}")))
+            .collect();
+        cluster
+            .until("each key is fetched again", async || {
+                (0..KEYS).all(|n| origin.calls_of(&format!("/users/{n}")) > before[n])
+            })
+            .await?;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (passes, stale) = reads.await??;
+    ensure!(stale.is_empty(), "{stale:?} in {passes} passes");
+    ensure!(passes > 20, "{passes} passes");
+    cluster.stop().await
+}
+
 /// Its refresh begins no sooner than half its life, and what took longer than its life is fresh
 /// when it comes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
