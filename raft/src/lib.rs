@@ -54,4 +54,4 @@ pub use peer::{
 pub use replica::{InMemory, Inspected, Replica, Seen, Standing};
 pub use replicas::{OpenError, Replicas};
 pub use state::{Applied, Change, Changes, MemoryUse, Scanned, Shown, View};
-pub use store::{Budget, Engine, Stores};
+pub use store::{Budget, Engine, Family, StateBatch, StateStore, Stores};

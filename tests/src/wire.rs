@@ -85,6 +85,12 @@ impl Wire {
             .map(Response::into_inner)
     }
 
+    /// What a SESSION read shows: its state, and its value as text.
+    pub async fn read(&self, key: &str) -> Result<(v1::State, String), Status> {
+        let read = self.get(key, Consistency::Session, &Bytes::new()).await?;
+        Ok((state(&read), text(&read)))
+    }
+
     pub async fn inspect(&self, key: &str) -> Result<v1::InspectResponse, Status> {
         let request = v1::InspectRequest {
             key: key.to_owned().into(),

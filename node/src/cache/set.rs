@@ -12,7 +12,6 @@ use holdfast_proto::{
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
 };
-
 use holdfast_raft::{CallError, Leader, Replica};
 
 use super::{

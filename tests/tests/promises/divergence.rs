@@ -1,67 +1,54 @@
 //! A voter whose state is another one than the majority's serves nothing until it has the majority's,
 //! be it the leader.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use holdfast_proto::{
+    ShardId,
     peer::AppliedRecord,
     v1::{Consistency, Role},
 };
+use holdfast_raft::{Budget, Engine, Family, StateBatch, StateStore, Stores};
 use holdfast_tests::{cluster::Cluster, wire::text};
 use prost::Message as _;
-use rocksdb::{ColumnFamily, DB, Options};
 use tracing::info;
 
 use crate::processes;
 
-const KEY: &[u8] = b"applied";
-
-/// The directories of databases that hold a replica's state.
-fn states_in(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    if dir.join("CURRENT").exists() {
-        let families = DB::list_cf(&Options::default(), dir)?;
-        let is_state = families.iter().any(|family| family == "system");
-        return Ok(is_state.then(|| dir.to_owned()).into_iter().collect());
-    }
-    let mut states = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        // What was replaced is kept there.
-        if path.is_dir() && !path.ends_with("diverged") {
-            states.extend(states_in(&path)?);
-        }
-    }
-    Ok(states)
-}
+/// Names of records of a state, and the format they are in.
+const APPLIED: &[u8] = b"applied";
+const DIVERGED: &[u8] = b"diverged";
+const FORMAT: u8 = 1;
 
 /// Changes what a stopped node has stored about its state.
 fn change(
     data_dir: &Path,
-    change: impl FnOnce(&DB, &ColumnFamily) -> anyhow::Result<()>,
+    change: impl FnOnce(&dyn StateStore, &mut StateBatch) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let states = states_in(data_dir)?;
-    let [state] = states.as_slice() else {
-        anyhow::bail!("not one state: {states:?}");
-    };
-    let families = DB::list_cf(&Options::default(), state)?;
-    let db = DB::open_cf(&Options::default(), state, families)?;
-    let system = db.cf_handle("system").context("the family `system`")?;
-    change(&db, system)?;
-    db.flush_cf(system)?;
+    const SHARD: ShardId = 0;
+    let stores = Stores::open(Engine::Rocksdb, data_dir, Budget::default())?;
+    ensure!(stores.has_state(SHARD)?, "no state in {data_dir:?}");
+    let state = stores.open_state(SHARD)?;
+    let mut batch = StateBatch::default();
+    change(state.as_ref(), &mut batch)?;
+    state.write(batch)?;
+    state.flush()?;
     Ok(())
 }
 
 /// What it holds comes to another sum than its peers', as after a bug in one version's apply.
 fn spoil(data_dir: &Path) -> anyhow::Result<()> {
-    change(data_dir, |db, system| {
-        let stored = db.get_cf(system, KEY)?.context("the applied record")?;
+    change(data_dir, |state, batch| {
+        let stored = state
+            .get(Family::System, APPLIED)?
+            .context("the applied record")?;
         let (format, record) = stored.split_first().context("a format")?;
         let mut applied = AppliedRecord::decode(record)?;
         applied.hash_sum ^= 42;
         let spoiled = [&[*format], applied.encode_to_vec().as_slice()].concat();
-        db.put_cf(system, KEY, spoiled)?;
+        batch.put(Family::System, APPLIED, spoiled);
         Ok(())
     })
 }
@@ -127,8 +114,8 @@ async fn a_restart_does_not_make_a_diverged_state_right() -> anyhow::Result<()> 
     cluster.client_of_all().set("k", "v").await?;
     let odd = cluster.follower().await?;
     cluster.stop_node(odd).await?;
-    change(cluster.data_dir(odd), |db, system| {
-        db.put_cf(system, b"diverged", [1])?;
+    change(cluster.data_dir(odd), |_, batch| {
+        batch.put(Family::System, DIVERGED, &[FORMAT][..]);
         Ok(())
     })?;
     cluster.start_node(odd).await?;

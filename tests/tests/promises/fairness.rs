@@ -7,17 +7,12 @@ use bytes::Bytes;
 use holdfast_proto::v1::{Consistency, State};
 use holdfast_tests::{
     origin::{Behaviour, Gate, Origin},
-    wire::{Wire, state, text},
+    wire::Wire,
 };
 use tokio::{task::JoinSet, time::timeout};
 use tracing::info;
 
 use crate::in_process;
-
-async fn read(wire: &Wire, key: &str) -> anyhow::Result<(State, String)> {
-    let read = wire.get(key, Consistency::Session, &Bytes::new()).await?;
-    Ok((state(&read), text(&read)))
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_misses_of_an_upstream_that_hangs_leave_the_others_untouched()
@@ -72,7 +67,7 @@ async fn ten_thousand_misses_of_an_upstream_that_hangs_leave_the_others_untouche
             ensure!(plain.1 == "here", "{plain:?}");
         }
         let key = format!("user/{n}");
-        let fetched = timeout(SOON, read(&wires[n % 3], &key)).await??;
+        let fetched = timeout(SOON, wires[n % 3].read(&key)).await??;
         ensure!(fetched == (State::Fresh, "fetched".into()), "{fetched:?}");
         wires[n % 3].set(&format!("k{n}"), "v", None).await?;
     }
@@ -97,7 +92,7 @@ async fn a_flood_of_misses_leaves_a_hot_key_fresh() -> anyhow::Result<()> {
     );
     let cluster = in_process().extra(rules).start().await?;
     let wires = cluster.wires()?;
-    ensure!(read(&wires[0], "user/hot").await?.0 == State::Fresh);
+    ensure!(wires[0].read("user/hot").await?.0 == State::Fresh);
 
     let flood = tokio::spawn({
         let wires = wires.clone();

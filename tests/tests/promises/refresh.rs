@@ -16,7 +16,7 @@ use holdfast_raft::Clock;
 use holdfast_tests::{
     cluster::Cluster,
     origin::{Answer, Behaviour, Gate, Origin},
-    wire::{Wire, state, text},
+    wire::{Wire, text},
 };
 use tokio::task::JoinSet;
 use tracing::info;
@@ -43,11 +43,6 @@ async fn waited(cluster: &Cluster) -> anyhow::Result<f64> {
 }
 
 /// Reads a key without a token, as a client that has seen nothing does.
-async fn read(wire: &Wire, key: &str) -> anyhow::Result<(State, String)> {
-    let read = wire.get(key, Consistency::Session, &Bytes::new()).await?;
-    Ok((state(&read), text(&read)))
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p5_a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Result<()> {
     let origin = Origin::start().await?;
@@ -68,7 +63,7 @@ async fn p5_a_thousand_first_reads_over_three_nodes_are_one_call() -> anyhow::Re
         .cycle()
         .take(1_000)
     {
-        readers.spawn(async move { read(&wire, "user/7").await });
+        readers.spawn(async move { wire.read("user/7").await });
     }
     cluster
         .until("a thousand readers wait", async || {
@@ -103,7 +98,7 @@ async fn watch(wire: Wire, stop: Arc<AtomicBool>) -> anyhow::Result<Watched> {
     let mut every = tokio::time::interval(Duration::from_millis(50));
     while !stop.load(Ordering::Relaxed) {
         every.tick().await;
-        let (state, _) = read(&wire, "user/7").await?;
+        let (state, _) = wire.read("user/7").await?;
         watched.reads += 1;
         if state != State::Fresh {
             watched.not_fresh.push(state);
@@ -124,7 +119,7 @@ async fn a_key_that_is_read_is_refreshed_ahead_once_for_the_cluster_and_nobody_w
         .start()
         .await?;
     for wire in cluster.wires()? {
-        assert_eq!(read(&wire, "user/7").await?.0, State::Fresh);
+        assert_eq!(wire.read("user/7").await?.0, State::Fresh);
     }
     assert_eq!(origin.calls(), 1);
     let before = waited(&cluster).await?;
@@ -190,7 +185,7 @@ async fn a_leader_killed_in_mid_fetch_costs_one_more_call_and_no_waiter() -> any
         let wire = cluster
             .wire(followers[n % 2])?
             .within(Duration::from_secs(60));
-        readers.spawn(async move { read(&wire, "user/7").await });
+        readers.spawn(async move { wire.read("user/7").await });
     }
     tokio::time::timeout(Duration::from_secs(20), origin.reached(1))
         .await
@@ -232,7 +227,7 @@ async fn a_leader_frozen_in_mid_fetch_is_left_for_the_next_and_changes_nothing_w
     let mut readers = JoinSet::new();
     for node in (0..3).filter(|&node| node != leader) {
         let wire = cluster.wire(node)?.within(Duration::from_secs(60));
-        readers.spawn(async move { read(&wire, "user/7").await });
+        readers.spawn(async move { wire.read("user/7").await });
     }
     tokio::time::timeout(Duration::from_secs(20), origin.reached(1))
         .await
@@ -282,7 +277,7 @@ async fn an_invalidated_key_is_refreshed_though_nobody_reads_it() -> anyhow::Res
         .await?;
     for (node, wire) in cluster.wires()?.into_iter().enumerate() {
         let (key, path) = (format!("user/{node}"), format!("/users/{node}"));
-        ensure!(read(&wire, &key).await?.0 == State::Fresh, "{key}");
+        ensure!(wire.read(&key).await?.0 == State::Fresh, "{key}");
 
         info!("--- {key} is invalidated, at any node; its only reader went away before");
         wire.invalidate(&key, None).await?;
@@ -315,7 +310,7 @@ async fn an_invalidate_right_after_another_is_refreshed_too() -> anyhow::Result<
         .await?;
     for (node, wire) in cluster.wires()?.into_iter().enumerate() {
         for key in (0..KEYS).map(|n| format!("user/{node}-{n}")) {
-            ensure!(read(&wire, &key).await?.0 == State::Fresh, "{key}");
+            ensure!(wire.read(&key).await?.0 == State::Fresh, "{key}");
             wire.invalidate(&key, None).await?;
             wire.invalidate(&key, None).await?;
         }
@@ -340,7 +335,7 @@ async fn an_invalidate_right_after_another_is_refreshed_too() -> anyhow::Result<
 async fn stale_of(wire: &Wire, keys: usize) -> anyhow::Result<Vec<(usize, State)>> {
     let mut stale = Vec::new();
     for n in 0..keys {
-        let (state, _) = read(wire, &format!("user/{n}")).await?;
+        let (state, _) = wire.read(&format!("user/{n}")).await?;
         if state != State::Fresh {
             stale.push((n, state));
         }
@@ -451,7 +446,7 @@ async fn a_slow_upstream_is_not_called_more_often_and_its_values_are_fresh_when_
     let wire = cluster.wire(0)?;
     for n in 0..3 {
         let key = format!("user/{n}");
-        assert_eq!(read(&wire, &key).await?, (State::Fresh, "slow".into()));
+        assert_eq!(wire.read(&key).await?, (State::Fresh, "slow".into()));
         let seen = wire.inspect(&key).await?;
         let entry = seen.entry.context("it is stored")?;
         let at = |instant: Option<prost_types::Timestamp>| -> anyhow::Result<i64> {

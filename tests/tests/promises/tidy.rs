@@ -10,8 +10,7 @@ use source::{Found, Source, none, sources, texts};
 
 #[test]
 fn rocksdb_is_named_only_in_the_store() {
-    /// And a test that spoils what a stopped node has stored.
-    const ENGINE: [&str; 2] = ["raft/src/store/", "tests/tests/promises/divergence.rs"];
+    const ENGINE: [&str; 1] = ["raft/src/store/"];
     let outside = others().into_iter().filter(|source| !source.is_in(&ENGINE));
     none(
         "the storage engine is named outside raft/src/store",

@@ -78,7 +78,7 @@ const SEGMENT_BYTES: u64 = 4 << 20;
 /// … up to so many: enough that fillers seldom meet.
 const SEGMENTS_MAX: u64 = 64;
 /// One filter takes such a part of the budget, and another while it is rebuilt: at 10 bits a key
-/// enough for ten times the entries that fit.
+/// enough for eight times the entries that fit.
 const FILTER_SHARE: u64 = 64;
 /// Enough for 200 million keys.
 const FILTER_BYTES_MAX: u64 = 256 << 20;
