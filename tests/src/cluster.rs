@@ -577,6 +577,13 @@ impl Cluster {
         Ok(command.output()?)
     }
 
+    /// How `holdfast cluster health` exits at one node, and what it prints.
+    pub fn health(&self, asked: usize) -> anyhow::Result<(Option<i32>, String)> {
+        let output = self.holdfast(asked, &["cluster", "health"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok((output.status.code(), text))
+    }
+
     /// `GET path` on the admin listener: status and body.
     pub async fn admin(&self, node: usize, path: &str) -> anyhow::Result<(u16, String)> {
         http_get(self.nodes[node].addresses.admin, path).await

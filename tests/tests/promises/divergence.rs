@@ -62,12 +62,6 @@ async fn write_on(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn health(cluster: &Cluster, asked: usize) -> anyhow::Result<(Option<i32>, String)> {
-    let output = cluster.holdfast(asked, &["cluster", "health"])?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    Ok((output.status.code(), text))
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_that_is_not_the_majoritys_is_replaced_whoever_has_it() -> anyhow::Result<()> {
     let mut cluster = processes().start().await?;
@@ -96,7 +90,7 @@ async fn a_state_that_is_not_the_majoritys_is_replaced_whoever_has_it() -> anyho
         write_on(&cluster).await?;
         cluster
             .until("all is well again", async || {
-                health(&cluster, odd).is_ok_and(|(code, _)| code == Some(0))
+                cluster.health(odd).is_ok_and(|(code, _)| code == Some(0))
             })
             .await?;
         let wire = cluster.wire(odd)?;
@@ -121,7 +115,8 @@ async fn a_restart_does_not_make_a_diverged_state_right() -> anyhow::Result<()> 
     cluster.start_node(odd).await?;
     cluster
         .until("it says what is wrong", async || {
-            health(&cluster, odd)
+            cluster
+                .health(odd)
                 .is_ok_and(|(code, said)| code == Some(8) && said.contains("is not the majority's"))
         })
         .await?;
@@ -139,7 +134,7 @@ async fn a_restart_does_not_make_a_diverged_state_right() -> anyhow::Result<()> 
     cluster.ready(odd).await?;
     cluster
         .until("all is well", async || {
-            health(&cluster, odd).is_ok_and(|(code, _)| code == Some(0))
+            cluster.health(odd).is_ok_and(|(code, _)| code == Some(0))
         })
         .await?;
     cluster.stop().await

@@ -63,7 +63,7 @@ async fn ten_thousand_misses_of_an_upstream_that_hangs_leave_the_others_untouche
     info!("--- plain reads and the other upstream's misses");
     for n in 0..100 {
         for wire in &wires {
-            let plain = timeout(SOON, read(wire, "plain")).await??;
+            let plain = timeout(SOON, wire.read("plain")).await??;
             ensure!(plain.1 == "here", "{plain:?}");
         }
         let key = format!("user/{n}");
@@ -115,7 +115,7 @@ async fn a_flood_of_misses_leaves_a_hot_key_fresh() -> anyhow::Result<()> {
     while !flood.is_finished() {
         for wire in &wires {
             reads += 1;
-            stale += usize::from(read(wire, "user/hot").await?.0 != State::Fresh);
+            stale += usize::from(wire.read("user/hot").await?.0 != State::Fresh);
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -21,6 +21,8 @@ mod fencing;
 mod first_minutes;
 mod forming;
 #[cfg(feature = "rocksdb")]
+mod health;
+#[cfg(feature = "rocksdb")]
 mod isolation;
 mod lag;
 #[cfg(feature = "rocksdb")]
@@ -38,6 +40,8 @@ mod snapshots;
 mod stale;
 mod tidy;
 mod tracing;
+#[cfg(target_os = "linux")]
+mod untaken;
 mod unwanted;
 mod upstream_http;
 

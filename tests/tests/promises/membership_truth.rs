@@ -51,7 +51,7 @@ async fn says_removed(cluster: &Cluster, node: usize) -> anyhow::Result<()> {
         let problems = status["problems"].to_string();
         assert!(problems.contains("this node was removed"), "{status}");
     }
-    assert_eq!(holdfast(cluster, node, &["cluster", "health"]).0, 8);
+    assert_eq!(cluster.health(node)?.0, Some(8));
     Ok(())
 }
 
@@ -72,7 +72,7 @@ async fn a_removed_member_serves_no_data_and_says_why() -> anyhow::Result<()> {
         cluster.start_node(gone).await?;
         says_removed(&cluster, gone).await?;
     }
-    assert_eq!(holdfast(&cluster, leader, &["cluster", "health"]).0, 0);
+    assert_eq!(cluster.health(leader)?.0, Some(0));
     cluster.stop().await
 }
 
@@ -95,7 +95,7 @@ async fn a_member_on_the_memory_engine_that_starts_again_votes_again_by_itself()
             .until("it votes, and nothing is wrong", async || {
                 let nodes = nodes(&cluster, lost);
                 let votes = nodes.iter().filter(|node| node["role"] != "learner");
-                votes.count() == 3 && holdfast(&cluster, lost, &["cluster", "health"]).0 == 0
+                votes.count() == 3 && cluster.health(lost).is_ok_and(|(code, _)| code == Some(0))
             })
             .await?;
     }

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     state::{memory::Lookup, read::after},
-    store::{Scan, StateBatch},
+    store::{Family, Scan, StateBatch},
 };
 
 /// A store that counts what is read of each family, key by key.
