@@ -11,8 +11,6 @@ use crate::{error::Error, grpc::error_of};
 
 /// How long a read that only the leader can answer waits for there to be one: an election and some.
 const LEADER_PATIENCE: Duration = Duration::from_secs(1);
-/// Between two looks at who leads.
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// Whether a read may go on to the leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,15 +98,12 @@ impl Cache {
                 },
                 None => Error::no_leader(),
             };
-            let pause = give_up.left().min(PAUSE);
-            if pause.is_zero() {
+            if give_up.has_passed() {
                 return Err(self.sent_to_leader(replica, failed));
             }
-            if tokio::time::timeout(pause, self.level(replica, controls, deadline))
-                .await
-                .is_ok()
-            {
-                return Ok(Reached::Here);
+            tokio::select! {
+                () = self.level(replica, controls, deadline) => return Ok(Reached::Here),
+                () = replica.next_leader(&give_up) => {}
             }
         }
     }

@@ -23,9 +23,6 @@ use crate::{error::Error, grpc::error_of, operation::Call, policy::Policy};
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
 
-/// Between two leaders that are asked.
-const PAUSE: Duration = Duration::from_millis(20);
-
 /// A Set that was checked.
 #[derive(Debug)]
 struct Checked {
@@ -61,7 +58,7 @@ impl Cache {
             match self.forward_set(&replica, leader, &request, call).await {
                 Err(error) if error.is_not_applied() && error.reason() == reason::NO_LEADER => {
                     last = Some(error);
-                    tokio::time::sleep(PAUSE.min(call.deadline.left())).await;
+                    replica.next_leader(&call.deadline).await;
                 }
                 outcome => return outcome,
             }

@@ -30,7 +30,6 @@ use tracing::Instrument;
 
 use super::{
     Refresher,
-    join::another_leader,
     marks::own_key,
     outcome::FetchOutcome,
     waiter::{Reporter, Waiter},
@@ -177,7 +176,7 @@ impl Refresher {
         tokio::select! {
             _ = self.converse(&replica, &link) => {}
             // A leader that hangs is left as soon as there is another.
-            () = another_leader(&replica, link.leader) => {}
+            () = replica.another_leader(link.leader) => {}
             () = self.stop.cancelled() => {}
         }
         let mut links = self.links.lock();

@@ -26,8 +26,6 @@ use crate::policy::Policy;
 const ELECTION: Duration = Duration::from_secs(2);
 /// How long a leader tries to prove that it is one.
 const PROOF: Duration = Duration::from_secs(1);
-/// Between two questions to whoever leads.
-const PAUSE: Duration = Duration::from_millis(25);
 
 impl Refresher {
     /// Until there is an outcome, or nobody led until the deadline.
@@ -44,7 +42,7 @@ impl Refresher {
         loop {
             let leader = match replica.leader() {
                 Some(leader) => leader,
-                None => match some_leader(replica, deadline.left().min(ELECTION)).await {
+                None => match replica.some_leader(deadline.left().min(ELECTION)).await {
                     Some(leader) => leader,
                     None => return FetchOutcome::NotLeading,
                 },
@@ -63,8 +61,7 @@ impl Refresher {
             if outcome != FetchOutcome::NotLeading || deadline.has_passed() {
                 return outcome;
             }
-            let pause = deadline.at_most(PAUSE);
-            let _ = pause.limit(another_leader(replica, leader)).await;
+            replica.next_leader(deadline).await;
         }
     }
 
@@ -229,26 +226,5 @@ impl Question<'_> {
             .await;
         let leads = |leader: Leader| leader.is_self && leader.term == self.term;
         proven.is_ok() && self.replica.leader().is_some_and(leads)
-    }
-}
-
-async fn some_leader(replica: &Replica, within: Duration) -> Option<Leader> {
-    let mut leader = replica.watch_leader();
-    let elected = leader.wait_for(Option::is_some);
-    tokio::time::timeout(within, elected)
-        .await
-        .ok()?
-        .ok()
-        .and_then(|leader| *leader)
-}
-
-/// Resolves when another leader, or another term of the same, is known.
-pub(super) async fn another_leader(replica: &Replica, than: Leader) {
-    let mut leader = replica.watch_leader();
-    let another = |leader: &Option<Leader>| {
-        leader.is_some_and(|leader| (leader.id, leader.term) != (than.id, than.term))
-    };
-    if leader.wait_for(another).await.is_err() {
-        std::future::pending::<()>().await;
     }
 }

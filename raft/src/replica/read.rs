@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use holdfast_proto::{Revision, Token};
 
-use super::{RETRY_PAUSE, Replica};
+use super::Replica;
 use crate::{agreement::leader_proof::Unproven, clock::Deadline, error::ReadError};
 
 /// What a read must have seen.
@@ -63,7 +63,7 @@ impl Replica {
                 Ok(Some(Err(Unproven::NoLeader))) => last = ReadError::NoLeader,
                 Ok(Some(Err(Unproven::NoQuorum))) => last = ReadError::NoQuorum,
             }
-            tokio::time::sleep(RETRY_PAUSE.min(deadline.left())).await;
+            self.next_leader(deadline).await;
         }
         Err(last)
     }

@@ -8,7 +8,7 @@ use holdfast_proto::{
     v1::RequestId,
 };
 
-use super::{RETRY_PAUSE, Replica};
+use super::Replica;
 use crate::{agreement::leadership::Leader, clock::Deadline, error::WriteError, peer::CallError};
 
 impl Replica {
@@ -29,7 +29,7 @@ impl Replica {
         while !deadline.has_passed() {
             let outcome = match self.leader() {
                 None => {
-                    self.leader_change(deadline.left()).await;
+                    self.next_leader(deadline).await;
                     continue;
                 }
                 Some(leader) if leader.is_self => {
@@ -46,7 +46,7 @@ impl Replica {
                 ) => last = error,
                 outcome => return outcome,
             }
-            tokio::time::sleep(RETRY_PAUSE.min(deadline.left())).await;
+            self.next_leader(deadline).await;
         }
         Err(last)
     }
@@ -112,14 +112,5 @@ impl Replica {
             return std::future::pending().await;
         }
         tokio::time::sleep(self.pace().lease()).await;
-    }
-
-    async fn leader_change(&self, within: Duration) {
-        let mut leader = self.watch_leader();
-        let _ = tokio::time::timeout(
-            within.min(RETRY_PAUSE * 4),
-            leader.wait_for(Option::is_some),
-        )
-        .await;
     }
 }

@@ -64,7 +64,10 @@ fn peak_bytes(cluster: &Cluster) -> anyhow::Result<usize> {
 async fn memory_has_a_bound_while_six_hundred_large_answers_are_not_taken() -> anyhow::Result<()> {
     let cluster = processes()
         .nodes(1, 1)
-        .extra(format!("memory: {{ max_bytes: {MEMORY_BYTES_MAX} }}"))
+        .extra(format!(
+            "memory: {{ max_bytes: {}MiB }}",
+            MEMORY_BYTES_MAX >> 20
+        ))
         .start()
         .await?;
     let client = cluster.client(0);
