@@ -19,6 +19,7 @@ const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
 /// The tasks of one owner. None of them is ever silently gone: a panic is logged and counted, and
 /// then a duty begins again, and without an essential task the owner has failed.
+#[derive(Clone)]
 pub struct Tasks {
     events: Arc<dyn Events>,
     stop: CancellationToken,
@@ -70,13 +71,13 @@ impl Tasks {
 
     /// Work that ends by itself, and sees to it when the owner stops.
     pub fn spawn(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        let events = self.events.clone();
-        let work = async move {
-            if let Err(panic) = AssertUnwindSafe(work).catch_unwind().await {
-                report(events.as_ref(), name, panic.as_ref());
-            }
-        };
+        let work = reporting(self.events.clone(), name, work);
         self.tracker.spawn(work.in_current_span());
+    }
+
+    /// Work that ends by itself, soon after whoever gave it: nobody waits for it.
+    pub fn detach(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        drop(spawn(reporting(self.events.clone(), name, work)));
     }
 
     /// Resolves when an essential task is gone, and says which.
@@ -89,6 +90,11 @@ impl Tasks {
     /// Stops all of them and waits until they are gone.
     pub async fn stop(&self) {
         self.stop.cancel();
+        self.ended().await;
+    }
+
+    /// Waits until all of them have ended by themselves.
+    pub async fn ended(&self) {
         self.tracker.close();
         self.tracker.wait().await;
     }
@@ -101,6 +107,12 @@ impl Tasks {
                 () = work => {}
             }
         });
+    }
+}
+
+async fn reporting(events: Arc<dyn Events>, name: &'static str, work: impl Future<Output = ()>) {
+    if let Err(panic) = AssertUnwindSafe(work).catch_unwind().await {
+        report(events.as_ref(), name, panic.as_ref());
     }
 }
 
@@ -193,5 +205,17 @@ mod tests {
         tasks.spawn("the work", async { panic!("it stops") });
         tasks.stop().await;
         assert_eq!(*panics.0.lock(), ["the work"]);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_is_not_gone_in_silence_either() {
+        let panics = Arc::new(Panics::default());
+        let tasks = Tasks::new(panics.clone());
+        tasks.detach("the answer", async { panic!("it stops") });
+        // The second begins when the first is done: one thread runs both.
+        let (done, second) = tokio::sync::oneshot::channel();
+        tasks.detach("the next", async move { drop(done) });
+        assert!(second.await.is_err());
+        assert_eq!(*panics.0.lock(), ["the answer"]);
     }
 }

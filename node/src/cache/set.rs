@@ -18,7 +18,7 @@ use super::{
     Cache,
     write::{Acknowledged, check_request_id},
 };
-use crate::{error::Error, grpc::error_of, operation::Call, policy::Policy};
+use crate::{error::Error, grpc::error_of, operation::Call, policy::Policy, rules::Rules};
 
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
@@ -49,9 +49,10 @@ impl Cache {
         request: v1::SetRequest,
         call: &Call,
     ) -> Result<Acknowledged<v1::SetResponse>, Error> {
+        let rules = self.rules.load_full();
         let mut last = None;
         // Whoever is no leader any more, or not reached, did not apply it: the next one judges.
-        while let Some((replica, leader)) = self.judge_of(&request) {
+        while let Some((replica, leader)) = self.judge_of(&request, &rules) {
             if let Some(error) = last.take_if(|_| call.deadline.has_passed()) {
                 return Err(error);
             }
@@ -63,7 +64,7 @@ impl Cache {
                 outcome => return outcome,
             }
         }
-        self.set_here(request, call).await
+        self.set_here(request, &rules, call).await
     }
 
     /// A Set that a peer lets this node judge, as the leader of its key.
@@ -79,15 +80,16 @@ impl Cache {
         if !leads {
             return Err(Error::no_leader().not_applied());
         }
-        let acknowledged = self.set_here(request, call).await?;
+        let rules = self.rules.load_full();
+        let acknowledged = self.set_here(request, &rules, call).await?;
         Ok(acknowledged.response)
     }
 
     /// Another node that leads the key and is known to have other policies.
-    fn judge_of(&self, request: &v1::SetRequest) -> Option<(Arc<Replica>, Leader)> {
+    fn judge_of(&self, request: &v1::SetRequest, rules: &Rules) -> Option<(Arc<Replica>, Leader)> {
         let key = Key::new(request.key.clone()).ok()?;
         let replica = self.replica_of(&key).ok()?;
-        let leader = self.refresher.judged_by(replica, &self.rules.load())?;
+        let leader = self.refresher.judged_by(replica, rules)?;
         Some((replica.clone(), leader))
     }
 
@@ -125,10 +127,10 @@ impl Cache {
     async fn set_here(
         &self,
         mut request: v1::SetRequest,
+        rules: &Rules,
         call: &Call,
     ) -> Result<Acknowledged<v1::SetResponse>, Error> {
         let checked = check(&mut request).map_err(Error::not_applied)?;
-        let rules = self.rules.load_full();
         let policy = rules.policy(&checked.key);
         check_size(request.value.len(), policy).map_err(Error::not_applied)?;
         let now = self

@@ -50,7 +50,7 @@ impl Demo {
         let router = Router::new()
             .route("/{*key}", get(answer))
             .with_state(calls);
-        let serving = Serving::start(|drain, _| async move {
+        let serving = Serving::start(Arc::new(()), |drain, _| async move {
             if let Err(error) = axum::serve(listener, router)
                 .with_graceful_shutdown(drain.cancelled_owned())
                 .await

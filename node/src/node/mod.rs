@@ -14,14 +14,16 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use holdfast_raft::{
     Budget, Clock, IdentityError, LogKept, Membership, OpenError, Options, Replicas, Stores,
+    task::Tasks,
 };
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::net::TcpListener;
 use tonic::service::Routes;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::{HealthReporter, health_reporter};
 use tower::Layer as _;
+use tracing::Span;
 
 use crate::{
     admin,
@@ -88,7 +90,8 @@ pub struct Node {
     readiness: Arc<Readiness>,
     metrics: Arc<Metrics>,
     health: HealthReporter,
-    health_task: JoinHandle<()>,
+    /// What the node does besides its parts.
+    tasks: Tasks,
     client: Serving,
     peer: Serving,
     admin: Serving,
@@ -220,7 +223,7 @@ impl Node {
     async fn refuse_to_be_ready(&self) {
         tracing::info!("stopping");
         self.readiness.stop();
-        self.health_task.abort();
+        self.tasks.stop().await;
         ready::tell(&self.health, false).await;
     }
 
@@ -243,13 +246,15 @@ impl Node {
     /// Why the node can go on no more; does not return while it can.
     pub async fn failed(&self) -> String {
         let mut membership = self.replicas.membership();
-        match membership
-            .wait_for(|membership| matches!(membership, Membership::Failed(_)))
-            .await
-            .as_deref()
-        {
-            Ok(Membership::Failed(why)) => why.clone(),
-            Ok(_) | Err(_) => "the replicas are gone".to_owned(),
+        let failed = membership.wait_for(|now| matches!(now, Membership::Failed(_)));
+        tokio::select! {
+            why = self.client.failed() => why,
+            why = self.peer.failed() => why,
+            why = self.admin.failed() => why,
+            failed = failed => match failed.as_deref() {
+                Ok(Membership::Failed(why)) => why.clone(),
+                Ok(_) | Err(_) => "the replicas are gone".to_owned(),
+            },
         }
     }
 
@@ -293,7 +298,11 @@ impl Parts {
         self.replicas.start();
         self.refresher.start();
         tracing::info!(client = %addresses.client, peer = %addresses.peer, admin = %addresses.admin, "listening");
-        let health_task = holdfast_raft::task::spawn(self.readiness.clone().report(health.clone()));
+        let tasks = Tasks::new(self.metrics.clone());
+        let (readiness, reporter) = (self.readiness.clone(), health.clone());
+        tasks.duty("health", Span::current(), move || {
+            readiness.clone().report(reporter.clone())
+        });
         let Self {
             replicas,
             refresher,
@@ -307,7 +316,7 @@ impl Parts {
             readiness,
             metrics,
             health,
-            health_task,
+            tasks,
             client,
             peer,
             admin,
@@ -333,7 +342,7 @@ impl Parts {
         let layer = grpc::OperationLayer::new(self.operations.clone());
         let service = layer.layer(routes.prepare());
         let known = self.listeners.client.clone();
-        Ok(Serving::start(|drain, close| {
+        Ok(Serving::start(self.metrics.clone(), |drain, close| {
             serve::serve(
                 listener,
                 Protocol::Http2(CLIENT_WINDOWS),
@@ -354,7 +363,7 @@ impl Parts {
             ));
         let service = grpc::TraceLayer.layer(routes.prepare());
         let known = self.listeners.peer.clone();
-        Serving::start(|drain, close| {
+        Serving::start(self.metrics.clone(), |drain, close| {
             serve::serve(
                 listener,
                 Protocol::Http2(PEER_WINDOWS),
@@ -376,7 +385,7 @@ impl Parts {
             is_insecure: self.is_insecure,
         });
         let known = self.listeners.admin.clone();
-        Serving::start(|drain, close| {
+        Serving::start(self.metrics.clone(), |drain, close| {
             serve::serve(listener, Protocol::Http1, known, router, (drain, close))
         })
     }

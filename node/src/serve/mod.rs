@@ -15,16 +15,16 @@ use std::{
 };
 
 use bytes::Bytes;
-use holdfast_raft::task;
+use holdfast_raft::{
+    Events,
+    task::{self, Tasks},
+};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    task::JoinHandle,
-};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt as _};
 use tracing::Instrument as _;
@@ -71,7 +71,7 @@ pub(crate) struct Serving {
     drain: CancellationToken,
     /// No more connections.
     close: CancellationToken,
-    task: JoinHandle<()>,
+    tasks: Tasks,
 }
 
 /// What a listener speaks.
@@ -136,27 +136,43 @@ impl Bound {
 impl Serving {
     /// Starts what `serve` makes of the two tokens: the first means no new requests, the second no
     /// more connections.
-    pub(crate) fn start<F>(serve: impl FnOnce(CancellationToken, CancellationToken) -> F) -> Self
+    pub(crate) fn start<F>(
+        events: Arc<dyn Events>,
+        serve: impl FnOnce(CancellationToken, CancellationToken) -> F,
+    ) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let (drain, close) = (CancellationToken::new(), CancellationToken::new());
-        let task = task::spawn(serve(drain.clone(), close.clone()));
-        Self { drain, close, task }
+        let tasks = Tasks::new(events);
+        tasks.essential("listener", serve(drain.clone(), close.clone()));
+        Self {
+            drain,
+            close,
+            tasks,
+        }
+    }
+
+    /// Why it serves no more; does not return while it does.
+    pub(crate) async fn failed(&self) -> String {
+        self.tasks.failed().await
     }
 
     /// Lets the requests in flight end for so long, then closes their connections.
-    pub(crate) async fn stop(mut self, grace: Duration) {
+    pub(crate) async fn stop(self, grace: Duration) {
         self.drain.cancel();
-        if tokio::time::timeout(grace, &mut self.task).await.is_ok() {
+        if tokio::time::timeout(grace, self.tasks.ended())
+            .await
+            .is_ok()
+        {
             return;
         }
         self.close.cancel();
-        if tokio::time::timeout(CLOSE_TIMEOUT, &mut self.task)
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.tasks.ended())
             .await
             .is_err()
         {
-            self.task.abort();
+            self.tasks.stop().await;
         }
     }
 }
@@ -346,7 +362,7 @@ mod tests {
         let service = tower::service_fn(|_| async {
             Ok::<_, Infallible>(http::Response::new(axum::body::Body::empty()))
         });
-        let serving = Serving::start(|drain, close| async move {
+        let serving = Serving::start(Arc::new(()), |drain, close| async move {
             serve(listener, protocol, known, service, (drain, close)).await;
         });
         (address, connections, serving)
@@ -453,12 +469,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_listener_that_panics_says_so() {
+        let serving = Serving::start(Arc::new(()), |_, _| async { panic!("it stops") });
+        let why = serving.failed().await;
+        assert!(why.contains("listener"), "{why}");
+    }
+
+    #[tokio::test]
     async fn what_does_not_end_by_itself_is_closed() {
-        let serving = Serving::start(|_drain, close| async move { close.cancelled().await });
+        let serving = Serving::start(Arc::new(()), |_drain, close| async move {
+            close.cancelled().await
+        });
         let close = serving.close.clone();
         serving.stop(Duration::ZERO).await;
         assert!(close.is_cancelled());
-        Serving::start(|_, _| std::future::pending())
+        Serving::start(Arc::new(()), |_, _| std::future::pending())
             .stop(Duration::ZERO)
             .await;
     }

@@ -21,7 +21,6 @@ use openraft::{
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tracing::Instrument;
 
 use super::{
     RaftHandle,
@@ -52,7 +51,9 @@ pub(crate) struct Proposer {
 impl Proposer {
     pub(crate) fn start(tasks: &Tasks, raft: RaftHandle, leader_clock: Arc<LeaderClock>) -> Self {
         let (queue, commands) = mpsc::channel(QUEUE);
-        tasks.essential("proposer", propose_all(raft, leader_clock, commands));
+        let answering = tasks.clone();
+        let run = propose_all(raft, leader_clock, commands, answering);
+        tasks.essential("proposer", run);
         Self { queue }
     }
 
@@ -93,6 +94,7 @@ async fn propose_all(
     raft: RaftHandle,
     leader_clock: Arc<LeaderClock>,
     mut commands: mpsc::Receiver<Pending>,
+    answering: Tasks,
 ) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
     let mut held_back = None;
@@ -111,7 +113,7 @@ async fn propose_all(
         let (entry, next) = fill(first, &mut commands);
         held_back = next;
         if !entry.is_empty() {
-            propose(&raft, &leader_clock, entry, place).await;
+            propose(&raft, &leader_clock, entry, place, &answering).await;
         }
     }
 }
@@ -151,6 +153,7 @@ async fn propose(
     leader_clock: &LeaderClock,
     entry: Vec<Taken>,
     in_flight: OwnedSemaphorePermit,
+    answering: &Tasks,
 ) {
     let (commands, callers): (Vec<_>, Vec<_>) = entry.into_iter().unzip();
     if !may_propose(raft, leader_clock, &commands) {
@@ -198,7 +201,8 @@ async fn propose(
             ),
         }
     };
-    tokio::spawn(answer.in_current_span());
+    // It ends with openraft, which stops after the tasks.
+    answering.detach("answers", answer);
 }
 
 /// A leader that no quorum acknowledges proposes nothing for anybody: it would be of unknown outcome.

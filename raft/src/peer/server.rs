@@ -32,7 +32,6 @@ use crate::{
     error::WriteError,
     local::Local,
     replica::Replica,
-    task,
 };
 
 /// What a leader may take over a forwarded command when its sender names no time.
@@ -374,7 +373,8 @@ fn answers(
         .filter_map(futures::future::ready);
     // openraft's stream borrows its handle, a response may not: a task in between owns both.
     let (answers, received) = mpsc::channel(APPENDS_IN_PIPELINE);
-    task::spawn(async move {
+    let tasks = replica.tasks().clone();
+    tasks.detach("appends", async move {
         let raft = replica.raft().clone();
         let mut results = std::pin::pin!(raft.stream_append(accepted));
         while let Some(result) = results.next().await {

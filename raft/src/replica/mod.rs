@@ -401,6 +401,11 @@ impl Replica {
         }
     }
 
+    /// Of this replica: they stop with it.
+    pub(crate) fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+
     // ---- stopping ----
 
     pub(crate) async fn close(&self) -> io::Result<()> {
