@@ -213,7 +213,7 @@ mod tests {
         let tasks = Tasks::new(panics.clone());
         tasks.detach("the answer", async { panic!("it stops") });
         // The second begins when the first is done: one thread runs both.
-        let (done, second) = tokio::sync::oneshot::channel();
+        let (done, second) = tokio::sync::oneshot::channel::<()>();
         tasks.detach("the next", async move { drop(done) });
         assert!(second.await.is_err());
         assert_eq!(*panics.0.lock(), ["the answer"]);
