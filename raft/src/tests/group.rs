@@ -229,7 +229,10 @@ pub(super) async fn leader_of(nodes: &[Node]) -> usize {
 
 /// `n` voters of one shard and which of them leads.
 pub(super) async fn formed(n: u32) -> (Vec<Node>, usize) {
-    let mut nodes = nodes(n as usize, n, 1).await;
+    formed_of(nodes(n as usize, n, 1).await).await
+}
+
+pub(super) async fn formed_of(mut nodes: Vec<Node>) -> (Vec<Node>, usize) {
     for node in &mut nodes {
         node.start().await;
     }

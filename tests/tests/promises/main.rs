@@ -30,6 +30,8 @@ mod linearizability;
 mod membership;
 mod membership_truth;
 mod operation;
+#[cfg(feature = "rocksdb")]
+mod overdue;
 mod proposals;
 mod refresh;
 mod rolling_configuration;

@@ -2,8 +2,11 @@
 //! test must kill, pause or trace them. A node keeps its ports, its configuration file and its data
 //! directory over restarts.
 
+mod process;
+mod setup;
+
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::Duration,
@@ -16,195 +19,16 @@ use holdfast_raft::Clock;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+pub use self::setup::{Place, Programs, Setup};
+use self::{
+    process::{Process, signal, wait},
+    setup::free_ports,
+};
 use crate::wire::Wire;
 
 /// How long a test waits for anything before it fails.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
-
-/// The programs under test.
-#[derive(Debug, Clone, Copy)]
-pub struct Programs {
-    pub holdfastd: &'static str,
-    pub holdfast: &'static str,
-}
-
-/// Where nodes run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    InProcess,
-    Processes,
-}
-
-/// What a cluster is started with.
-#[derive(Debug, Clone)]
-pub struct Setup {
-    pub programs: Programs,
-    pub place: Place,
-    /// Nodes that have a configuration.
-    pub nodes: usize,
-    pub expect: usize,
-    pub shards: u32,
-    /// Where each node looks for the others; at their own addresses, where it is not said.
-    pub discover: Option<Vec<Vec<SocketAddr>>>,
-    /// Where the others reach each node; at its own peer address, where it is not said.
-    pub advertise: Option<Vec<SocketAddr>>,
-    /// Nodes with `node.role: learner`.
-    pub learners: Vec<usize>,
-    /// Further sections of every node's configuration file: upstreams, policies, storage, …
-    pub extra: String,
-}
-
-impl Setup {
-    pub fn new(programs: Programs, place: Place) -> Self {
-        Self {
-            programs,
-            place,
-            nodes: 3,
-            expect: 3,
-            shards: 1,
-            discover: None,
-            advertise: None,
-            learners: Vec::new(),
-            extra: String::new(),
-        }
-    }
-
-    pub fn extra(self, yaml: impl Into<String>) -> Self {
-        Self {
-            extra: yaml.into(),
-            ..self
-        }
-    }
-
-    pub fn shards(self, shards: u32) -> Self {
-        Self { shards, ..self }
-    }
-
-    pub fn nodes(self, nodes: usize, expect: usize) -> Self {
-        Self {
-            nodes,
-            expect,
-            ..self
-        }
-    }
-
-    /// The others reach each node there, and look for it there.
-    pub fn behind(self, addresses: &[SocketAddr]) -> Self {
-        Self {
-            discover: Some(vec![addresses.to_vec(); self.nodes]),
-            advertise: Some(addresses.to_vec()),
-            ..self
-        }
-    }
-
-    /// Where each node looks for the others.
-    pub fn discover(self, discover: Vec<Vec<SocketAddr>>) -> Self {
-        Self {
-            discover: Some(discover),
-            ..self
-        }
-    }
-
-    pub fn learners(self, learners: &[usize]) -> Self {
-        Self {
-            learners: learners.to_vec(),
-            ..self
-        }
-    }
-
-    /// Configures, starts all nodes and waits until they answer and one leads.
-    pub async fn start(self) -> anyhow::Result<Cluster> {
-        let mut cluster = self.configure()?;
-        for node in 0..cluster.nodes.len() {
-            cluster.start_node(node).await?;
-        }
-        for node in 0..cluster.nodes.len() {
-            cluster.ready(node).await?;
-        }
-        cluster.leader().await?;
-        Ok(cluster)
-    }
-
-    /// Writes the configuration files, starts nothing.
-    pub fn configure(self) -> anyhow::Result<Cluster> {
-        let dir = tempfile::tempdir()?;
-        let ports = free_ports(self.nodes * 3)?;
-        let addresses_of: Vec<Addresses> = ports
-            .chunks(3)
-            .map(|ports| Addresses {
-                client: ports[0],
-                peer: ports[1],
-                admin: ports[2],
-            })
-            .collect();
-        let clock = Clock::system();
-        let mut nodes = Vec::new();
-        for (number, &addresses) in addresses_of.iter().enumerate() {
-            let name = format!("node-{}", number + 1);
-            let data_dir = dir.path().join(&name);
-            let discover = peers_of(&self, number, &addresses_of);
-            let role = if self.learners.contains(&number) {
-                "learner"
-            } else {
-                "voter"
-            };
-            let advertise = self
-                .advertise
-                .as_ref()
-                .map_or_else(String::new, |advertise| {
-                    format!("advertise: {{peer: \"{}\"}}\n", advertise[number])
-                });
-            let config = format!(
-                "node: {{name: {name}, role: {role}, data_dir: \"{}\"}}\n{advertise}listen: {{client: \"{}\", peer: \"{}\", admin: \"{}\"}}\ncluster: {{expect: {}, discover: [{}], shards: {}}}\n{}\n",
-                data_dir.display(),
-                addresses.client,
-                addresses.peer,
-                addresses.admin,
-                self.expect,
-                discover.join(", "),
-                self.shards,
-                self.extra,
-            );
-            let file = dir.path().join(format!("{name}.yaml"));
-            std::fs::write(&file, config)?;
-            nodes.push(Slot {
-                name,
-                file,
-                data_dir,
-                addresses,
-                clock: clock.of_another_machine(),
-                running: None,
-            });
-        }
-        Ok(Cluster {
-            setup: self,
-            dir,
-            nodes,
-            clock,
-        })
-    }
-}
-
-fn peers_of(setup: &Setup, number: usize, addresses: &[Addresses]) -> Vec<String> {
-    let peers: Vec<SocketAddr> = match &setup.discover {
-        Some(discover) => discover[number].clone(),
-        None if setup.expect == 1 && setup.nodes == 1 => Vec::new(),
-        None => addresses.iter().map(|addresses| addresses.peer).collect(),
-    };
-    peers.iter().map(|peer| format!("\"{peer}\"")).collect()
-}
-
-/// Ports that were free a moment ago, all at once so that they differ.
-fn free_ports(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
-    let held: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0"))
-        .collect::<Result<_, _>>()?;
-    Ok(held
-        .iter()
-        .map(TcpListener::local_addr)
-        .collect::<Result<_, _>>()?)
-}
 
 #[derive(Debug, Clone, Copy)]
 pub struct Addresses {
@@ -226,16 +50,6 @@ struct Slot {
 enum Running {
     Here(Box<Node>),
     Child(Process),
-}
-
-/// Killed with the test, whatever became of it.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 pub struct Cluster {
@@ -722,24 +536,6 @@ async fn start_when_the_port_is_free(config: Config, clock: &Clock) -> anyhow::R
         tokio::time::sleep(POLL).await;
     }
     Err(last.map_or_else(|| anyhow::anyhow!("not started"), Into::into))
-}
-
-fn signal(child: &Child, what: rustix::process::Signal) -> anyhow::Result<()> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(rustix::process::Pid::from_raw)
-        .context("a pid")?;
-    Ok(rustix::process::kill_process(pid, what)?)
-}
-
-async fn wait(child: &mut Child) -> anyhow::Result<std::process::ExitStatus> {
-    let mut status = None;
-    until("the process ends", async || {
-        status = child.try_wait().ok().flatten();
-        status.is_some()
-    })
-    .await?;
-    status.context("an exit status")
 }
 
 /// A small GET; the admin listener speaks HTTP/1.1.
