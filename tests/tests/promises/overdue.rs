@@ -1,15 +1,11 @@
 //! A leader that finds millions of keys overdue does its other work meanwhile.
 
-use std::{
-    path::Path,
-    time::{Duration, SystemTime},
-};
+use std::{path::Path, time::Duration};
 
 use anyhow::ensure;
 use holdfast_proto::v1::State;
 use holdfast_raft::{Budget, Engine, Family, StateBatch, Stores};
 use holdfast_tests::origin::{Behaviour, Origin};
-use tokio::time::Instant;
 
 use crate::processes;
 
@@ -19,17 +15,16 @@ const A_BATCH: u64 = 100_000;
 /// What the leader takes to look at all of them, and some.
 const WATCHED_FOR: Duration = Duration::from_secs(40);
 /// What a read or a write may wait on a busy machine.
-const SOON: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(2);
 /// In the due index: a refresh.
 const REFRESH: u8 = b'r';
 const FORMAT: u8 = 1;
 
 /// Rows of keys that were to be refreshed in the last hour.
-fn plant(data_dir: &Path) -> anyhow::Result<()> {
+fn plant(data_dir: &Path, now: u64) -> anyhow::Result<()> {
     let stores = Stores::open(Engine::Rocksdb, data_dir, Budget::default())?;
     let state = stores.open_state(0)?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-    let hour_ago = u64::try_from(now.as_millis())? - 3_600_000;
+    let hour_ago = now - 3_600_000;
     for first in (0..OVERDUE).step_by(A_BATCH as usize) {
         let mut batch = StateBatch::default();
         for n in first..first + A_BATCH {
@@ -56,20 +51,21 @@ async fn five_million_overdue_keys_stall_neither_reads_nor_writes_nor_a_refresh(
     );
     let mut cluster = processes().nodes(1, 1).extra(rules).start().await?;
     cluster.stop_node(0).await?;
-    plant(cluster.data_dir(0))?;
+    plant(cluster.data_dir(0), cluster.clock.wall_ms())?;
     cluster.start_node(0).await?;
     cluster.ready(0).await?;
     let wire = cluster.wire(0)?;
     ensure!(wire.read("user/hot").await?.0 == State::Fresh);
 
-    let (began, mut longest, mut stale) = (Instant::now(), Duration::ZERO, 0);
-    let mut at = Duration::ZERO;
-    while began.elapsed() < WATCHED_FOR {
-        let asked = Instant::now();
+    let now = || cluster.clock.monotonic();
+    let (began, mut stale) = (now(), 0);
+    let (mut longest, mut at) = (Duration::ZERO, Duration::ZERO);
+    while now() - began < WATCHED_FOR {
+        let asked = now();
         stale += usize::from(wire.read("user/hot").await?.0 != State::Fresh);
         wire.set("plain", "v", None).await?;
-        if asked.elapsed() > longest {
-            (longest, at) = (asked.elapsed(), began.elapsed());
+        if now() - asked > longest {
+            (longest, at) = (now() - asked, asked - began);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
