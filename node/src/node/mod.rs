@@ -7,6 +7,7 @@
 //! Promises that a wrong configuration is said before any port opens, and that a stop is bounded.
 //! Knows every part; no part knows it. Nothing here is of the process: many nodes share one.
 
+mod raft_threads;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,7 @@ use tonic_health::server::{HealthReporter, health_reporter};
 use tower::Layer as _;
 use tracing::Span;
 
+use self::raft_threads::{Elsewhere, RaftThreads};
 use crate::{
     admin,
     cache::{self, Cache},
@@ -79,6 +81,8 @@ pub enum StartError {
     Listen(#[from] ListenError),
     #[error("{0}")]
     Storage(io::Error),
+    #[error("threads cannot be started: {0}")]
+    Threads(io::Error),
     #[error("gRPC reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
 }
@@ -96,6 +100,8 @@ pub struct Node {
     peer: Serving,
     admin: Serving,
     addresses: Addresses,
+    /// Last: everything else has ended when they do.
+    _raft_threads: RaftThreads,
 }
 
 /// Where a node listens.
@@ -123,6 +129,7 @@ struct Parts {
     listeners: Arc<Listeners>,
     operations: Arc<Operations>,
     is_insecure: bool,
+    raft_threads: RaftThreads,
 }
 
 impl Node {
@@ -156,7 +163,9 @@ impl Node {
         let options = options(&config, engine, addresses).map_err(StartError::Storage)?;
         let stores = Stores::open(engine, &config.node.data_dir, Budget::default())
             .map_err(StartError::Storage)?;
-        let opened = Replicas::open(options, stores, clock.clone(), metrics.clone()).await;
+        let raft_threads = RaftThreads::start().map_err(StartError::Threads)?;
+        let opening = Replicas::open(options, stores, clock.clone(), metrics.clone());
+        let opened = raft_threads.run(opening).await;
         let replicas = opened.map_err(|error| not_opened(&config, error))?;
 
         let rules = Rules::new(config.policies.clone(), upstreams).current();
@@ -189,8 +198,9 @@ impl Node {
             listeners: Listeners::new(&clock),
             operations,
             is_insecure,
+            raft_threads,
         };
-        match ports.open() {
+        match ports.open(&parts.raft_threads) {
             Ok(listeners) => parts.serve(listeners, addresses).await,
             Err(error) => {
                 parts.replicas.close().await;
@@ -295,7 +305,7 @@ impl Parts {
         let client = self.serve_clients(client, health_service)?;
         let peer = self.serve_peers(peer);
         let admin = self.serve_admin(admin);
-        self.replicas.start();
+        self.raft_threads.enter(|| self.replicas.start());
         self.refresher.start();
         tracing::info!(client = %addresses.client, peer = %addresses.peer, admin = %addresses.admin, "listening");
         let tasks = Tasks::new(self.metrics.clone());
@@ -308,6 +318,7 @@ impl Parts {
             refresher,
             readiness,
             metrics,
+            raft_threads,
             ..
         } = self;
         Ok(Node {
@@ -321,6 +332,7 @@ impl Parts {
             peer,
             admin,
             addresses,
+            _raft_threads: raft_threads,
         })
     }
 
@@ -354,16 +366,17 @@ impl Parts {
     }
 
     fn serve_peers(&self, listener: TcpListener) -> Serving {
+        let for_clients = peers::peer_service(
+            self.replicas.clone(),
+            self.cache.clone(),
+            self.refresher.clone(),
+        );
         let routes = Routes::new(self.replicas.replica_service())
             .add_service(self.replicas.membership_service())
-            .add_service(peers::peer_service(
-                self.replicas.clone(),
-                self.cache.clone(),
-                self.refresher.clone(),
-            ));
+            .add_service(Elsewhere::here(for_clients));
         let service = grpc::TraceLayer.layer(routes.prepare());
         let known = self.listeners.peer.clone();
-        Serving::start(self.metrics.clone(), |drain, close| {
+        let serve = |drain, close| {
             serve::serve(
                 listener,
                 Protocol::Http2(PEER_WINDOWS),
@@ -371,7 +384,9 @@ impl Parts {
                 service,
                 (drain, close),
             )
-        })
+        };
+        self.raft_threads
+            .enter(|| Serving::start(self.metrics.clone(), serve))
     }
 
     fn serve_admin(&self, listener: TcpListener) -> Serving {
@@ -409,8 +424,9 @@ impl Ports {
     }
 
     /// Clients last: by then everything else answers.
-    fn open(self) -> Result<[TcpListener; 3], ListenError> {
-        let (admin, peer) = (self.admin.open()?, self.peer.open()?);
+    fn open(self, raft_threads: &RaftThreads) -> Result<[TcpListener; 3], ListenError> {
+        let admin = self.admin.open()?;
+        let peer = raft_threads.enter(|| self.peer.open())?;
         Ok([self.client.open()?, peer, admin])
     }
 }

@@ -25,11 +25,11 @@ use parking_lot::Mutex;
 
 use super::{
     RaftHandle,
-    election::{Election, Situation},
+    election::{Candidate, Election, Situation},
     leadership::LeaderClock,
     log::ShardLog,
     pace::Pace,
-    quorum::Voters,
+    quorum::{Quorum, Voters},
     types::{LeaderId, LogId, Types, Vote, log_id_to, vote_from, vote_to},
 };
 use crate::peer::Peers;
@@ -126,7 +126,12 @@ impl Campaign {
     /// The cluster's pace, or this node's own where that is slower: a cluster without a leader learns
     /// of no slower one.
     fn own_pace(&self) -> Pace {
-        let own = Pace::new(self.peers.sync_time(), self.peers.longest_round_trip());
+        let voters = Quorum::of(&self.raft).voters();
+        let round_trips = voters.into_iter().map(|id| self.peers.round_trip(id));
+        let own = Pace::new(
+            self.peers.sync_time(),
+            round_trips.max().unwrap_or_default(),
+        );
         self.leader_clock.pace().max(own)
     }
 
@@ -155,16 +160,19 @@ impl Campaign {
     /// Asks the voters, and stands if a quorum would vote for this replica. Fails when the replica
     /// has stopped.
     async fn stand(&self, pace: Pace) -> Result<(), ()> {
-        let me = self.peers.identity().node_id;
+        let me = Candidate {
+            last_log_id: self.log.last_id(),
+            id: self.peers.identity().node_id,
+        };
         let voters = Voters::of(&self.raft, &self.peers);
         self.election
             .lock()
             .asks(self.leader_clock.monotonic(), me, pace);
-        let alone = voters.quorum.is_only(me);
+        let alone = voters.quorum.is_only(me.id);
         let (elected, newer) = if alone {
             (true, None)
         } else {
-            self.ask_voters(&voters, pace).await
+            self.ask_voters(me, &voters, pace).await
         };
         let (now, jitter) = (self.leader_clock.monotonic(), rand::random());
         let stands = {
@@ -188,21 +196,25 @@ impl Campaign {
 
     /// Whether a quorum would vote for this replica, and the newest vote that is newer than the one
     /// it asks for.
-    async fn ask_voters(&self, voters: &Voters, pace: Pace) -> (bool, Option<Vote>) {
-        let me = self.peers.identity().node_id;
+    async fn ask_voters(&self, me: Candidate, voters: &Voters, pace: Pace) -> (bool, Option<Vote>) {
         let term = self.raft.metrics().borrow_watched().current_term + 1;
         let vote = Vote {
             leader_id: LeaderId {
                 term,
-                voted_for: me,
+                voted_for: me.id,
             },
             committed: false,
         };
-        let others = voters.quorum.voters().into_iter().filter(|&id| id != me);
+        let question = PreVoteRequest {
+            header: None,
+            vote: Some(vote_to(&vote)),
+            last_log_id: me.last_log_id.as_ref().map(log_id_to),
+        };
+        let others = voters.quorum.voters().into_iter().filter(|&id| id != me.id);
         let mut answers: FuturesUnordered<_> = others
-            .filter_map(|id| Some(self.ask(id, voters.addresses.get(&id)?, vote, pace)))
+            .filter_map(|id| Some(self.ask(id, voters.addresses.get(&id)?, question.clone(), pace)))
             .collect();
-        let (mut agree, mut newer) = (BTreeSet::from([me]), None);
+        let (mut agree, mut newer) = (BTreeSet::from([me.id]), None);
         let mut patience = pace.ask_timeout();
         while !voters.quorum.is_reached(&agree)
             && let Ok(Some(answer)) = tokio::time::timeout(patience, answers.next()).await
@@ -232,14 +244,9 @@ impl Campaign {
         &self,
         voter: u64,
         address: &str,
-        vote: Vote,
+        question: PreVoteRequest,
         pace: Pace,
     ) -> Option<(u64, PreVoteResponse)> {
-        let question = PreVoteRequest {
-            header: None,
-            vote: Some(vote_to(&vote)),
-            last_log_id: self.log.last_id().as_ref().map(log_id_to),
-        };
         let header = self.peers.header(voter, self.shard);
         let deadline = self.leader_clock.deadline(pace.ask_timeout());
         let asked_at = self.leader_clock.monotonic();
@@ -276,7 +283,7 @@ impl Campaign {
         candidate.leader_id > self.vote().leader_id
             && last >= self.log.last_id()
             && self.is_free()
-            && self.promise(candidate.leader_id.voted_for)
+            && self.promise(candidate, last)
     }
 
     /// Whether this voter may vote for a candidate: while a leader counts only for one to which
@@ -286,7 +293,11 @@ impl Campaign {
     }
 
     /// Lets a candidate that asks for a vote be elected before this voter stands itself.
-    pub(crate) fn promise(&self, candidate: u64) -> bool {
+    pub(crate) fn promise(&self, candidate: &Vote, last: Option<LogId>) -> bool {
+        let candidate = Candidate {
+            last_log_id: last,
+            id: candidate.leader_id.voted_for,
+        };
         let (now, pace) = (self.leader_clock.monotonic(), self.own_pace());
         self.election.lock().promise(now, candidate, pace)
     }

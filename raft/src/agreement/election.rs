@@ -8,12 +8,12 @@
 //! ```
 //! A voter that said yes to one candidate says no to others, and does not stand itself, until that
 //! one had the time to be elected: slow disks do not make candidates collide. Of two that ask each
-//! other at the same time the one with the lesser id gives way, so that far voters do not collide
-//! either.
+//! other at the same time the one with the shorter log gives way, of equal logs the one with the
+//! lesser id, so that far voters do not collide either.
 
 use std::time::Duration;
 
-use super::pace::Pace;
+use super::{pace::Pace, types::LogId};
 
 /// Patience is doubled so often at most.
 const DOUBLED_MAX: u32 = 4;
@@ -34,9 +34,17 @@ pub(crate) enum Situation {
     Leaderless,
 }
 
+/// Who asks for votes. The greater one is preferred: it may win the lesser one's vote, and not the
+/// other way round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Candidate {
+    pub(crate) last_log_id: Option<LogId>,
+    pub(crate) id: u64,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Promise {
-    candidate: u64,
+    candidate: Candidate,
     until: Duration,
     /// To itself, while it only asks: it may still give way.
     asks: bool,
@@ -82,8 +90,9 @@ impl Election {
 
     /// Whether this voter would vote for a candidate as far as others are concerned; if so it keeps
     /// to that for as long as an election takes.
-    pub(crate) fn promise(&mut self, now: Duration, candidate: u64, pace: Pace) -> bool {
-        let is_kept = |kept: &Promise| kept.candidate != candidate && !kept.gives_way_to(candidate);
+    pub(crate) fn promise(&mut self, now: Duration, candidate: Candidate, pace: Pace) -> bool {
+        let is_kept =
+            |kept: &Promise| kept.candidate.id != candidate.id && !kept.gives_way_to(candidate);
         if self.promised(now).as_ref().is_some_and(is_kept) {
             return false;
         }
@@ -92,7 +101,7 @@ impl Election {
     }
 
     /// This replica asks others now: it promises itself nothing else meanwhile.
-    pub(crate) fn asks(&mut self, now: Duration, me: u64, pace: Pace) {
+    pub(crate) fn asks(&mut self, now: Duration, me: Candidate, pace: Pace) {
         self.promised = Some(Promise {
             candidate: me,
             until: now + pace.ask_timeout() * 2,
@@ -114,7 +123,7 @@ impl Election {
     }
 
     /// It stands: the next time only after this election had its time.
-    pub(crate) fn stands(&mut self, now: Duration, me: u64, pace: Pace, jitter: f64) {
+    pub(crate) fn stands(&mut self, now: Duration, me: Candidate, pace: Pace, jitter: f64) {
         let least = pace.vote_patience();
         let patience = (least * 2u32.pow(self.lost.min(DOUBLED_MAX))).min(least.max(PATIENCE_MAX));
         self.lost = self.lost.saturating_add(1);
@@ -122,7 +131,7 @@ impl Election {
         self.next = Some(now + patience + pace.election(jitter));
     }
 
-    fn keep(&mut self, candidate: u64, until: Duration) {
+    fn keep(&mut self, candidate: Candidate, until: Duration) {
         self.promised = Some(Promise {
             candidate,
             until,
@@ -136,7 +145,7 @@ impl Election {
 }
 
 impl Promise {
-    fn gives_way_to(&self, candidate: u64) -> bool {
+    fn gives_way_to(&self, candidate: Candidate) -> bool {
         self.asks && candidate > self.candidate
     }
 }
@@ -144,8 +153,16 @@ impl Promise {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agreement::types::CommittedLeaderId;
 
-    const ME: u64 = 1;
+    const ME: Candidate = candidate(1);
+
+    const fn candidate(id: u64) -> Candidate {
+        Candidate {
+            last_log_id: None,
+            id,
+        }
+    }
 
     fn at(ms: u64) -> Duration {
         Duration::from_millis(ms)
@@ -185,13 +202,19 @@ mod tests {
     fn a_voter_promises_one_candidate_and_does_not_stand_meanwhile() {
         let (mut election, pace) = (Election::default(), slow());
         election.is_due(at(0), Situation::Leaderless, pace, 0.0);
-        assert!(election.promise(at(100), 2, pace));
-        assert!(election.promise(at(110), 2, pace), "again to the same");
-        assert!(!election.promise(at(120), 3, pace));
+        assert!(election.promise(at(100), candidate(2), pace));
+        assert!(
+            election.promise(at(110), candidate(2), pace),
+            "again to the same"
+        );
+        assert!(!election.promise(at(120), candidate(3), pace));
         assert!(!election.is_due(at(1000), Situation::Leaderless, pace, 0.0));
         let over = at(110) + pace.vote_patience();
         assert!(election.is_due(over, Situation::Leaderless, pace, 0.0));
-        assert!(election.promise(over, 3, pace), "the other had its time");
+        assert!(
+            election.promise(over, candidate(3), pace),
+            "the other had its time"
+        );
     }
 
     #[test]
@@ -202,7 +225,10 @@ mod tests {
         for _ in 0..6 {
             election.asks(now, ME, pace);
             election.stands(now, ME, pace, 0.0);
-            assert!(!election.promise(now, 2, pace), "it stands itself");
+            assert!(
+                !election.promise(now, candidate(2), pace),
+                "it stands itself"
+            );
             let stood = now;
             while !election.is_due(now, Situation::Leaderless, pace, 0.0) {
                 now += at(20);
@@ -232,14 +258,30 @@ mod tests {
     fn of_two_that_ask_each_other_one_gives_way() {
         let pace = slow();
         let (mut lesser, mut greater) = (Election::default(), Election::default());
-        lesser.asks(at(0), 1, pace);
-        greater.asks(at(0), 2, pace);
-        assert!(!greater.promise(at(1), 1, pace));
-        assert!(lesser.promise(at(1), 2, pace));
+        lesser.asks(at(0), candidate(1), pace);
+        greater.asks(at(0), candidate(2), pace);
+        assert!(!greater.promise(at(1), candidate(1), pace));
+        assert!(lesser.promise(at(1), candidate(2), pace));
         assert!(greater.may_stand());
         assert!(!lesser.may_stand(), "though a third may have said yes");
         lesser.is_refused(at(2), pace, 0.0);
-        assert!(!lesser.promise(at(3), 3, pace), "it keeps to it");
+        assert!(!lesser.promise(at(3), candidate(3), pace), "it keeps to it");
+    }
+
+    #[test]
+    fn of_two_that_ask_each_other_the_one_with_the_shorter_log_gives_way() {
+        let pace = slow();
+        let with_log = |id, index| Candidate {
+            last_log_id: Some(LogId::new(CommittedLeaderId::new(1), index)),
+            id,
+        };
+        let (longer, shorter) = (with_log(1, 8), with_log(2, 7));
+        let (mut of_longer, mut of_shorter) = (Election::default(), Election::default());
+        of_longer.asks(at(0), longer, pace);
+        of_shorter.asks(at(0), shorter, pace);
+        assert!(!of_longer.promise(at(1), shorter, pace));
+        assert!(of_shorter.promise(at(1), longer, pace));
+        assert!(of_longer.may_stand() && !of_shorter.may_stand());
     }
 
     #[test]
@@ -250,6 +292,6 @@ mod tests {
         election.is_refused(at(210), pace, 0.0);
         assert!(!election.is_due(at(400), Situation::Leaderless, pace, 0.0));
         assert!(election.is_due(at(410), Situation::Leaderless, pace, 0.0));
-        assert!(election.promise(at(411), 2, pace));
+        assert!(election.promise(at(411), candidate(2), pace));
     }
 }

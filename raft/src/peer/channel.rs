@@ -3,6 +3,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tonic::transport::{Channel, Endpoint};
 
 /// A dial that takes longer is given up; the next request dials again, resolving the name again.
@@ -23,18 +24,33 @@ pub enum Purpose {
     Bulk,
 }
 
-#[derive(Default)]
 pub(super) struct Channels {
+    /// Where Raft runs: whoever uses its channels first, their bytes move there.
+    runtime: Handle,
     open: Mutex<HashMap<(String, Purpose), Channel>>,
 }
 
 impl Channels {
+    /// To be called on the threads that Raft runs on.
+    pub(super) fn new() -> Self {
+        Self {
+            runtime: Handle::current(),
+            open: Mutex::default(),
+        }
+    }
+
     pub(super) fn to(&self, address: &str, purpose: Purpose) -> Channel {
         let mut open = self.open.lock();
         if let Some(channel) = open.get(&(address.to_owned(), purpose)) {
             return channel.clone();
         }
-        let channel = dial(address);
+        let channel = match purpose {
+            Purpose::Fetch => dial(address),
+            Purpose::Append | Purpose::Control | Purpose::Bulk => {
+                let _entered = self.runtime.enter();
+                dial(address)
+            }
+        };
         open.insert((address.to_owned(), purpose), channel.clone());
         channel
     }

@@ -11,6 +11,7 @@ mod channel;
 pub(crate) mod client;
 pub(crate) mod membership_server;
 mod roster;
+mod round_trips;
 pub(crate) mod server;
 pub(crate) mod snapshot;
 
@@ -36,8 +37,8 @@ pub use self::call::CallError;
 use self::channel::Channels;
 pub(crate) use self::{call::ask_stranger, channel::Purpose};
 
-use self::roster::Stranger;
 pub(crate) use self::{acknowledged::Acknowledged, roster::Roster};
+use self::{roster::Stranger, round_trips::RoundTrips};
 use crate::{
     clock::Clock,
     events::Events,
@@ -102,8 +103,8 @@ pub struct Peers {
     views: Mutex<HashMap<(ShardId, u64), PeerView>>,
     roster: Roster,
     acknowledged: Acknowledged,
-    /// To each peer and back, without what it did in between; smoothed as TCP does (RFC 6298).
-    round_trips: Mutex<HashMap<u64, Duration>>,
+    /// Without what the peer did in between.
+    round_trips: RoundTrips,
     sync_ms: AtomicU32,
     /// While set, this node neither sends to peers nor takes anything from them.
     closed: AtomicBool,
@@ -119,16 +120,17 @@ pub struct Peers {
 }
 
 impl Peers {
+    /// To be called on the threads that Raft runs on.
     pub(crate) fn new(clock: Clock, identity: Identity, events: Arc<dyn Events>) -> Self {
         Self {
             clock,
             identity,
             events,
-            channels: Channels::default(),
+            channels: Channels::new(),
             views: Mutex::default(),
             roster: Roster::default(),
             acknowledged: Acknowledged::default(),
-            round_trips: Mutex::default(),
+            round_trips: RoundTrips::default(),
             sync_ms: AtomicU32::new(0),
             closed: AtomicBool::new(false),
             retired: AtomicBool::new(false),
@@ -317,24 +319,12 @@ impl Peers {
             return;
         };
         let round_trip = took.saturating_sub(Duration::from_micros(held_us.into()));
-        let mut round_trips = self.round_trips.lock();
-        let smoothed = round_trips.entry(peer).or_insert(round_trip);
-        *smoothed = *smoothed * 7 / 8 + round_trip / 8;
+        self.round_trips.add(peer, round_trip);
     }
 
     /// How long a message takes to a peer and back; nothing if it was never measured.
     pub(crate) fn round_trip(&self, peer: u64) -> Duration {
-        self.round_trips
-            .lock()
-            .get(&peer)
-            .copied()
-            .unwrap_or_default()
-    }
-
-    /// To the farthest peer that was measured.
-    pub(crate) fn longest_round_trip(&self) -> Duration {
-        let round_trips = self.round_trips.lock();
-        round_trips.values().max().copied().unwrap_or_default()
+        self.round_trips.to(peer)
     }
 
     pub fn view(&self, shard: ShardId, peer: u64) -> Option<PeerView> {
@@ -446,8 +436,8 @@ fn ahead_ms(wall: Millis, monotonic: Duration) -> i64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_request_that_is_not_meant_for_this_node_is_refused() {
+    #[tokio::test]
+    async fn a_request_that_is_not_meant_for_this_node_is_refused() {
         let identity = Identity {
             cluster_id: "c".into(),
             epoch: 1,

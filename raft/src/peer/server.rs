@@ -181,7 +181,7 @@ impl ReplicaService for ReplicaServer {
         let response = if refused {
             VoteResponse::new(campaign.vote(), campaign.last_log_id(), false)
         } else {
-            campaign.promise(candidate.leader_id.voted_for);
+            campaign.promise(&candidate, last);
             let asked = replica.raft().vote(voting_past_leases(candidate, last));
             asked.await.map_err(fatal)?
         };

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must stop")]
 
 mod bad_input;
+mod busy_threads;
 mod clocks;
 mod command_line;
 mod configuration;
