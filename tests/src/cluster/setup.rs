@@ -2,10 +2,14 @@
 
 use std::net::{SocketAddr, TcpListener};
 
+use anyhow::Context;
 use holdfast_raft::Clock;
 use tracing_subscriber::EnvFilter;
 
 use super::{Addresses, Cluster, Slot};
+
+/// A file system without a disk.
+const MEMORY: &str = "/dev/shm";
 
 /// The programs under test.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +40,8 @@ pub struct Setup {
     pub advertise: Option<Vec<SocketAddr>>,
     /// Nodes with `node.role: learner`.
     pub learners: Vec<usize>,
+    /// Data directories in memory, for tests that measure something else than the disk.
+    pub in_memory: bool,
     /// Further sections of every node's configuration file: upstreams, policies, storage, …
     pub extra: String,
 }
@@ -51,6 +57,7 @@ impl Setup {
             discover: None,
             advertise: None,
             learners: Vec::new(),
+            in_memory: false,
             extra: String::new(),
         }
     }
@@ -58,6 +65,14 @@ impl Setup {
     pub fn extra(self, yaml: impl Into<String>) -> Self {
         Self {
             extra: yaml.into(),
+            ..self
+        }
+    }
+
+    /// Syncs take no time: the data directories are in memory.
+    pub fn in_memory(self) -> Self {
+        Self {
+            in_memory: true,
             ..self
         }
     }
@@ -114,7 +129,10 @@ impl Setup {
     /// Writes the configuration files, starts nothing.
     pub fn configure(self) -> anyhow::Result<Cluster> {
         log_to_the_test();
-        let dir = tempfile::tempdir()?;
+        let dir = match self.in_memory {
+            true => tempfile::tempdir_in(MEMORY).context(MEMORY)?,
+            false => tempfile::tempdir()?,
+        };
         let ports = free_ports(self.nodes * 3)?;
         let addresses_of: Vec<Addresses> = ports
             .chunks(3)

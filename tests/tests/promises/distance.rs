@@ -14,7 +14,7 @@ use crate::processes;
 /// Several of the longest leases.
 const IDLE: Duration = Duration::from_secs(5);
 /// For a busy machine.
-const SLACK: Duration = Duration::from_millis(1500);
+const SLACK: Duration = Duration::from_millis(500);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn voters_80_ms_apart_write_after_idling_and_fail_over() -> anyhow::Result<()> {
@@ -33,7 +33,10 @@ async fn voters_300_ms_apart_write_after_idling_and_fail_over() -> anyhow::Resul
 
 async fn voters_apart(round_trip: Duration) -> anyhow::Result<()> {
     let distance = Distance::between(3, round_trip, &Clock::system()).await?;
-    let mut cluster = processes().behind(distance.addresses()).configure()?;
+    let mut cluster = processes()
+        .behind(distance.addresses())
+        .in_memory()
+        .configure()?;
     for node in 0..cluster.len() {
         distance.lead_to(node, cluster.addresses(node).peer);
         cluster.start_node(node).await?;
