@@ -146,3 +146,19 @@ fn as_they_are(
     }
     Ok(keys)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_keys_that_expire_in_one_instant_none_is_passed_over() {
+        let due = |count: usize| -> Vec<(Millis, Key)> {
+            let key = |n: usize| Key::new(format!("k{n}")).unwrap();
+            (0..count).map(|n| (7, key(n))).collect()
+        };
+        assert_eq!(after(&due(SWEEP_BATCH), 9), (7, true));
+        assert_eq!(after(&due(SWEEP_BATCH - 1), 9), (9, false));
+        assert_eq!(after(&due(0), 9), (9, false));
+    }
+}
