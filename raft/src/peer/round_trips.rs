@@ -1,8 +1,7 @@
 //! How long a message takes to each peer and back.
 //!
-//! What counts is the way itself: the least of the latest answers. What a message waited for at
-//! either end, a dial or a busy machine, makes single ones late and is no distance (as BBR's
-//! round-trip propagation time, ACM Queue 2016).
+//! What counts is the median of the latest answers: a dial, or a moment in which a machine is busy,
+//! makes single ones late and is no distance; machines that stay busy are far from each other.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,12 +28,16 @@ impl RoundTrips {
 
     /// Nothing if it was never measured.
     pub(super) fn to(&self, peer: u64) -> Duration {
-        self.0.lock().get(&peer).map(least).unwrap_or_default()
+        self.0.lock().get(&peer).map(median).unwrap_or_default()
     }
 }
 
-fn least(latest: &VecDeque<Duration>) -> Duration {
-    latest.iter().min().copied().unwrap_or_default()
+/// Of an even number the lesser of both in the middle.
+fn median(latest: &VecDeque<Duration>) -> Duration {
+    let mut sorted: Vec<Duration> = latest.iter().copied().collect();
+    sorted.sort_unstable();
+    let middle = sorted.len().saturating_sub(1) / 2;
+    sorted.get(middle).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -50,7 +53,7 @@ mod tests {
             round_trips.add(2, ms(took));
         }
         round_trips.add(3, ms(80));
-        assert_eq!((round_trips.to(2), round_trips.to(3)), (ms(300), ms(80)));
+        assert_eq!((round_trips.to(2), round_trips.to(3)), (ms(310), ms(80)));
         for _ in 0..KEPT {
             round_trips.add(2, ms(500));
         }

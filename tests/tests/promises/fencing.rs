@@ -186,7 +186,8 @@ async fn overtaken(
             let read = wires[node]
                 .get(&key, Consistency::Linearizable, &Bytes::new())
                 .await;
-            read.is_ok_and(|read| text(&read) == lasts)
+            // A leader that was elected meanwhile may have fetched it before the Invalidate.
+            read.is_ok_and(|read| (&*text(&read), state(&read)) == (lasts, State::Fresh))
         })
         .await?;
     for wire in &wires {
