@@ -12,7 +12,7 @@ use crate::{
     agreement::log::SharedLog,
     local::{Local, Opened},
     membership::{Reconciler, health},
-    state::apply::FEATURE_LEVEL,
+    state::run::FEATURE_LEVEL,
     store::space::DiskSpace,
     task::every,
 };

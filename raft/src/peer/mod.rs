@@ -42,7 +42,7 @@ use self::{roster::Stranger, round_trips::RoundTrips};
 use crate::{
     clock::Clock,
     events::Events,
-    state::{State, apply::FEATURE_LEVEL},
+    state::{State, run::FEATURE_LEVEL},
     store::space::Fill,
 };
 

@@ -1,22 +1,19 @@
-//! What commands mean: a pure function of state, command and the stamp of its log entry. Knows no
-//! clock, no randomness and no I/O but its batch, so that every replica comes to the same state,
-//! whatever the sizes of its runs.
+//! How committed entries become state: batch by batch, and what each command means.
 //!
-//! A [`Run`] applies committed log entries one after another, reads its own writes, and ends as one
-//! batch for the store and one list of changes for the memory tier. Effects and `last_applied` are
-//! in the same batch.
+//! What a command means is a pure function of state, command and the stamp of its log entry. It
+//! knows no clock, no randomness and no I/O but its batch, so that every replica comes to the same
+//! state, whatever the sizes of its runs.
 
-use std::{collections::HashMap, io, sync::Arc};
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use holdfast_proto::{
     Key, Revision, content_hash,
     limits::TOMBSTONE_KEPT,
     peer::{
-        Admitted, AppliedRecord, Command, CommitFetch, Conflict, Done, EntryRecord, FailureRecord,
-        Fenced, FetchFailed, Fetched, LogEntry, LogId, Member, Membership, Outcome, Rejected,
-        RemovedMember, RosterRecord, Set, Sweep, SweepKey, TombstoneRecord, Unchanged, command::Op,
-        commit_fetch, outcome,
+        AppliedRecord, Command, CommitFetch, Conflict, EntryRecord, FailureRecord, Fenced,
+        FetchFailed, Fetched, LogEntry, LogId, Outcome, Set, StateHash, Sweep, SweepKey,
+        command::Op, commit_fetch, outcome,
     },
     reason,
     timeline::{Millis, Phase, Timeline, after},
@@ -25,124 +22,126 @@ use holdfast_proto::{
 use prost::Message as _;
 
 use super::{
-    clients::{Clients, Recall},
-    effects::Effects,
-    hash::{self, Sum},
-    memory::{Entry, Lookup, Memory},
-    record::{self, DueKind, FORMAT},
+    Committed, CommittedPayload, State,
+    clients::Recall,
+    hash,
+    memory::Entry,
+    record::FORMAT,
+    run::{ApplyError, Changed, FEATURE_LEVEL, Finished, Run, rejected},
+    write::Writer,
 };
-use crate::store::{Family, StateBatch, StateStore};
 
-/// The newest feature level this version speaks.
-pub(crate) const FEATURE_LEVEL: u32 = 1;
-/// Removed members that the roster remembers by their incarnation.
-const REMOVED_MAX: usize = 256;
+/// Hashes are compared at multiples of this index, so that replicas need to keep few.
+const HASH_EVERY: u64 = 256;
+/// Commands of one batch: more are another batch, so that memory is bounded and readers see
+/// progress.
+const BATCH_COMMANDS: usize = 4_096;
 
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ApplyError {
-    #[error(
-        "log entry {index} has format {format}, this version reads up to {FORMAT}: upgrade this node"
-    )]
-    UnknownFormat { index: u64, format: u32 },
-    #[error("log entry {index} holds a command that this version does not know: upgrade this node")]
-    UnknownCommand { index: u64 },
-    #[error("log entry {index} is damaged: {reason}")]
-    Damaged { index: u64, reason: String },
-    #[error(
-        "the cluster's feature level is {level}, this version speaks up to {FEATURE_LEVEL}: upgrade this node"
-    )]
-    FeatureLevel { level: u32 },
-    #[error("reading the state: {0}")]
-    Io(#[from] io::Error),
-}
+// ---- batches ----
 
-impl From<record::BadRecord> for ApplyError {
-    fn from(bad: record::BadRecord) -> Self {
-        Self::Io(bad.into())
+impl State {
+    /// Applies a run of committed entries and says what their commands came to. What is applied
+    /// already, by a snapshot that was ahead, is passed over.
+    pub(crate) fn apply(
+        self: &Arc<Self>,
+        run: &[Committed],
+    ) -> Result<Vec<Vec<Outcome>>, ApplyError> {
+        let mut outcomes = Vec::with_capacity(run.len());
+        while outcomes.len() < run.len() {
+            let rest = &run[outcomes.len()..];
+            outcomes.append(&mut self.apply_batch(rest)?);
+        }
+        if let Some(last) = run.last() {
+            self.passed_index
+                .fetch_max(last.log_id.index, Ordering::AcqRel);
+        }
+        Ok(outcomes)
     }
-}
 
-/// One run of committed entries on its way into the state.
-pub(crate) struct Run<'a> {
-    store: &'a dyn StateStore,
-    memory: &'a Memory,
-    clients: &'a mut Clients,
-    applied: AppliedRecord,
-    effects: Effects,
-    entries: HashMap<Key, Option<Arc<Entry>>>,
-    tombstones: HashMap<Key, Option<TombstoneRecord>>,
-    /// Of the runs before this one; `None` before the first membership.
-    roster_before: Option<Arc<RosterRecord>>,
-    roster: Option<RosterRecord>,
-    commands: usize,
-}
-
-/// Each key that a run changed, with what it has at the end.
-pub(crate) type Changed = HashMap<Key, Option<Arc<Entry>>>;
-
-/// What a run came to.
-pub(crate) struct Finished {
-    pub batch: StateBatch,
-    pub changes: Changed,
-    pub applied: AppliedRecord,
-    /// If it changed.
-    pub roster: Option<RosterRecord>,
-}
-
-impl<'a> Run<'a> {
-    pub(crate) fn new(
-        store: &'a dyn StateStore,
-        memory: &'a Memory,
-        clients: &'a mut Clients,
-        applied: AppliedRecord,
-        roster_before: Option<Arc<RosterRecord>>,
-    ) -> Self {
-        Self {
-            store,
-            memory,
+    /// One batch: the outcomes of the entries at the beginning of `run` that went into it.
+    fn apply_batch(self: &Arc<Self>, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
+        let mut writer = self.writer.lock();
+        // Under the lock: a snapshot may just have taken the place of what was there.
+        let generation = self.generation.load_full();
+        let Writer { published, clients } = &mut *writer;
+        let mut batch = Run::new(
+            generation.store.as_ref(),
+            &generation.memory,
             clients,
-            effects: Effects::new(Sum(applied.hash_sum)),
+            AppliedRecord::clone(&published.applied),
+            published.roster.clone(),
+        );
+        let mut outcomes = Vec::with_capacity(run.len());
+        let mut hashes = Vec::new();
+        for Committed { log_id, payload } in run {
+            if batch.commands() >= BATCH_COMMANDS {
+                break;
+            }
+            if batch.has_applied(*log_id) {
+                outcomes.push(Vec::new());
+                continue;
+            }
+            outcomes.push(match payload {
+                CommittedPayload::Commands(encoded) => batch.apply(*log_id, encoded)?,
+                CommittedPayload::Blank => {
+                    batch.apply_empty(*log_id);
+                    Vec::new()
+                }
+                CommittedPayload::Membership(membership) => {
+                    batch.apply_membership(*log_id, membership);
+                    Vec::new()
+                }
+            });
+            if log_id.index.is_multiple_of(HASH_EVERY) {
+                hashes.push(StateHash {
+                    index: log_id.index,
+                    hash: batch.hash(),
+                    version: hash::VERSION,
+                });
+            }
+        }
+        let Finished {
+            batch,
+            changes,
             applied,
-            entries: HashMap::new(),
-            tombstones: HashMap::new(),
-            roster_before,
-            roster: None,
-            commands: 0,
+            roster,
+        } = batch.finish();
+
+        self.visible.store(applied.revision, Ordering::Release);
+        generation.store.write(batch)?;
+        let told = self.feed.has_followers().then(|| told(&changes, &applied));
+        generation.memory.apply(changes);
+        if generation.memory.filter_is_worn() {
+            self.renew_filter();
         }
-    }
-
-    /// A log entry without commands: a blank one, or a membership (kept by the caller in the
-    /// applied record).
-    pub(crate) fn apply_empty(&mut self, log_id: LogId) {
-        self.applied.last_applied = Some(log_id);
-    }
-
-    pub(crate) fn apply_membership(&mut self, log_id: LogId, membership: &Membership) {
-        self.applied.membership_log_id = Some(log_id);
-        self.applied.membership = Some(membership.clone());
-        // Those that founded the cluster, until one comes or goes.
-        if self.roster_before.is_none() && self.roster.is_none() {
-            self.roster = Some(super::founding_roster(&self.applied));
+        writer.published.applied = Arc::new(applied);
+        if let Some(roster) = roster {
+            writer.published.roster = Some(Arc::new(roster));
         }
-        self.apply_empty(log_id);
+        writer.clients.written();
+        self.remember_hashes(hashes);
+        self.publish(&writer);
+        if let Some(told) = told {
+            self.feed.tell(told);
+        }
+        Ok(outcomes)
     }
+}
 
-    /// Commands so far: what a run is cut by.
-    pub(crate) fn commands(&self) -> usize {
-        self.commands
-    }
+/// What the feed says of a run.
+fn told(changes: &Changed, applied: &AppliedRecord) -> Vec<(Revision, Key, bool)> {
+    changes
+        .iter()
+        .map(|(key, entry)| match entry {
+            Some(entry) => (entry.record.changed, key.clone(), true),
+            None => (applied.revision, key.clone(), false),
+        })
+        .collect()
+}
 
-    pub(crate) fn has_applied(&self, log_id: LogId) -> bool {
-        self.applied
-            .last_applied
-            .is_some_and(|last| last.index >= log_id.index)
-    }
+// ---- meanings ----
 
-    /// What the state comes to here: equal on all replicas at the same index.
-    pub(crate) fn hash(&self) -> u64 {
-        self.effects.sum.at(&self.applied, &self.roster())
-    }
-
+impl Run<'_> {
     /// Applies one log entry, `encoded` as the leader wrote it, and tells what each of its commands
     /// came to.
     pub(crate) fn apply(
@@ -173,30 +172,6 @@ impl<'a> Run<'a> {
         self.commands += outcomes.len();
         self.applied.last_applied = Some(log_id);
         Ok(outcomes)
-    }
-
-    pub(crate) fn finish(mut self) -> Finished {
-        self.clients.finish(&mut self.effects);
-        if let Some(roster) = &self.roster {
-            self.effects.put(
-                Family::System,
-                Bytes::from_static(record::ROSTER),
-                record::encode(roster),
-            );
-        }
-        self.applied.hash_sum = self.effects.sum.0;
-        self.applied.hash_version = hash::VERSION;
-        self.effects.put(
-            Family::System,
-            Bytes::from_static(record::APPLIED),
-            record::encode(&self.applied),
-        );
-        Finished {
-            batch: self.effects.batch,
-            changes: self.entries,
-            applied: self.applied,
-            roster: self.roster,
-        }
     }
 
     /// One command. A retried request is answered with what it came to the first time.
@@ -440,87 +415,6 @@ impl<'a> Run<'a> {
         Ok(self.done(true))
     }
 
-    /// Ids come from a counter and are never used again. The same incarnation asking twice gets the
-    /// same id.
-    fn admit_member(
-        &mut self,
-        log_id: LogId,
-        member: Option<&Member>,
-    ) -> Result<Outcome, ApplyError> {
-        let member = member.ok_or(ApplyError::UnknownCommand {
-            index: log_id.index,
-        })?;
-        let mut roster = self.roster();
-        roster.version += 1;
-        let same = |known: &&mut Member| known.incarnation == member.incarnation;
-        if let Some(known) = roster.members.iter_mut().find(same) {
-            let id = known.id;
-            *known = Member {
-                id,
-                ..member.clone()
-            };
-            self.roster = Some(roster);
-            return Ok(outcome::Result::Admitted(Admitted { id }).into());
-        }
-        let was_removed = |gone: &RemovedMember| gone.incarnation == member.incarnation;
-        if member.id != 0 || roster.removed.iter().any(was_removed) {
-            let message = format!(
-                "`{}` was removed: to let it join again as a new member, remove its data directory first",
-                member.name
-            );
-            return Ok(rejected(reason::MEMBERSHIP, &message));
-        }
-        // Nothing of it survived its restart: who comes under its name takes its place.
-        let is_replaced =
-            |known: &&Member| known.name == member.name && known.volatile && member.volatile;
-        if let Some(replaced) = roster.members.iter().find(is_replaced) {
-            let id = replaced.id;
-            forget(&mut roster, id);
-        }
-        let taken = |known: &&Member| {
-            known.name == member.name || known.peer_address == member.peer_address
-        };
-        if let Some(known) = roster.members.iter().find(taken) {
-            let message = format!(
-                "a member `{}` at {} exists with another incarnation: run `holdfast member remove {}` if it is gone for good",
-                known.name, known.peer_address, known.name
-            );
-            return Ok(rejected(reason::MEMBERSHIP, &message));
-        }
-        let id = roster.next_id;
-        roster.next_id += 1;
-        roster.members.push(Member {
-            id,
-            ..member.clone()
-        });
-        self.roster = Some(roster);
-        Ok(outcome::Result::Admitted(Admitted { id }).into())
-    }
-
-    fn promote_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
-        let mut roster = self.roster();
-        if !roster.members.iter().any(|member| member.id == id) {
-            return Ok(rejected(
-                reason::NO_MEMBER,
-                &format!("there is no member with id {id}"),
-            ));
-        }
-        if !roster.voters.contains(&id) {
-            roster.voters.push(id);
-            roster.version += 1;
-        }
-        self.roster = Some(roster);
-        Ok(self.unchanged())
-    }
-
-    fn forget_member(&mut self, id: u64) -> Result<Outcome, ApplyError> {
-        let mut roster = self.roster();
-        roster.version += 1;
-        forget(&mut roster, id);
-        self.roster = Some(roster);
-        Ok(self.unchanged())
-    }
-
     fn raise_feature_level(&mut self, level: u32) -> Result<Outcome, ApplyError> {
         if level > FEATURE_LEVEL {
             return Err(ApplyError::FeatureLevel { level });
@@ -528,195 +422,6 @@ impl<'a> Run<'a> {
         self.applied.feature_level = self.applied.feature_level.max(level);
         Ok(self.unchanged())
     }
-}
-
-/// The member is gone for good: its id is never used again, and its data directory never welcome.
-fn forget(roster: &mut RosterRecord, id: u64) {
-    let Some(at) = roster.members.iter().position(|member| member.id == id) else {
-        return;
-    };
-    let gone = roster.members.remove(at);
-    roster.voters.retain(|&voter| voter != id);
-    roster.removed.push(RemovedMember {
-        id,
-        incarnation: gone.incarnation,
-        name: gone.name,
-    });
-    let too_many = roster.removed.len().saturating_sub(REMOVED_MAX);
-    roster.removed.drain(..too_many);
-}
-
-// ---- reading what is there, this run's own writes included ----
-
-impl Run<'_> {
-    fn entry(&self, key: &Key) -> Result<Option<Arc<Entry>>, ApplyError> {
-        if let Some(own) = self.entries.get(key) {
-            return Ok(own.clone());
-        }
-        match self.memory.peek(key) {
-            Lookup::Found(entry) => Ok(Some(entry)),
-            Lookup::Absent => Ok(None),
-            // What an operation goes by is in the record: the value stays on disk.
-            Lookup::Unknown(_) => Ok(super::read::read_record(self.store, key)?
-                .map(|record| Arc::new(Entry::without_value(record)))),
-        }
-    }
-
-    fn tombstone(&self, key: &Key) -> Result<Option<TombstoneRecord>, ApplyError> {
-        if let Some(own) = self.tombstones.get(key) {
-            return Ok(*own);
-        }
-        let bytes = self.store.get(Family::Tombstone, key)?;
-        Ok(bytes
-            .map(|bytes| record::decode("tombstone", &bytes))
-            .transpose()?)
-    }
-
-    /// Who has which id.
-    fn roster(&self) -> RosterRecord {
-        let before = || self.roster_before.as_deref().cloned();
-        self.roster.clone().or_else(before).unwrap_or_default()
-    }
-
-    /// The record, if the value would still be served.
-    fn live<'e>(&self, entry: Option<&'e Entry>) -> Option<&'e EntryRecord> {
-        entry.map(|entry| &entry.record).filter(|record| {
-            Timeline::from(*record).phase(self.applied.log_time_ms) != Phase::Expired
-        })
-    }
-}
-
-// ---- writing ----
-
-impl Run<'_> {
-    /// Gives a new value its revision.
-    fn stamped(&mut self, record: EntryRecord) -> EntryRecord {
-        self.applied.revision += 1;
-        let revision: Revision = self.applied.revision;
-        EntryRecord {
-            version: revision,
-            changed: revision,
-            changed_at_ms: self.applied.log_time_ms,
-            ..record
-        }
-    }
-
-    /// `value` is `None` if only the record changes.
-    fn put_entry(
-        &mut self,
-        key: &Key,
-        old: Option<&Entry>,
-        record: EntryRecord,
-        value: Option<&Bytes>,
-    ) {
-        if let Some(old) = old {
-            self.remove_due_rows(key, &old.record);
-            self.effects.sum.toggle(hash::entry(key, &old.record));
-        }
-        self.effects.sum.toggle(hash::entry(key, &record));
-        for row in record::due_rows(key, &record) {
-            self.effects
-                .put(Family::Due, row, Bytes::from_static(&[FORMAT]));
-        }
-        self.effects.put(
-            Family::Entry,
-            key.as_bytes().clone(),
-            record::encode(&record),
-        );
-        let entry = match (value, old) {
-            (Some(value), _) => {
-                self.effects.put(
-                    Family::Value,
-                    key.as_bytes().clone(),
-                    record::encode_value(value),
-                );
-                Entry::new(record, value.as_ref())
-            }
-            (None, Some(old)) => old.with_record(record),
-            (None, None) => return,
-        };
-        self.entries.insert(key.clone(), Some(Arc::new(entry)));
-    }
-
-    fn remove_entry(&mut self, key: &Key, old: &EntryRecord) {
-        self.remove_due_rows(key, old);
-        self.effects.sum.toggle(hash::entry(key, old));
-        self.effects.delete(Family::Entry, key.as_bytes().clone());
-        self.effects.delete(Family::Value, key.as_bytes().clone());
-        self.entries.insert(key.clone(), None);
-    }
-
-    fn remove_due_rows(&mut self, key: &Key, old: &EntryRecord) {
-        for row in record::due_rows(key, old) {
-            self.effects.delete(Family::Due, row);
-        }
-    }
-
-    /// Never lowers what an earlier tombstone fences.
-    fn put_tombstone(
-        &mut self,
-        key: &Key,
-        revision: Revision,
-        expires_at_ms: Millis,
-    ) -> Result<(), ApplyError> {
-        let old = self.tombstone(key)?;
-        let revision = revision.max(old.map_or(0, |old| old.revision));
-        let expires_at_ms = expires_at_ms.max(old.map_or(0, |old| old.expires_at_ms));
-        if let Some(old) = old {
-            self.remove_tombstone(key, &old);
-        }
-        let tombstone = TombstoneRecord {
-            revision,
-            expires_at_ms,
-        };
-        self.effects.sum.toggle(hash::tombstone(key, &tombstone));
-        self.effects.put(
-            Family::Tombstone,
-            key.as_bytes().clone(),
-            record::encode(&tombstone),
-        );
-        self.effects.put(
-            Family::Due,
-            record::due_key(DueKind::Tombstone, expires_at_ms, key),
-            Bytes::from_static(&[FORMAT]),
-        );
-        self.tombstones.insert(key.clone(), Some(tombstone));
-        Ok(())
-    }
-
-    fn remove_tombstone(&mut self, key: &Key, tombstone: &TombstoneRecord) {
-        self.effects.sum.toggle(hash::tombstone(key, tombstone));
-        self.effects
-            .delete(Family::Tombstone, key.as_bytes().clone());
-        self.effects.delete(
-            Family::Due,
-            record::due_key(DueKind::Tombstone, tombstone.expires_at_ms, key),
-        );
-        self.tombstones.insert(key.clone(), None);
-    }
-
-    fn done(&self, existed: bool) -> Outcome {
-        outcome::Result::Done(Done {
-            revision: self.applied.revision,
-            existed,
-        })
-        .into()
-    }
-
-    fn unchanged(&self) -> Outcome {
-        outcome::Result::Unchanged(Unchanged {
-            revision: self.applied.revision,
-        })
-        .into()
-    }
-}
-
-fn rejected(reason: &str, message: &str) -> Outcome {
-    outcome::Result::Rejected(Rejected {
-        reason: reason.into(),
-        message: message.into(),
-    })
-    .into()
 }
 
 fn at(timeline: Timeline) -> EntryRecord {

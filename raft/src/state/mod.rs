@@ -12,7 +12,7 @@
 //! A snapshot swaps store and (empty) memory together, as one [`Generation`]: a reader holds one of
 //! them throughout. Must never know: openraft, the network, a clock.
 
-pub(crate) mod apply;
+mod apply;
 mod clients;
 mod closed;
 mod diverged;
@@ -20,10 +20,12 @@ mod effects;
 mod feed;
 mod hash;
 mod load;
+mod members;
 pub(crate) mod memory;
 pub(crate) mod owner;
 mod read;
 pub(crate) mod record;
+pub(crate) mod run;
 #[cfg(test)]
 mod tests;
 mod view;

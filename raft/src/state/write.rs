@@ -1,5 +1,6 @@
-//! How a state changes: runs of committed entries, and snapshots that take its place. One writer at
-//! a time; readers never wait for it, and neither does anybody who asks how far it is.
+//! Who changes a state, and how that is made known: one writer at a time, for what is committed
+//! (`apply.rs`) and for snapshots that take its place. Readers never wait for it, and neither does
+//! anybody who asks how far it is.
 
 use std::{
     io,
@@ -7,33 +8,25 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use holdfast_proto::{
-    Key, Revision,
-    peer::{AppliedRecord, Outcome, StateHash},
-};
+use holdfast_proto::peer::{AppliedRecord, StateHash};
 
 use super::{
-    Applied, Committed, CommittedPayload, Generation, Published, State,
-    apply::{self, ApplyError, Finished, Run},
+    Applied, Generation, Published, State,
     clients::Clients,
     hash::{self, Sum},
     memory::Memory,
     record,
+    run::{ApplyError, FEATURE_LEVEL},
 };
 use crate::store::{Family, StateStore};
 
-/// Hashes are compared at multiples of this index, so that replicas need to keep few.
-const HASH_EVERY: u64 = 256;
 /// Hashes kept for comparison with peers that are ahead or behind.
 const HASHES_KEPT: usize = 64;
-/// Commands of one batch: more are another batch, so that memory is bounded and readers see
-/// progress.
-const BATCH_COMMANDS: usize = 4_096;
 
 /// Everything that changes only in apply and install.
 pub(super) struct Writer {
     pub(super) published: Published,
-    clients: Clients,
+    pub(super) clients: Clients,
 }
 
 /// Whether a snapshot continues a state or replaces a wrong one.
@@ -46,93 +39,6 @@ pub(crate) enum Install {
 }
 
 impl State {
-    /// Applies a run of committed entries and says what their commands came to. What is applied
-    /// already, by a snapshot that was ahead, is passed over.
-    pub(crate) fn apply(
-        self: &Arc<Self>,
-        run: &[Committed],
-    ) -> Result<Vec<Vec<Outcome>>, ApplyError> {
-        let mut outcomes = Vec::with_capacity(run.len());
-        while outcomes.len() < run.len() {
-            let rest = &run[outcomes.len()..];
-            outcomes.append(&mut self.apply_batch(rest)?);
-        }
-        if let Some(last) = run.last() {
-            self.passed_index
-                .fetch_max(last.log_id.index, Ordering::AcqRel);
-        }
-        Ok(outcomes)
-    }
-
-    /// One batch: the outcomes of the entries at the beginning of `run` that went into it.
-    fn apply_batch(self: &Arc<Self>, run: &[Committed]) -> Result<Vec<Vec<Outcome>>, ApplyError> {
-        let mut writer = self.writer.lock();
-        // Under the lock: a snapshot may just have taken the place of what was there.
-        let generation = self.generation.load_full();
-        let Writer { published, clients } = &mut *writer;
-        let mut batch = Run::new(
-            generation.store.as_ref(),
-            &generation.memory,
-            clients,
-            AppliedRecord::clone(&published.applied),
-            published.roster.clone(),
-        );
-        let mut outcomes = Vec::with_capacity(run.len());
-        let mut hashes = Vec::new();
-        for Committed { log_id, payload } in run {
-            if batch.commands() >= BATCH_COMMANDS {
-                break;
-            }
-            if batch.has_applied(*log_id) {
-                outcomes.push(Vec::new());
-                continue;
-            }
-            outcomes.push(match payload {
-                CommittedPayload::Commands(encoded) => batch.apply(*log_id, encoded)?,
-                CommittedPayload::Blank => {
-                    batch.apply_empty(*log_id);
-                    Vec::new()
-                }
-                CommittedPayload::Membership(membership) => {
-                    batch.apply_membership(*log_id, membership);
-                    Vec::new()
-                }
-            });
-            if log_id.index.is_multiple_of(HASH_EVERY) {
-                hashes.push(StateHash {
-                    index: log_id.index,
-                    hash: batch.hash(),
-                    version: hash::VERSION,
-                });
-            }
-        }
-        let Finished {
-            batch,
-            changes,
-            applied,
-            roster,
-        } = batch.finish();
-
-        self.visible.store(applied.revision, Ordering::Release);
-        generation.store.write(batch)?;
-        let told = self.feed.has_followers().then(|| told(&changes, &applied));
-        generation.memory.apply(changes);
-        if generation.memory.filter_is_worn() {
-            self.renew_filter();
-        }
-        writer.published.applied = Arc::new(applied);
-        if let Some(roster) = roster {
-            writer.published.roster = Some(Arc::new(roster));
-        }
-        writer.clients.written();
-        self.remember_hashes(hashes);
-        self.publish(&writer);
-        if let Some(told) = told {
-            self.feed.tell(told);
-        }
-        Ok(outcomes)
-    }
-
     /// Everything applied so far survives a restart without the log. Returns the index that is
     /// certain.
     pub(crate) fn flush(&self) -> io::Result<u64> {
@@ -198,13 +104,13 @@ impl State {
     }
 
     /// For everybody who asks how far this is, at the end of each change.
-    fn publish(&self, writer: &Writer) {
+    pub(super) fn publish(&self, writer: &Writer) {
         self.published.store(Arc::new(writer.published.clone()));
         self.applied
             .send_replace(applied_of(&writer.published.applied));
     }
 
-    fn remember_hashes(&self, new: Vec<StateHash>) {
+    pub(super) fn remember_hashes(&self, new: Vec<StateHash>) {
         let mut hashes = self.hashes.lock();
         hashes.extend(new);
         while hashes.len() > HASHES_KEPT {
@@ -216,7 +122,7 @@ impl State {
 impl Writer {
     pub(super) fn load(store: &dyn StateStore) -> io::Result<Self> {
         let mut applied = decoded(store.get(Family::System, record::APPLIED)?)?;
-        if applied.feature_level > apply::FEATURE_LEVEL {
+        if applied.feature_level > FEATURE_LEVEL {
             return Err(io::Error::other(ApplyError::FeatureLevel {
                 level: applied.feature_level,
             }));
@@ -253,15 +159,4 @@ fn decoded(applied: Option<bytes::Bytes>) -> io::Result<AppliedRecord> {
         .map(|bytes| record::decode("applied", &bytes))
         .transpose()?
         .unwrap_or_default())
-}
-
-/// What the feed says of a run.
-fn told(changes: &apply::Changed, applied: &AppliedRecord) -> Vec<(Revision, Key, bool)> {
-    changes
-        .iter()
-        .map(|(key, entry)| match entry {
-            Some(entry) => (entry.record.changed, key.clone(), true),
-            None => (applied.revision, key.clone(), false),
-        })
-        .collect()
 }
