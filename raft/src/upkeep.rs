@@ -12,7 +12,7 @@ use crate::{
     agreement::log::SharedLog,
     local::{Local, Opened},
     membership::{Reconciler, health},
-    state::run::FEATURE_LEVEL,
+    state::record::FEATURE_LEVEL,
     store::space::DiskSpace,
     task::every,
 };

@@ -2,7 +2,8 @@
 //! encode, decode and copy, heartbeats, votes and appends leave and are answered in time.
 //!
 //! Must never run what a client asked for: `Elsewhere` takes that, where it comes by the peer
-//! listener, back to the threads that answer clients.
+//! listener, back to the threads that answer clients. Only the sending of such an answer stays here,
+//! since one listener has all connections of peers.
 
 use std::{
     future::Future,

@@ -29,7 +29,7 @@ use super::{
     leadership::LeaderClock,
     log::ShardLog,
     pace::Pace,
-    quorum::{Quorum, Voters},
+    quorum::Voters,
     types::{LeaderId, LogId, Types, Vote, log_id_to, vote_from, vote_to},
 };
 use crate::peer::Peers;
@@ -126,12 +126,11 @@ impl Campaign {
     /// The cluster's pace, or this node's own where that is slower: a cluster without a leader learns
     /// of no slower one.
     fn own_pace(&self) -> Pace {
-        let voters = Quorum::of(&self.raft).voters();
-        let round_trips = voters.into_iter().map(|id| self.peers.round_trip(id));
-        let own = Pace::new(
-            self.peers.sync_time(),
-            round_trips.max().unwrap_or_default(),
-        );
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let voters = metrics.membership_config.voter_ids();
+        let farthest = voters.map(|id| self.peers.round_trip(id)).max();
+        let own = Pace::new(self.peers.sync_time(), farthest.unwrap_or_default());
         self.leader_clock.pace().max(own)
     }
 

@@ -42,7 +42,7 @@ use self::{roster::Stranger, round_trips::RoundTrips};
 use crate::{
     clock::Clock,
     events::Events,
-    state::{State, run::FEATURE_LEVEL},
+    state::{State, record::FEATURE_LEVEL},
     store::space::Fill,
 };
 

@@ -24,10 +24,11 @@ use prost::Message as _;
 use super::{
     Committed, CommittedPayload, State,
     clients::Recall,
+    error::ApplyError,
     hash,
     memory::Entry,
-    record::FORMAT,
-    run::{ApplyError, Changed, FEATURE_LEVEL, Finished, Run, rejected},
+    record::{FEATURE_LEVEL, FORMAT},
+    run::{Changed, Finished, Run, rejected},
     write::Writer,
 };
 

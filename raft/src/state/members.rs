@@ -5,7 +5,10 @@ use holdfast_proto::{
     reason,
 };
 
-use super::run::{ApplyError, Run, rejected};
+use super::{
+    error::ApplyError,
+    run::{Run, rejected},
+};
 
 /// Removed members that the roster remembers by their incarnation.
 const REMOVED_MAX: usize = 256;

@@ -17,6 +17,7 @@ mod clients;
 mod closed;
 mod diverged;
 mod effects;
+mod error;
 mod feed;
 mod hash;
 mod load;
@@ -25,7 +26,7 @@ pub(crate) mod memory;
 pub(crate) mod owner;
 mod read;
 pub(crate) mod record;
-pub(crate) mod run;
+mod run;
 #[cfg(test)]
 mod tests;
 mod view;

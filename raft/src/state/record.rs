@@ -27,6 +27,8 @@ use prost::Message;
 
 /// The format of every record so far.
 pub(crate) const FORMAT: u8 = 1;
+/// The newest feature level this version speaks.
+pub(crate) const FEATURE_LEVEL: u32 = 1;
 
 pub(crate) const APPLIED: &[u8] = b"applied";
 pub(crate) const ROSTER: &[u8] = b"roster";

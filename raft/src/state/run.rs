@@ -2,7 +2,7 @@
 //! batch for the store and one list of changes for the memory tier. Effects and `last_applied` are
 //! in the same batch.
 
-use std::{collections::HashMap, io, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use holdfast_proto::{
@@ -17,37 +17,12 @@ use holdfast_proto::{
 use super::{
     clients::Clients,
     effects::Effects,
+    error::ApplyError,
     hash::{self, Sum},
     memory::{Entry, Lookup, Memory},
     record::{self, DueKind, FORMAT},
 };
 use crate::store::{Family, StateBatch, StateStore};
-
-/// The newest feature level this version speaks.
-pub(crate) const FEATURE_LEVEL: u32 = 1;
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ApplyError {
-    #[error(
-        "log entry {index} has format {format}, this version reads up to {FORMAT}: upgrade this node"
-    )]
-    UnknownFormat { index: u64, format: u32 },
-    #[error("log entry {index} holds a command that this version does not know: upgrade this node")]
-    UnknownCommand { index: u64 },
-    #[error("log entry {index} is damaged: {reason}")]
-    Damaged { index: u64, reason: String },
-    #[error(
-        "the cluster's feature level is {level}, this version speaks up to {FEATURE_LEVEL}: upgrade this node"
-    )]
-    FeatureLevel { level: u32 },
-    #[error("reading the state: {0}")]
-    Io(#[from] io::Error),
-}
-
-impl From<record::BadRecord> for ApplyError {
-    fn from(bad: record::BadRecord) -> Self {
-        Self::Io(bad.into())
-    }
-}
 
 /// One run of committed entries on its way into the state.
 pub(crate) struct Run<'a> {

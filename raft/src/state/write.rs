@@ -13,10 +13,10 @@ use holdfast_proto::peer::{AppliedRecord, StateHash};
 use super::{
     Applied, Generation, Published, State,
     clients::Clients,
+    error::ApplyError,
     hash::{self, Sum},
     memory::Memory,
-    record,
-    run::{ApplyError, FEATURE_LEVEL},
+    record::{self, FEATURE_LEVEL},
 };
 use crate::store::{Family, StateStore};
 

@@ -19,7 +19,7 @@ async fn threads_that_answer_clients_are_busy_and_the_leader_stays() -> anyhow::
     let busy: Vec<_> = (0..THREADS)
         .map(|_| tokio::spawn(async { std::thread::sleep(BUSY) }))
         .collect();
-    // No timer of the busy runtime goes off now.
+    // As long as no timer of theirs goes off: several leases.
     std::thread::sleep(BUSY * 2 / 3);
     for node in 0..cluster.len() {
         let replica = cluster.here(node)?.replicas().replica(0);
@@ -34,5 +34,5 @@ async fn threads_that_answer_clients_are_busy_and_the_leader_stays() -> anyhow::
         "another leader was elected"
     );
     cluster.client(0).set("key", "value").await?;
-    Ok(())
+    cluster.stop().await
 }
