@@ -12,6 +12,7 @@ pub mod dev;
 pub mod error;
 pub mod glob;
 pub mod grpc;
+pub mod methods;
 pub mod metrics;
 pub mod node;
 pub mod operation;

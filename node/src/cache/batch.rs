@@ -16,7 +16,8 @@ use super::{
     Cache,
     controls::Controls,
     forward::{Hop, Reached},
-    read::{Asked, Settled},
+    get::Settled,
+    wait::Asked,
 };
 use crate::{error::Error, operation::Call, rules::Rules};
 

@@ -1,14 +1,35 @@
-//! Get: one key.
+//! Get: one key, and what is answered of what is stored: the steps of DESIGN §4, "Read". What a read
+//! waits for is `wait.rs`'s.
+//!
+//! ```text
+//! nothing, or expired   no upstream: MISS
+//!                       upstream:    wait for the cluster's fetch, hard_timeout at most
+//! FRESH, STALE          answer; past the refresh point say so to the refresher
+//! past that             upstream known to fail, no leader: answer; else wait for the fetch, soft_timeout at most, then answer
+//! ```
 
-use holdfast_proto::{Key, v1};
+use holdfast_proto::{
+    Key,
+    timeline::{Millis, Phase},
+    v1,
+};
+use holdfast_raft::View;
 
 use super::{
     Cache,
+    answer::{self, Behind},
     controls::Controls,
     forward::{Hop, Reached},
-    read::{Asked, Settled},
+    wait::{Asked, Waited},
 };
-use crate::{error::Error, operation::Call};
+use crate::{error::Error, operation::Call, policy::Policy, refresh::is_due};
+
+/// One key's answer, and whose it is.
+pub(super) enum Settled {
+    Here(v1::Answer),
+    /// This replica lagged behind a value that the cluster has: the leader answered.
+    Leader(v1::BatchGetResponse),
+}
 
 impl Cache {
     pub async fn get(
@@ -20,18 +41,13 @@ impl Cache {
         let rules = self.rules.load_full();
         let deadline = &call.deadline;
         let replica = self.replica_of(&key)?;
-        match self
-            .reach(
-                replica,
-                std::slice::from_ref(&key),
-                &controls,
-                Hop::Allowed,
-                deadline,
-            )
-            .await?
-        {
-            Reached::Here => {}
-            Reached::Leader(response) => return only_answer(response),
+        if !replica.has_seen(&controls.seen) {
+            let keys = std::slice::from_ref(&key);
+            let reach = self.reach(replica, keys, &controls, Hop::Allowed, deadline);
+            match reach.await? {
+                Reached::Here => {}
+                Reached::Leader(response) => return only_answer(response),
+            }
         }
         let standing = replica.standing();
         let view = replica.read(&key).await;
@@ -55,6 +71,94 @@ impl Cache {
                     token: token.encode(),
                 })
             }
+        }
+    }
+
+    /// Turns what was looked up into an answer, waiting only where DESIGN says so.
+    pub(super) async fn settle(
+        &self,
+        asked: Asked<'_>,
+        view: Option<View>,
+    ) -> Result<Settled, Error> {
+        let now = asked.controls.now(asked.replica);
+        let policy = asked.rules.policy(asked.key);
+        let old = match view {
+            Some(view) => match (view.phase(now), policy) {
+                (Phase::StaleOnError, Some(policy))
+                    if !self.refresher.should_not_wait(asked.key, &view, policy) =>
+                {
+                    Some(view)
+                }
+                (Phase::Expired, _) => None,
+                _ => return Ok(Settled::Here(self.serve(asked.key, &view, now, policy))),
+            },
+            None => None,
+        };
+        Box::pin(self.settle_later(asked, old, policy)).await
+    }
+
+    /// As `settle`, of what memory alone does not answer. `old` may still be served.
+    async fn settle_later(
+        &self,
+        asked: Asked<'_>,
+        old: Option<View>,
+        policy: Option<&Policy>,
+    ) -> Result<Settled, Error> {
+        // Who finds it due came before the refresh that it asks for.
+        let is_due = old.is_some();
+        let waited = match (old, policy) {
+            (Some(old), Some(policy)) => self.wait_softly(asked, old, policy).await?,
+            (_, Some(policy)) => self.wait_for_value(asked, policy).await?,
+            (_, None) => self.ask_other_rules(asked).await?,
+        };
+        let answer = match waited {
+            Waited::Stored(view) => {
+                let now = asked.controls.now(asked.replica);
+                self.serve(asked.key, &view, now, policy)
+            }
+            Waited::Unstored {
+                value,
+                content_type,
+            } => {
+                self.refresher.note_read(asked.key, is_due);
+                let upstream = policy.map_or("", |policy| &*policy.upstream);
+                answer::unstored(value, content_type, upstream)
+            }
+            Waited::Nothing => answer::miss(self.behind(asked.key, true, policy)),
+            Waited::NoUpstream => answer::miss(Behind::default()),
+            Waited::Leader(response) => return Ok(Settled::Leader(response)),
+        };
+        Ok(Settled::Here(answer))
+    }
+
+    /// What the refresher knows of a key whose refresh point has passed or not.
+    pub(super) fn behind<'p>(
+        &self,
+        key: &Key,
+        due: bool,
+        policy: Option<&'p Policy>,
+    ) -> Behind<'p> {
+        match policy {
+            Some(policy) => Behind {
+                upstream: &policy.upstream,
+                refreshing: due && self.refresher.is_refreshing(key, policy),
+            },
+            None => Behind::default(),
+        }
+    }
+
+    /// Answers with what is stored, and lets the refresher know of the read.
+    fn serve(&self, key: &Key, view: &View, now: Millis, policy: Option<&Policy>) -> v1::Answer {
+        let due = policy.is_some_and(|policy| is_due(view, policy, now));
+        if policy.is_some() {
+            // While the next attempt is ahead a hint is for nothing.
+            let failure = view.failure();
+            let is_held_back = failure.is_some_and(|failure| now < failure.next_attempt_ms);
+            self.refresher.note_read(key, due && !is_held_back);
+        }
+        v1::Answer {
+            refresh_due: due,
+            ..answer::stored(view, now, self.behind(key, due, policy))
         }
     }
 }

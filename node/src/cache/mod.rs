@@ -12,14 +12,13 @@
 mod answer;
 mod batch;
 mod controls;
-mod delete;
 mod forward;
 mod get;
 mod inspect;
-mod invalidate;
-mod read;
+mod judged;
 mod scan;
 mod set;
+mod wait;
 mod write;
 
 use std::{sync::Arc, time::Duration};
@@ -30,11 +29,12 @@ use holdfast_raft::{Peers, Replica, Replicas, Standing};
 use crate::{
     error::{Code, Error},
     metrics::Metrics,
+    operation::Answered,
     refresh::Refresher,
     rules::CurrentRules,
 };
 
-pub use self::{scan::ScanStream, write::Acknowledged};
+pub use self::scan::ScanStream;
 
 /// What an operator may choose about reading and writing.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +42,16 @@ pub struct Settings {
     /// How long a replica waits for what a session has seen before it asks the leader.
     pub session_wait: Duration,
 }
+
+/// A mutation that a quorum has on disk, and where the next one goes best.
+#[derive(Debug)]
+pub struct Acknowledged<T> {
+    pub response: T,
+    /// The leader's client address, if another node leads.
+    pub leader: Option<String>,
+}
+
+impl<T> Answered for Acknowledged<T> {}
 
 /// The cache as its doors see it. One per node.
 pub struct Cache {

@@ -1,32 +1,28 @@
-//! Set: replaces a key's value, times and tags.
+//! What a Set says, and the command it becomes: checked by the contract's limits, and given the
+//! times that the client or the key's policy says. Pure.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use holdfast_proto::{
     Key,
     limits::{
         CONTENT_TYPE_BYTES_MAX, TAG_BYTES_MAX, TAGS_MAX, VALUE_BYTES_DEFAULT, VALUE_BYTES_MAX,
     },
-    peer::{self, ForwardSetRequest, Lifetime, command::Op},
-    reason,
+    peer::{self, Lifetime, command::Op},
     timeline::{FOREVER, Millis},
     v1::{self, Origin},
 };
-use holdfast_raft::{CallError, Leader, Replica};
 
-use super::{
-    Cache,
-    write::{Acknowledged, check_request_id},
-};
-use crate::{error::Error, grpc::error_of, operation::Call, policy::Policy, rules::Rules};
+use crate::{error::Error, policy::Policy};
 
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
 
-/// A Set that was checked.
+/// A Set whose fields are within the contract's limits.
 #[derive(Debug)]
-struct Checked {
+pub(super) struct CheckedSet {
     key: Key,
+    request: v1::SetRequest,
     life: Life,
     stale_while_revalidate: Option<Millis>,
     stale_if_error: Option<Millis>,
@@ -41,172 +37,101 @@ enum Life {
     Until(Millis),
 }
 
-impl Cache {
-    /// By the policies of whoever leads the key: a node that is known to have others lets the
-    /// leader form it.
-    pub async fn set(
-        &self,
-        request: v1::SetRequest,
-        call: &Call,
-    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
-        let rules = self.rules.load_full();
-        let mut last = None;
-        // Whoever is no leader any more, or not reached, did not apply it: the next one judges.
-        while let Some((replica, leader)) = self.judge_of(&request, &rules) {
-            if let Some(error) = last.take_if(|_| call.deadline.has_passed()) {
-                return Err(error);
+impl CheckedSet {
+    /// Looks at everything but the value's size, which is the policy's to say.
+    pub(super) fn check(mut request: v1::SetRequest) -> Result<Self, Error> {
+        let key = Key::new(std::mem::take(&mut request.key))
+            .map_err(|invalid| Error::key("key", invalid))?;
+        let life = match (request.ttl, request.expires_at) {
+            (Some(_), Some(_)) => {
+                return Err(Error::field(
+                    "expires_at",
+                    "at most one of `ttl` and `expires_at`",
+                ));
             }
-            match self.forward_set(&replica, leader, &request, call).await {
-                Err(error) if error.is_not_applied() && error.reason() == reason::NO_LEADER => {
-                    last = Some(error);
-                    replica.next_leader(&call.deadline).await;
-                }
-                outcome => return outcome,
-            }
-        }
-        self.set_here(request, &rules, call).await
-    }
-
-    /// A Set that a peer lets this node judge, as the leader of its key.
-    pub(crate) async fn set_for_peer(
-        &self,
-        request: v1::SetRequest,
-        call: &Call,
-    ) -> Result<v1::SetResponse, Error> {
-        let leads = Key::new(request.key.clone()).is_ok_and(|key| {
-            self.replica_of(&key)
-                .is_ok_and(|replica| replica.leads().is_some())
-        });
-        if !leads {
-            return Err(Error::no_leader().not_applied());
-        }
-        let rules = self.rules.load_full();
-        let acknowledged = self.set_here(request, &rules, call).await?;
-        Ok(acknowledged.response)
-    }
-
-    /// Another node that leads the key and is known to have other policies.
-    fn judge_of(&self, request: &v1::SetRequest, rules: &Rules) -> Option<(Arc<Replica>, Leader)> {
-        let key = Key::new(request.key.clone()).ok()?;
-        let replica = self.replica_of(&key).ok()?;
-        let leader = self.refresher.judged_by(replica, rules)?;
-        Some((replica.clone(), leader))
-    }
-
-    async fn forward_set(
-        &self,
-        replica: &Replica,
-        leader: Leader,
-        request: &v1::SetRequest,
-        call: &Call,
-    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
-        let peers = self.peers().map_err(Error::not_applied)?;
-        let question = ForwardSetRequest {
-            header: None,
-            set: Some(request.clone()),
+            (Some(ttl), None) => match millis("ttl", ttl)? {
+                0 => return Err(Error::field("ttl", "it is not above 0")),
+                ttl => Life::Ttl(ttl),
+            },
+            (None, Some(at)) => Life::Until(instant("expires_at", at)?),
+            (None, None) => Life::Unsaid,
         };
-        let header = replica.header(leader.id);
-        let answered = peers.call(header, &call.deadline, question).await;
-        let response = answered.map_err(|error| match error {
-            CallError::NeverSent(_) => Error::no_leader().not_applied(),
-            CallError::Refused(status) => {
-                error_of(&status).unwrap_or_else(|| Error::no_leader().maybe_applied())
-            }
-            CallError::Timeout => Error::deadline().maybe_applied(),
-            CallError::GivenUp | CallError::Lost(_) => Error::no_leader().maybe_applied(),
-        })?;
-        let response = response.set.ok_or_else(|| {
-            Error::internal("the leader answered a Set with nothing", "it is empty").maybe_applied()
-        })?;
-        Ok(Acknowledged {
-            response,
-            leader: self.leader_elsewhere(replica),
+        let window = |field, duration: Option<prost_types::Duration>| {
+            duration.map(|duration| millis(field, duration)).transpose()
+        };
+        let stale_while_revalidate =
+            window("stale_while_revalidate", request.stale_while_revalidate)?;
+        let stale_if_error = window("stale_if_error", request.stale_if_error)?;
+        check_tags(&request.tags)?;
+        check_content_type(&request.content_type)?;
+        if request.if_version.is_some() && request.if_absent {
+            return Err(Error::field(
+                "if_absent",
+                "at most one of `if_version` and `if_absent`",
+            ));
+        }
+        Ok(Self {
+            key,
+            request,
+            life,
+            stale_while_revalidate,
+            stale_if_error,
         })
     }
 
-    async fn set_here(
-        &self,
-        mut request: v1::SetRequest,
-        rules: &Rules,
-        call: &Call,
-    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
-        let checked = check(&mut request).map_err(Error::not_applied)?;
-        let policy = rules.policy(&checked.key);
-        check_size(request.value.len(), policy).map_err(Error::not_applied)?;
-        let now = self
-            .replica_of(&checked.key)
-            .map_err(Error::not_applied)?
-            .now();
-        let op = Op::Set(peer::Set {
-            key: checked.key.as_bytes().clone(),
+    pub(super) fn key(&self) -> &Key {
+        &self.key
+    }
+
+    /// The command, by the key's policy if it has one. `now` is the log's time, `random` in [0, 1).
+    pub(super) fn into_op(
+        self,
+        policy: Option<&Policy>,
+        now: Millis,
+        random: f64,
+    ) -> Result<Op, Error> {
+        check_size(self.request.value.len(), policy)?;
+        let lifetime = self.lifetime(policy, now, random);
+        let request = self.request;
+        Ok(Op::Set(peer::Set {
+            key: self.key.as_bytes().clone(),
             value: request.value,
             content_type: request.content_type,
             tags: request.tags,
-            lifetime: Some(lifetime(&checked, policy, now, rand::random())),
-            expires_at_ms: checked.life.until(),
+            lifetime: Some(lifetime),
+            expires_at_ms: self.life.until(),
             if_version: request.if_version,
             if_absent: request.if_absent,
-            origin: if policy.is_some() {
-                Origin::Set
-            } else {
-                Origin::Plain
+            origin: match policy {
+                Some(_) => Origin::Set,
+                None => Origin::Plain,
             }
             .into(),
-        });
-        let written = self
-            .write(&checked.key, op, request.request_id, &call.deadline)
-            .await?;
-        let response = v1::SetResponse {
-            version: written.revision,
-            replica: Some(written.replica),
-            token: written.token.encode(),
-        };
-        Ok(Acknowledged {
-            response,
-            leader: written.leader,
-        })
+        }))
     }
-}
 
-/// Looks at everything but the value's size, which is the policy's to say. Takes out what the
-/// answer no longer needs.
-fn check(request: &mut v1::SetRequest) -> Result<Checked, Error> {
-    let key =
-        Key::new(std::mem::take(&mut request.key)).map_err(|invalid| Error::key("key", invalid))?;
-    let life = match (request.ttl, request.expires_at) {
-        (Some(_), Some(_)) => {
-            return Err(Error::field(
-                "expires_at",
-                "at most one of `ttl` and `expires_at`",
-            ));
+    /// A plain entry lives as the client says; one with an upstream as its policy says where the
+    /// client does not, and is refreshed from there in its time.
+    fn lifetime(&self, policy: Option<&Policy>, now: Millis, random: f64) -> Lifetime {
+        let mut lifetime = match policy {
+            None => Lifetime {
+                fresh_ms: FOREVER,
+                refresh_after_ms: FOREVER,
+                stale_while_revalidate_ms: 0,
+                stale_if_error_ms: 0,
+                min_refresh_interval_ms: 0,
+            },
+            Some(policy) => policy_lifetime(self.life, policy, now, random),
+        };
+        if let (Life::Ttl(ttl), None) | (Life::Ttl(ttl @ FOREVER), Some(_)) = (self.life, policy) {
+            lifetime.fresh_ms = ttl;
         }
-        (Some(ttl), None) => match millis("ttl", ttl)? {
-            0 => return Err(Error::field("ttl", "it is not above 0")),
-            ttl => Life::Ttl(ttl),
-        },
-        (None, Some(at)) => Life::Until(instant("expires_at", at)?),
-        (None, None) => Life::Unsaid,
-    };
-    let window = |field, duration: Option<prost_types::Duration>| {
-        duration.map(|duration| millis(field, duration)).transpose()
-    };
-    let stale_while_revalidate = window("stale_while_revalidate", request.stale_while_revalidate)?;
-    let stale_if_error = window("stale_if_error", request.stale_if_error)?;
-    check_tags(&request.tags)?;
-    check_content_type(&request.content_type)?;
-    if request.if_version.is_some() && request.if_absent {
-        return Err(Error::field(
-            "if_absent",
-            "at most one of `if_version` and `if_absent`",
-        ));
+        lifetime.stale_while_revalidate_ms = self
+            .stale_while_revalidate
+            .unwrap_or(lifetime.stale_while_revalidate_ms);
+        lifetime.stale_if_error_ms = self.stale_if_error.unwrap_or(lifetime.stale_if_error_ms);
+        lifetime
     }
-    request.request_id = check_request_id(request.request_id.take())?;
-    Ok(Checked {
-        key,
-        life,
-        stale_while_revalidate,
-        stale_if_error,
-    })
 }
 
 fn check_size(size: usize, policy: Option<&Policy>) -> Result<(), Error> {
@@ -300,29 +225,6 @@ impl Life {
     }
 }
 
-/// A plain entry lives as the client says; one with an upstream as its policy says where the client
-/// does not, and is refreshed from there in its time.
-fn lifetime(checked: &Checked, policy: Option<&Policy>, now: Millis, random: f64) -> Lifetime {
-    let mut lifetime = match policy {
-        None => Lifetime {
-            fresh_ms: FOREVER,
-            refresh_after_ms: FOREVER,
-            stale_while_revalidate_ms: 0,
-            stale_if_error_ms: 0,
-            min_refresh_interval_ms: 0,
-        },
-        Some(policy) => policy_lifetime(checked.life, policy, now, random),
-    };
-    if let (Life::Ttl(ttl), None) | (Life::Ttl(ttl @ FOREVER), Some(_)) = (checked.life, policy) {
-        lifetime.fresh_ms = ttl;
-    }
-    lifetime.stale_while_revalidate_ms = checked
-        .stale_while_revalidate
-        .unwrap_or(lifetime.stale_while_revalidate_ms);
-    lifetime.stale_if_error_ms = checked.stale_if_error.unwrap_or(lifetime.stale_if_error_ms);
-    lifetime
-}
-
 fn policy_lifetime(life: Life, policy: &Policy, now: Millis, random: f64) -> Lifetime {
     let ttl = match life {
         // A value that never goes stale is refreshed as often as the policy's own.
@@ -349,13 +251,13 @@ mod tests {
         Some(Proto { seconds, nanos: 0 })
     }
 
-    fn checked(change: impl FnOnce(&mut v1::SetRequest)) -> Result<Checked, (Code, String)> {
+    fn checked(change: impl FnOnce(&mut v1::SetRequest)) -> Result<CheckedSet, (Code, String)> {
         let mut request = v1::SetRequest {
             key: "k".into(),
             ..Default::default()
         };
         change(&mut request);
-        check(&mut request)
+        CheckedSet::check(request)
             .map_err(|error| (error.code(), error.metadata("field").unwrap().to_owned()))
     }
 
@@ -416,12 +318,6 @@ mod tests {
                 (Code::InvalidArgument, field.to_owned())
             );
         }
-        assert_eq!(
-            checked(|set| set.request_id = Some(Default::default()))
-                .unwrap_err()
-                .1,
-            "request_id.client"
-        );
     }
 
     #[test]
@@ -499,7 +395,7 @@ mod tests {
     }
 
     fn life(change: fn(&mut v1::SetRequest), policy: Option<&Policy>) -> Lifetime {
-        lifetime(&checked(change).unwrap(), policy, 100_000, 0.0)
+        checked(change).unwrap().lifetime(policy, 100_000, 0.0)
     }
 
     #[test]

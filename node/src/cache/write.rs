@@ -1,32 +1,26 @@
-//! What all mutations share: a checked request goes to the leader as one command, and its outcome
-//! becomes an answer.
+//! The mutations, Set, Delete and Invalidate: a checked request goes to the leader as one command,
+//! and its outcome becomes an answer.
 
+use bytes::Bytes;
 use holdfast_proto::{
     Key, Revision, Token,
     limits::CLIENT_ID_BYTES,
-    peer::{Outcome, Rejected, command::Op, outcome},
-    reason, v1,
+    peer::{Delete, Invalidate, Outcome, Rejected, command::Op, outcome},
+    reason,
+    v1::{self, delete_request, invalidate_request},
 };
 use holdfast_raft::Deadline;
 
-use super::Cache;
-use crate::error::Error;
-
-/// A mutation that a quorum has on disk, and where the next one goes best.
-#[derive(Debug)]
-pub struct Acknowledged<T> {
-    pub response: T,
-    /// The leader's client address, if another node leads.
-    pub leader: Option<String>,
-}
+use super::{Acknowledged, Cache, set::CheckedSet};
+use crate::{error::Error, operation::Call, rules::Rules};
 
 /// What a command that counts came to.
-pub(super) struct Written {
-    pub(super) revision: Revision,
-    pub(super) existed: bool,
-    pub(super) replica: v1::Replica,
-    pub(super) token: Token,
-    pub(super) leader: Option<String>,
+struct Written {
+    revision: Revision,
+    existed: bool,
+    replica: v1::Replica,
+    token: Token,
+    leader: Option<String>,
 }
 
 /// What an outcome says.
@@ -37,7 +31,119 @@ struct Done {
 }
 
 impl Cache {
-    pub(super) async fn write(
+    /// Replaces a key's value, times and tags, by the policies of whoever leads the key: a node that
+    /// is known to have others lets the leader form it.
+    pub async fn set(
+        &self,
+        request: v1::SetRequest,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
+        let rules = self.rules.load_full();
+        match self.set_by_leader(&request, &rules, call).await? {
+            Some(acknowledged) => Ok(acknowledged),
+            None => self.set_here(request, &rules, call).await,
+        }
+    }
+
+    /// A Set that a peer lets this node judge, as the leader of its key.
+    pub(crate) async fn set_for_peer(
+        &self,
+        request: v1::SetRequest,
+        call: &Call,
+    ) -> Result<v1::SetResponse, Error> {
+        let leads = Key::new(request.key.clone()).is_ok_and(|key| {
+            self.replica_of(&key)
+                .is_ok_and(|replica| replica.leads().is_some())
+        });
+        if !leads {
+            return Err(Error::no_leader().not_applied());
+        }
+        let rules = self.rules.load_full();
+        let acknowledged = self.set_here(request, &rules, call).await?;
+        Ok(acknowledged.response)
+    }
+
+    async fn set_here(
+        &self,
+        mut request: v1::SetRequest,
+        rules: &Rules,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::SetResponse>, Error> {
+        let form = || {
+            let request_id = check_request_id(request.request_id.take())?;
+            let set = CheckedSet::check(request)?;
+            let key = set.key().clone();
+            let now = self.replica_of(&key)?.now();
+            let op = set.into_op(rules.policy(&key), now, rand::random())?;
+            Ok((key, op, request_id))
+        };
+        let (key, op, request_id) = form().map_err(Error::not_applied)?;
+        let written = self.write(&key, op, request_id, &call.deadline).await?;
+        let response = v1::SetResponse {
+            version: written.revision,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
+    }
+
+    /// Removes a key, and outranks any fetch that began before it.
+    pub async fn delete(
+        &self,
+        request: v1::DeleteRequest,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::DeleteResponse>, Error> {
+        let key = request.target.map(|delete_request::Target::Key(key)| key);
+        let (key, request_id) = check(key, request.request_id).map_err(Error::not_applied)?;
+        let op = Op::Delete(Delete {
+            key: key.as_bytes().clone(),
+        });
+        let written = self.write(&key, op, request_id, &call.deadline).await?;
+        let response = v1::DeleteResponse {
+            existed: written.existed,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
+    }
+
+    /// A key is stale from now on, still served inside its stale windows, and refreshed from its
+    /// upstream.
+    pub async fn invalidate(
+        &self,
+        request: v1::InvalidateRequest,
+        call: &Call,
+    ) -> Result<Acknowledged<v1::InvalidateResponse>, Error> {
+        let key = request
+            .target
+            .map(|invalidate_request::Target::Key(key)| key);
+        let (key, request_id) = check(key, request.request_id).map_err(Error::not_applied)?;
+        let op = Op::Invalidate(Invalidate {
+            key: key.as_bytes().clone(),
+        });
+        let written = self.write(&key, op, request_id, &call.deadline).await?;
+        // There may be no reader for a while, and the first one is to find the new value.
+        if written.existed && self.rules.load().policy(&key).is_some() {
+            self.refresher.refresh_invalidated(&key);
+        }
+        let response = v1::InvalidateResponse {
+            existed: written.existed,
+            replica: Some(written.replica),
+            token: written.token.encode(),
+        };
+        Ok(Acknowledged {
+            response,
+            leader: written.leader,
+        })
+    }
+
+    async fn write(
         &self,
         key: &Key,
         op: Op,
@@ -99,9 +205,17 @@ fn refused(rejected: Rejected) -> Error {
     }
 }
 
-pub(super) fn check_request_id(
+/// The target of a Delete or an Invalidate.
+fn check(
+    key: Option<Bytes>,
     request_id: Option<v1::RequestId>,
-) -> Result<Option<v1::RequestId>, Error> {
+) -> Result<(Key, Option<v1::RequestId>), Error> {
+    let key = key.ok_or_else(|| Error::field("key", "it is missing"))?;
+    let key = Key::new(key).map_err(|invalid| Error::key("key", invalid))?;
+    Ok((key, check_request_id(request_id)?))
+}
+
+fn check_request_id(request_id: Option<v1::RequestId>) -> Result<Option<v1::RequestId>, Error> {
     let Some(id) = request_id else {
         return Ok(None);
     };
@@ -139,6 +253,18 @@ mod tests {
             seq,
             done_below,
         })
+    }
+
+    #[test]
+    fn what_names_no_key_is_a_mistake() {
+        let field = |key: Option<&'static str>| {
+            let checked = check(key.map(Bytes::from), None);
+            let error = checked.err()?;
+            error.metadata("field").map(str::to_owned)
+        };
+        assert_eq!(field(None).as_deref(), Some("key"));
+        assert_eq!(field(Some("")).as_deref(), Some("key"));
+        assert_eq!(field(Some("k")), None);
     }
 
     #[test]

@@ -24,7 +24,8 @@ use tracing::Instrument as _;
 use super::trace;
 use crate::{
     error::Error,
-    operation::{Method, Operation, Operations},
+    methods::Method,
+    operation::{Operation, Operations},
     serve::Caller,
 };
 

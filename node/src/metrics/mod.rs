@@ -24,7 +24,7 @@ use tonic::metadata::MetadataMap;
 pub(crate) use self::scrape::Seen;
 use crate::{
     error::Code,
-    operation::{METHODS, Method},
+    methods::{METHODS, Method},
 };
 
 /// What a scrape answers with.

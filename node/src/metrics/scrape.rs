@@ -14,12 +14,7 @@ use prometheus_client::{
 };
 
 use super::{Metrics, ShardLabel, UpstreamLabel};
-use crate::{
-    operation::{KINDS, Load},
-    refresh::Refresher,
-    resources,
-    serve::Listeners,
-};
+use crate::{methods::KINDS, operation::Load, refresh::Refresher, resources, serve::Listeners};
 
 /// What a scrape shows beside what was counted.
 #[derive(Clone, Copy)]

@@ -26,7 +26,7 @@ use holdfast_raft::{Clock, Deadline};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::methods::{KINDS, Kind};
+use crate::methods::{KINDS, Kind};
 use crate::serve::Caller;
 
 /// How long after its deadline a caller may take over its answer.

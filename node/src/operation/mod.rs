@@ -10,7 +10,6 @@
 //! know what is asked, or by which door.
 
 mod load;
-mod methods;
 
 use std::{
     sync::{
@@ -33,12 +32,10 @@ use holdfast_raft::{Clock, Deadline};
 use prost::Message as _;
 
 pub(crate) use self::load::{Full, Place};
-pub use self::{
-    load::{Limits, Load},
-    methods::{KINDS, Kind, METHODS, Method},
-};
+pub use self::load::{Limits, Load};
 use crate::{
     error::{Code, Error},
+    methods::{Kind, Method},
     metrics::Metrics,
     serve::Caller,
 };
@@ -356,8 +353,6 @@ impl Answered for v1::AddMemberResponse {}
 impl Answered for v1::PromoteResponse {}
 impl Answered for v1::RemoveResponse {}
 impl Answered for v1::TransferLeaderResponse {}
-
-impl<T> Answered for crate::cache::Acknowledged<T> {}
 
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,4 @@
-//! What a flight does once it has a slot: it fetches a key's value and commits it.
+//! How a flight begins, and what it does once it has a slot: it fetches a key's value and commits it.
 //!
 //! ```text
 //! note the revision ─► still needed? ─► upstream ─► commit ─┬─► stored: everybody is told its revision
@@ -7,7 +7,8 @@
 //! ```
 //! Promises that no answer holds what was fetched before a Delete or Invalidate that the asker
 //! could know of; that a failed fetch changes nothing stored (P3); and an end, whatever happens.
-//! Once it runs, a flight goes on when all who waited are gone. Must never know who waits.
+//! Once it runs, a flight goes on when all who waited are gone. Must never know who
+//! waits.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -18,13 +19,14 @@ use holdfast_proto::{
     timeline::Millis,
     v1::FailureClass,
 };
-use holdfast_raft::View;
+use holdfast_raft::{InMemory, Replica, View};
 use tracing::Instrument;
 
 use super::{
     Refresher, is_due,
     outcome::{CommitOutcome, FetchOutcome},
     queue::{Flight, Priority, Queue, Ready},
+    waiter::Waiter,
 };
 use crate::{
     policy::{Matched, Policy},
@@ -70,8 +72,53 @@ impl Drop for Running<'_> {
 }
 
 impl Refresher {
+    /// A refresh that nobody waits for, if this node leads and it is needed.
+    pub(super) fn ask(self: &Arc<Self>, key: &Key, priority: Priority) {
+        let rules = self.rules.load();
+        let (Some(policy), Some(replica)) = (rules.policy(key), self.replicas.of_key(key)) else {
+            return;
+        };
+        let Some(term) = replica.leads() else { return };
+        let queue = self.queue(&policy.upstream);
+        let now = replica.now();
+        let wanted = match replica.in_memory(key) {
+            InMemory::Found(view) => {
+                view.is_live(now)
+                    && is_due(&view, policy, now)
+                    && queue.gate.closed_by(key, Some(&view), now).is_none()
+            }
+            // Deleted since: whoever wants it reads it, and waits.
+            InMemory::Absent => false,
+            InMemory::Unknown => true,
+        };
+        if wanted {
+            // Dropped under pressure: the next reader asks again.
+            drop(self.join_queue(&queue, key, replica, term, priority));
+        }
+    }
+
+    /// For who wants to wait; `None` if too much waits already.
+    pub(super) fn join_queue(
+        self: &Arc<Self>,
+        queue: &Arc<Queue>,
+        key: &Key,
+        replica: &Arc<Replica>,
+        term: u64,
+        priority: Priority,
+    ) -> Option<Waiter> {
+        let joined = queue.join(key, replica, term, priority);
+        self.run_flights(queue, joined.ready);
+        if joined.is_joined {
+            self.metrics.flight_joined(queue.upstream());
+        }
+        if joined.waiter.is_none() {
+            self.metrics.flight_refused(queue.upstream());
+        }
+        joined.waiter
+    }
+
     /// Starts flights that have a slot.
-    pub(super) fn run_flights(self: &Arc<Self>, queue: &Arc<Queue>, ready: Vec<Ready>) {
+    fn run_flights(self: &Arc<Self>, queue: &Arc<Queue>, ready: Vec<Ready>) {
         for Ready { flight, priority } in ready {
             // A flight may end while its runtime does.
             if self.stop.is_cancelled() || tokio::runtime::Handle::try_current().is_err() {

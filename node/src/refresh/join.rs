@@ -9,17 +9,9 @@ use std::{sync::Arc, time::Duration};
 
 use holdfast_proto::{Key, Revision};
 use holdfast_raft::{Deadline, InMemory, Leader, Replica, Seen};
-
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Refresher,
-    flight::needless,
-    is_due,
-    outcome::FetchOutcome,
-    queue::{Priority, Queue},
-    waiter::Waiter,
-};
+use super::{Refresher, flight::needless, outcome::FetchOutcome, queue::Priority, waiter::Waiter};
 use crate::policy::Policy;
 
 /// How long one who waits gives an election, at most.
@@ -112,50 +104,6 @@ impl Refresher {
                 Err(_) => return FetchOutcome::Overloaded,
             }
         }
-    }
-
-    /// A refresh that nobody waits for, if this node leads and it is needed.
-    pub(super) fn ask(self: &Arc<Self>, key: &Key, priority: Priority) {
-        let rules = self.rules.load();
-        let (Some(policy), Some(replica)) = (rules.policy(key), self.replicas.of_key(key)) else {
-            return;
-        };
-        let Some(term) = replica.leads() else { return };
-        let queue = self.queue(&policy.upstream);
-        let now = replica.now();
-        let wanted = match replica.in_memory(key) {
-            InMemory::Found(view) => {
-                view.is_live(now)
-                    && is_due(&view, policy, now)
-                    && queue.gate.closed_by(key, Some(&view), now).is_none()
-            }
-            // Deleted since: whoever wants it reads it, and waits.
-            InMemory::Absent => false,
-            InMemory::Unknown => true,
-        };
-        if wanted {
-            // Dropped under pressure: the next reader asks again.
-            drop(self.join_queue(&queue, key, replica, term, priority));
-        }
-    }
-
-    fn join_queue(
-        self: &Arc<Self>,
-        queue: &Arc<Queue>,
-        key: &Key,
-        replica: &Arc<Replica>,
-        term: u64,
-        priority: Priority,
-    ) -> Option<Waiter> {
-        let joined = queue.join(key, replica, term, priority);
-        self.run_flights(queue, joined.ready);
-        if joined.is_joined {
-            self.metrics.flight_joined(queue.upstream());
-        }
-        if joined.waiter.is_none() {
-            self.metrics.flight_refused(queue.upstream());
-        }
-        joined.waiter
     }
 }
 

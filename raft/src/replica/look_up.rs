@@ -34,7 +34,7 @@ pub struct Inspected {
 impl Replica {
     /// The entry with its value. Counts as a use; what comes from disk is kept in memory.
     pub async fn read(&self, key: &Key) -> io::Result<Option<View>> {
-        match self.state.lookup(key) {
+        match self.state.memory().get(key) {
             Lookup::Found(entry) => Ok(Some(View::settled(entry))),
             Lookup::Absent => Ok(None),
             Lookup::Unknown(_) => {
@@ -56,7 +56,7 @@ impl Replica {
         let mut found: Vec<Result<Option<View>, ReadManyError>> = keys
             .iter()
             .enumerate()
-            .map(|(place, key)| match self.state.lookup(key) {
+            .map(|(place, key)| match self.state.memory().get(key) {
                 Lookup::Found(entry) => Ok(Some(View::settled(entry))),
                 Lookup::Absent => Ok(None),
                 Lookup::Unknown(_) => {
@@ -111,7 +111,7 @@ impl Replica {
 
     /// As `peek`, as far as memory knows.
     pub fn in_memory(&self, key: &Key) -> InMemory {
-        match self.state.peek(key) {
+        match self.state.memory().peek(key) {
             Lookup::Found(entry) => InMemory::Found(View::settled(entry)),
             Lookup::Absent => InMemory::Absent,
             Lookup::Unknown(_) => InMemory::Unknown,

@@ -20,6 +20,19 @@ pub enum Seen {
 }
 
 impl Replica {
+    /// Whether this replica may answer a read that must have `seen` so much, at once.
+    pub fn has_seen(&self, seen: &Seen) -> bool {
+        let has_seen = match seen {
+            Seen::Anything => true,
+            Seen::Token(token) => {
+                token.epoch() == self.peers.identity().epoch
+                    && token.revision(self.shard) <= self.state.applied().revision
+            }
+            Seen::Everything => false,
+        };
+        has_seen && !self.must_catch_up()
+    }
+
     /// Waits until this replica may answer a read that must have `seen` so much. `patience` is how
     /// long it waits for a session's revision before it says that it is behind.
     pub async fn wait_until_seen(

@@ -1,8 +1,9 @@
 //! What a state is asked: one key from memory or by one read of the store, ranges of keys, and the
 //! due index. Blocking where it goes to the store: on a blocking thread only.
 
-use std::{io, sync::Arc};
+use std::{io, ops::Deref, sync::Arc};
 
+use arc_swap::Guard;
 use bytes::Bytes;
 use holdfast_proto::{
     Key, content_hash,
@@ -12,7 +13,7 @@ use holdfast_proto::{
 
 use super::{
     Generation, State,
-    memory::{Entry, Lookup},
+    memory::{Entry, Lookup, Memory},
     record::{self, BadRecord, DueKind},
     view::View,
 };
@@ -33,15 +34,21 @@ pub struct Scanned {
     pub next: Option<Bytes>,
 }
 
-impl State {
-    /// What is in memory, without touching the disk. The usual case, and lock-free.
-    pub(crate) fn lookup(&self, key: &[u8]) -> Lookup {
-        self.generation.load().memory.get(key)
-    }
+/// The memory of the generation that is served now; a snapshot that is installed brings another.
+pub(crate) struct CurrentMemory(Guard<Arc<Generation>>);
 
-    /// Like `lookup`, without counting as a use.
-    pub(crate) fn peek(&self, key: &[u8]) -> Lookup {
-        self.generation.load().memory.peek(key)
+impl Deref for CurrentMemory {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        &self.0.memory
+    }
+}
+
+impl State {
+    /// What is in memory now, for a look-up that touches neither the disk nor a lock.
+    pub(crate) fn memory(&self) -> CurrentMemory {
+        CurrentMemory(self.generation.load())
     }
 
     /// From memory or disk; what came from disk is kept in memory if nothing overtook it.

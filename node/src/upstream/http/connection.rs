@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::dial::Endpoint;
+use super::endpoint::Endpoint;
 
 /// A request without a body: all that is sent are GETs.
 pub(super) type Head = Request<Empty<Bytes>>;

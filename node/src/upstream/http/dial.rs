@@ -19,9 +19,10 @@ use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
-use url::{Host, Url};
+use url::Host;
 
 use super::connection::Connection;
+use super::endpoint::Endpoint;
 use super::redirect::Reach;
 
 /// How long an address may be tried alone (RFC 8305 §5).
@@ -31,14 +32,6 @@ const ADDRESSES_MAX: usize = 16;
 /// Look-ups of one upstream at a time. They take threads that disk reads need too, and one that
 /// hangs keeps its thread though nobody waits for it.
 const LOOK_UPS_MAX: usize = 4;
-
-/// Where a URL leads: one origin.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Endpoint {
-    is_tls: bool,
-    host: Host,
-    port: u16,
-}
 
 pub(super) struct Dialer {
     tls: TlsConnector,
@@ -62,21 +55,6 @@ pub(super) enum DialError {
     Tls(io::Error),
     #[error("no http: {0}")]
     Handshake(#[from] hyper::Error),
-}
-
-impl Endpoint {
-    /// `None` for what is neither http nor https.
-    pub(super) fn of(url: &Url) -> Option<Self> {
-        Some(Self {
-            is_tls: match url.scheme() {
-                "https" => true,
-                "http" => false,
-                _ => return None,
-            },
-            host: url.host()?.to_owned(),
-            port: url.port_or_known_default()?,
-        })
-    }
 }
 
 impl Dialer {

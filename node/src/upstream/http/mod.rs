@@ -12,6 +12,7 @@
 mod answer;
 mod connection;
 mod dial;
+mod endpoint;
 mod headers;
 mod pool;
 mod redirect;
@@ -37,7 +38,8 @@ use url::{Host, Position, Url};
 
 use self::answer::Wanted;
 use self::connection::{Connection, Head};
-use self::dial::{DialError, Dialer, Endpoint};
+use self::dial::{DialError, Dialer};
+use self::endpoint::Endpoint;
 use self::headers::Headers;
 use self::pool::Pool;
 pub use self::redirect::OwnListeners;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::connection::Connection;
-use super::dial::Endpoint;
+use super::endpoint::Endpoint;
 use super::redirect::Reach;
 
 /// How long after it was dialled a connection may take another request.

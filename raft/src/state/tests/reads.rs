@@ -189,7 +189,7 @@ fn reads_for_absent_keys(state: &State, store: &Counted) -> usize {
 
 async fn until_loaded(state: &State) {
     let loaded = async {
-        while !matches!(state.peek(b"nobody's"), Lookup::Absent) {
+        while !matches!(state.memory().peek(b"nobody's"), Lookup::Absent) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };

@@ -1,26 +1,24 @@
-//! From what is stored to what is answered: the steps of DESIGN §4, "Read".
+//! What a read waits for that memory alone does not answer: the cluster's fetch of its key, and this
+//! replica to have what that brought.
 //!
-//! ```text
-//! nothing, or expired   no upstream: MISS
-//!                       upstream:    wait for the cluster's fetch, hard_timeout at most
-//! FRESH, STALE          answer; past the refresh point say so to the refresher
-//! past that             upstream known to fail, no leader: answer; else wait for the fetch, soft_timeout at most, then answer
-//! ```
+//! Promises that nobody waits longer than the policy and the caller say, and that who gets no value
+//! learns why.
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use holdfast_proto::{
     Key, Revision, reason,
-    timeline::{Millis, Phase},
+    timeline::Millis,
     v1::{self, FailureClass},
 };
 use holdfast_raft::{Deadline, ReadError, Replica, View};
 
-use super::{Cache, answer, answer::Behind, controls::Controls, forward::Hop};
+use super::{Cache, controls::Controls, forward::Hop};
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
-    refresh::{FetchOutcome, is_due},
+    refresh::FetchOutcome,
     rules::Rules,
 };
 
@@ -39,100 +37,46 @@ pub(super) struct Asked<'a> {
     pub(super) deadline: &'a Deadline,
 }
 
-/// One key's answer, and whose it is.
-pub(super) enum Settled {
-    Here(v1::Answer),
+/// What there is after the wait.
+pub(super) enum Waited {
+    /// Stored here, to be served whatever its phase is by now.
+    Stored(View),
+    /// Fetched and not stored.
+    Unstored { value: Bytes, content_type: String },
     /// This replica lagged behind a value that the cluster has: the leader answered.
     Leader(v1::BatchGetResponse),
+    /// Nothing, and nobody failed.
+    Nothing,
+    /// Nothing, and nowhere to get it from.
+    NoUpstream,
 }
 
 impl Cache {
-    /// Turns what was looked up into an answer, waiting only where DESIGN says so.
-    pub(super) async fn settle(
-        &self,
-        asked: Asked<'_>,
-        view: Option<View>,
-    ) -> Result<Settled, Error> {
-        let now = asked.controls.now(asked.replica);
-        let policy = asked.rules.policy(asked.key);
-        match (&view, policy) {
-            (Some(view), policy) => match (view.phase(now), policy) {
-                (Phase::Fresh | Phase::Stale, policy) => {
-                    Ok(Settled::Here(self.serve(asked.key, view, now, policy)))
-                }
-                (Phase::StaleOnError, Some(policy))
-                    if !self.refresher.should_not_wait(asked.key, view, policy) =>
-                {
-                    Box::pin(self.wait_softly(asked, view.clone(), policy)).await
-                }
-                (Phase::StaleOnError, policy) => {
-                    Ok(Settled::Here(self.serve(asked.key, view, now, policy)))
-                }
-                (Phase::Expired, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
-                (Phase::Expired, None) => Box::pin(self.without_policy(asked)).await,
-            },
-            (None, Some(policy)) => Box::pin(self.fetch(asked, policy)).await,
-            (None, None) => Box::pin(self.without_policy(asked)).await,
-        }
-    }
-
-    /// What the refresher knows of a key whose refresh point has passed or not.
-    pub(super) fn behind<'p>(
-        &self,
-        key: &Key,
-        due: bool,
-        policy: Option<&'p Policy>,
-    ) -> Behind<'p> {
-        match policy {
-            Some(policy) => Behind {
-                upstream: &policy.upstream,
-                refreshing: due && self.refresher.is_refreshing(key, policy),
-            },
-            None => Behind::default(),
-        }
-    }
-
-    /// Answers with what is stored, and lets the refresher know of the read.
-    fn serve(&self, key: &Key, view: &View, now: Millis, policy: Option<&Policy>) -> v1::Answer {
-        let due = policy.is_some_and(|policy| is_due(view, policy, now));
-        if policy.is_some() {
-            // While the next attempt is ahead a hint is for nothing.
-            let failure = view.failure();
-            let is_held_back = failure.is_some_and(|failure| now < failure.next_attempt_ms);
-            self.refresher.note_read(key, due && !is_held_back);
-        }
-        v1::Answer {
-            refresh_due: due,
-            ..answer::stored(view, now, self.behind(key, due, policy))
-        }
-    }
-
     /// Nothing is stored, and by the rules here no upstream has it either. Where the leader has
     /// other rules, they count.
-    async fn without_policy(&self, asked: Asked<'_>) -> Result<Settled, Error> {
-        let miss = Settled::Here(answer::miss(Behind::default()));
+    pub(super) async fn ask_other_rules(&self, asked: Asked<'_>) -> Result<Waited, Error> {
         let judge = self.refresher.judged_by(asked.replica, asked.rules);
         let Some(leader) = judge.filter(|_| asked.hop == Hop::Allowed) else {
-            return Ok(miss);
+            return Ok(Waited::NoUpstream);
         };
         let key = std::slice::from_ref(asked.key);
         let told = self.ask(asked.replica, leader, key, asked.controls, asked.deadline);
         match told.await {
-            Ok(response) => Ok(Settled::Leader(response)),
+            Ok(response) => Ok(Waited::Leader(response)),
             Err(error) if error.metadata(reason::UPSTREAM).is_some() => Err(error),
             // Without the leader this node is as good as it gets.
-            Err(_) => Ok(miss),
+            Err(_) => Ok(Waited::NoUpstream),
         }
     }
 
     /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in
     /// time, else the one there is.
-    async fn wait_softly(
+    pub(super) async fn wait_softly(
         &self,
         asked: Asked<'_>,
         old: View,
         policy: &Policy,
-    ) -> Result<Settled, Error> {
+    ) -> Result<Waited, Error> {
         self.metrics.read_waited("soft_timeout");
         let patience = asked.deadline.at_most(policy.soft_timeout);
         let outcome = self
@@ -145,12 +89,10 @@ impl Cache {
                 content_type,
                 ..
             } => {
-                self.refresher.note_read(asked.key, true);
-                return Ok(Settled::Here(answer::unstored(
+                return Ok(Waited::Unstored {
                     value,
                     content_type,
-                    &policy.upstream,
-                )));
+                });
             }
             FetchOutcome::Committed { revision } => {
                 // Late here: the old value is still within its window.
@@ -159,29 +101,22 @@ impl Cache {
             _ => {}
         }
         match read(asked).await? {
-            Some(view) => {
-                let now = asked.controls.now(asked.replica);
-                match view.phase(now) {
-                    // It ran out in these milliseconds; it was being served when the reader came.
-                    Phase::Expired if view.changed() == old.changed() => Ok(Settled::Here(
-                        self.serve(asked.key, &old, now, Some(policy)),
-                    )),
-                    Phase::Expired => self.fetch(asked, policy).await,
-                    _ => Ok(Settled::Here(self.serve(
-                        asked.key,
-                        &view,
-                        now,
-                        Some(policy),
-                    ))),
-                }
+            Some(view) if view.is_live(asked.controls.now(asked.replica)) => {
+                Ok(Waited::Stored(view))
             }
-            None => self.fetch(asked, policy).await,
+            // It ran out in these milliseconds; it was being served when the reader came.
+            Some(view) if view.changed() == old.changed() => Ok(Waited::Stored(old)),
+            _ => self.wait_for_value(asked, policy).await,
         }
     }
 
     /// A miss: waits for the flight that the whole cluster shares. Once the upstream is called, the
     /// fetch goes on and is stored whether somebody waits or not.
-    async fn fetch(&self, asked: Asked<'_>, policy: &Policy) -> Result<Settled, Error> {
+    pub(super) async fn wait_for_value(
+        &self,
+        asked: Asked<'_>,
+        policy: &Policy,
+    ) -> Result<Waited, Error> {
         self.metrics.read_waited("miss");
         let patience = asked.deadline.at_most(policy.hard_timeout);
         for _ in 0..FETCHES_MAX {
@@ -196,41 +131,28 @@ impl Cache {
                     content_type,
                     ..
                 } => {
-                    self.refresher.note_read(asked.key, false);
-                    return Ok(Settled::Here(answer::unstored(
+                    return Ok(Waited::Unstored {
                         value,
                         content_type,
-                        &policy.upstream,
-                    )));
+                    });
                 }
-                FetchOutcome::NoPolicy => {
-                    return Ok(Settled::Here(answer::miss(Behind::default())));
-                }
+                FetchOutcome::NoPolicy => return Ok(Waited::NoUpstream),
                 failed => {
                     // Whose time it was that ran out, if one did.
                     let hurried = !patience.is_before(asked.deadline);
                     return self.without_fetch(asked, policy, failed, hurried).await;
                 }
             };
-            if let Some(settled) = self.catch_up_with(asked, revision, &patience).await? {
-                return Ok(settled);
+            if let Some(elsewhere) = self.catch_up_with(asked, revision, &patience).await? {
+                return Ok(elsewhere);
             }
             let view = read(asked).await?;
             let now = asked.controls.now(asked.replica);
             if let Some(view) = view.filter(|view| is_fetched(view, revision, now)) {
-                return Ok(Settled::Here(self.serve(
-                    asked.key,
-                    &view,
-                    now,
-                    Some(policy),
-                )));
+                return Ok(Waited::Stored(view));
             }
         }
-        Ok(Settled::Here(answer::miss(self.behind(
-            asked.key,
-            true,
-            Some(policy),
-        ))))
+        Ok(Waited::Nothing)
     }
 
     /// The fetch is committed; this replica may not have it yet. One that lags lets the leader
@@ -240,7 +162,7 @@ impl Cache {
         asked: Asked<'_>,
         revision: Revision,
         patience: &Deadline,
-    ) -> Result<Option<Settled>, Error> {
+    ) -> Result<Option<Waited>, Error> {
         let briefly = &patience.at_most(self.settings.session_wait);
         if asked
             .replica
@@ -262,7 +184,7 @@ impl Cache {
                 tokio::pin!(rest);
                 tokio::select! {
                     Ok(response) = self.ask(asked.replica, leader, key, asked.controls, deadline) => {
-                        return Ok(Some(Settled::Leader(response)));
+                        return Ok(Some(Waited::Leader(response)));
                     }
                     reached = &mut rest => reached,
                     else => Err(ReadError::NoLeader),
@@ -283,17 +205,11 @@ impl Cache {
         policy: &Policy,
         outcome: FetchOutcome,
         hurried: bool,
-    ) -> Result<Settled, Error> {
-        if let Some(view) = read(asked).await? {
-            let now = asked.controls.now(asked.replica);
-            if view.is_live(now) {
-                return Ok(Settled::Here(self.serve(
-                    asked.key,
-                    &view,
-                    now,
-                    Some(policy),
-                )));
-            }
+    ) -> Result<Waited, Error> {
+        if let Some(view) = read(asked).await?
+            && view.is_live(asked.controls.now(asked.replica))
+        {
+            return Ok(Waited::Stored(view));
         }
         let error = no_value(outcome, &policy.upstream, asked.replica.now(), hurried);
         Err(self.sent_to_leader(asked.replica, error))
