@@ -25,6 +25,7 @@
 //! data_dir/state/<shard>/<n>/         one database; an installed snapshot is generation n + 1
 //! ```
 
+mod budget;
 #[cfg_attr(
     not(feature = "rocksdb"),
     allow(dead_code, reason = "the memory engine needs only some of it")
@@ -47,7 +48,8 @@ use std::path::Path;
 use bytes::Bytes;
 use holdfast_proto::ShardId;
 
-pub use stores::{Budget, Engine, Stores};
+pub use budget::Budget;
+pub use stores::{Engine, Stores};
 
 /// The log of ALL shards of a node. One writer (the sync thread), many readers.
 ///

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use holdfast_proto::ShardId;
 
+use super::budget::Budget;
 use super::memory::{self, MemoryDisk};
 #[cfg(feature = "rocksdb")]
 use super::rocks::{self, RocksDisk};
@@ -29,24 +30,6 @@ impl Engine {
     } else {
         Self::Memory
     };
-}
-
-/// Memory the engine may use for all shards together; soft by a few percent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Budget {
-    /// Blocks, indexes and filters read from disk.
-    pub block_cache_bytes: usize,
-    /// Records of log and states that are not in table files yet.
-    pub write_buffer_bytes: usize,
-}
-
-impl Default for Budget {
-    fn default() -> Self {
-        Self {
-            block_cache_bytes: 64 << 20,
-            write_buffer_bytes: 256 << 20,
-        }
-    }
 }
 
 /// All stores of one node. Clones are the same stores. Each of them is open once at a time: drop

@@ -20,7 +20,7 @@ use std::sync::{Arc, Weak};
 use holdfast_proto::ShardId;
 use parking_lot::Mutex;
 
-use super::stores::Budget;
+use super::budget::Budget;
 use super::{durable, space};
 use generations::Generations;
 use log::RocksLog;

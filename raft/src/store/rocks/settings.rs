@@ -8,7 +8,7 @@ use rocksdb::{
 
 use super::waiting::Waiting;
 use crate::store::Family;
-use crate::store::stores::Budget;
+use crate::store::budget::Budget;
 
 pub(super) const LOG_ENTRIES: &str = "entries";
 pub(super) const LOG_MARKS: &str = "marks";
