@@ -110,6 +110,9 @@ async fn without_a_majority_nobody_stops_and_the_leader_says_so() {
     }
     let (nodes, leader) = formed_of(nodes).await;
     let replicas: Vec<_> = nodes.iter().map(Node::replica).collect();
+    // None is still to come to an index that the others had before: there it would be the only odd
+    // one. The next such index is far away.
+    write_until(&nodes, || are_level(&replicas, 0)).await;
     replicas[0].state().spoil(1);
     replicas[1].state().spoil(2);
     write_until(&nodes, || {
