@@ -8,8 +8,10 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use arc_swap::ArcSwap;
 use holdfast_proto::peer::{ClusterRecord, Formation, IdentityRecord, Retired};
 use parking_lot::Mutex;
 
@@ -37,7 +39,9 @@ pub enum IdentityError {
 /// The identity as it is on disk, or only in memory for the memory engine.
 pub(crate) struct IdentityFile {
     dir: Option<PathBuf>,
-    record: Mutex<IdentityRecord>,
+    record: ArcSwap<IdentityRecord>,
+    /// Whoever changes the record waits for the disk; who reads it does not.
+    changing: Mutex<()>,
     /// Held until the node has closed.
     lock: Mutex<Option<File>>,
 }
@@ -56,7 +60,8 @@ impl IdentityFile {
             };
             return Ok(Self {
                 dir: None,
-                record: Mutex::new(record),
+                record: ArcSwap::from_pointee(record),
+                changing: Mutex::default(),
                 lock: Mutex::default(),
             });
         };
@@ -96,17 +101,18 @@ impl IdentityFile {
         };
         Ok(Self {
             dir: Some(dir.into()),
-            record: Mutex::new(record),
+            record: ArcSwap::from_pointee(record),
+            changing: Mutex::default(),
             lock: Mutex::new(Some(lock)),
         })
     }
 
     pub(crate) fn record(&self) -> IdentityRecord {
-        self.record.lock().clone()
+        IdentityRecord::clone(&self.record.load())
     }
 
     pub(crate) fn incarnation(&self) -> u64 {
-        self.record.lock().incarnation
+        self.record.load().incarnation
     }
 
     /// Lets another process, or this one again, use the directory.
@@ -116,7 +122,8 @@ impl IdentityFile {
 
     /// Accepts a formation, durably. One, ever: another one is refused, the same one again is fine.
     pub(crate) fn accept(&self, formation: &Formation) -> io::Result<bool> {
-        let mut record = self.record.lock();
+        let _changing = self.changing.lock();
+        let record = self.record.load_full();
         match &record.accepted {
             Some(accepted) => return Ok(accepted == formation),
             None if record.cluster.is_some() => return Ok(false),
@@ -124,36 +131,35 @@ impl IdentityFile {
         }
         let changed = IdentityRecord {
             accepted: Some(formation.clone()),
-            ..record.clone()
+            ..IdentityRecord::clone(&record)
         };
-        self.store(&changed)?;
-        *record = changed;
+        self.store(changed)?;
         Ok(true)
     }
 
     pub(crate) fn belong(&self, cluster: ClusterRecord) -> io::Result<()> {
-        let mut record = self.record.lock();
+        let _changing = self.changing.lock();
+        let record = self.record.load_full();
         let changed = IdentityRecord {
             cluster: Some(cluster),
-            ..record.clone()
+            ..IdentityRecord::clone(&record)
         };
-        self.store(&changed)?;
-        *record = changed;
+        self.store(changed)?;
         Ok(())
     }
 
     /// It must never take part again, whatever becomes of the process. The first reason stays.
     pub(crate) fn retire(&self, retired: Retired) -> io::Result<()> {
-        let mut record = self.record.lock();
+        let _changing = self.changing.lock();
+        let record = self.record.load_full();
         if record.retired.is_some() {
             return Ok(());
         }
         let changed = IdentityRecord {
             retired: Some(retired),
-            ..record.clone()
+            ..IdentityRecord::clone(&record)
         };
-        self.store(&changed)?;
-        *record = changed;
+        self.store(changed)?;
         Ok(())
     }
 
@@ -162,11 +168,12 @@ impl IdentityFile {
         self.dir.as_deref()
     }
 
-    fn store(&self, record: &IdentityRecord) -> io::Result<()> {
-        match &self.dir {
-            Some(dir) => write(dir, record),
-            None => Ok(()),
+    fn store(&self, record: IdentityRecord) -> io::Result<()> {
+        if let Some(dir) = &self.dir {
+            write(dir, &record)?;
         }
+        self.record.store(Arc::new(record));
+        Ok(())
     }
 }
 

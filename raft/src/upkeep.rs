@@ -14,7 +14,7 @@ use crate::{
     membership::{Reconciler, health},
     state::record::FEATURE_LEVEL,
     store::space::DiskSpace,
-    task::every,
+    task::{self, every},
 };
 
 const GUARD_EVERY: Duration = Duration::from_millis(200);
@@ -54,7 +54,7 @@ impl Upkeep {
                 continue;
             };
             self.know_members(opened);
-            self.note_caught_up(opened);
+            self.note_caught_up(opened).await;
             self.raise_feature_level(opened).await;
             // Keeps the time of who is stuck, whoever asks.
             let _ = health::of_self(&self.local, opened);
@@ -139,18 +139,23 @@ impl Upkeep {
         opened.peers.acknowledged().keep_only(is_member);
     }
 
-    fn note_caught_up(&self, opened: &Opened) {
+    async fn note_caught_up(&self, opened: &Opened) {
         let Some(cluster) = self.local.identity().record().cluster else {
             return;
         };
         let caught_up = opened.replicas().all(|replica| !replica.must_catch_up());
-        if caught_up
-            && !cluster.caught_up
-            && let Err(error) = self.local.identity().belong(ClusterRecord {
+        if !caught_up || cluster.caught_up {
+            return;
+        }
+        let (local, noted) = (
+            self.local.clone(),
+            ClusterRecord {
                 caught_up,
                 ..cluster
-            })
-        {
+            },
+        );
+        let noted = task::blocking(move || local.identity().belong(noted)).await;
+        if let Err(error) = noted.map_err(io::Error::other).and_then(|noted| noted) {
             tracing::warn!(%error, "noting that this node has caught up failed");
         }
     }
@@ -168,7 +173,7 @@ impl Upkeep {
             }
             measured = measured.wrapping_add(1);
             let space = self.space.clone();
-            match crate::task::blocking(move || space.measure()).await {
+            match task::blocking(move || space.measure()).await {
                 Ok(Ok(fill)) => opened.peers.set_disk(fill),
                 Ok(Err(error)) => tracing::warn!(%error, "measuring the disk failed"),
                 Err(_) => {}
@@ -187,7 +192,7 @@ impl Upkeep {
                 .map(|replica| replica.state().clone())
                 .collect::<Vec<_>>(),
         );
-        let added_up = crate::task::blocking(move || -> io::Result<u64> {
+        let added_up = task::blocking(move || -> io::Result<u64> {
             log.keep_note()?;
             states.iter().try_fold(
                 log.disk_bytes()?,
@@ -218,12 +223,12 @@ impl Upkeep {
         for replica in opened.replicas() {
             replica.purge_for_space().await;
             let state = replica.state().clone();
-            if let Ok(Err(error)) = crate::task::blocking(move || state.compact()).await {
+            if let Ok(Err(error)) = task::blocking(move || state.compact()).await {
                 tracing::warn!(%error, shard = replica.shard(), "compaction failed");
             }
         }
         let log = self.log.clone();
-        if let Ok(Err(error)) = crate::task::blocking(move || log.compact()).await {
+        if let Ok(Err(error)) = task::blocking(move || log.compact()).await {
             tracing::warn!(%error, "compacting the log failed");
         }
     }

@@ -2,8 +2,9 @@
 //! encode, decode and copy, heartbeats, votes and appends leave and are answered in time.
 //!
 //! Must never run what a client asked for: `Elsewhere` takes that, where it comes by the peer
-//! listener, back to the threads that answer clients. Only the sending of such an answer stays here,
-//! since one listener has all connections of peers.
+//! listener, back to the threads that answer clients. Only its way stays here, since one listener
+//! has all connections of peers: the sending of such an answer, and the bytes of a write that one
+//! node forwards to another.
 
 use std::{
     future::Future,

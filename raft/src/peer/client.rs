@@ -339,12 +339,12 @@ impl RaftNetworkV2<Types> for PeerClient {
         S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
     {
         async move {
-            self.open()?;
-            // openraft paces its retries inside this stream: asked before the dial, so that a dead
-            // peer is not dialled all the time.
+            // openraft paces its retries inside this stream: asked before anything can fail, or what
+            // fails at once would be tried again without a pause.
             let Some(first) = input.next().await else {
                 return Ok(futures::stream::empty().boxed());
             };
+            self.open()?;
             // openraft's heartbeat worker sends a stream of one, and the next when this one is
             // done: it is not kept waiting longer than until the next is due.
             if self.purpose == Purpose::Control {

@@ -34,7 +34,9 @@ pub struct Inspected {
 impl Replica {
     /// The entry with its value. Counts as a use; what comes from disk is kept in memory.
     pub async fn read(&self, key: &Key) -> io::Result<Option<View>> {
-        match self.state.memory().get(key) {
+        // Let go of before anything is awaited.
+        let found = self.state.memory().get(key);
+        match found {
             Lookup::Found(entry) => Ok(Some(View::settled(entry))),
             Lookup::Absent => Ok(None),
             Lookup::Unknown(_) => {

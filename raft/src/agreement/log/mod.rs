@@ -117,10 +117,9 @@ impl SharedLog {
             thread: parking_lot::Mutex::new(None),
         });
         let syncer = Syncer::new(inner.clone(), events);
-        let runtime = tokio::runtime::Handle::current();
         let thread = std::thread::Builder::new()
             .name("log-sync".into())
-            .spawn(move || syncer.run(writes, &runtime));
+            .spawn(move || syncer.run(writes));
         *inner.thread.lock() = Some(thread.expect("the system can start one thread"));
         Self { inner }
     }

@@ -109,11 +109,12 @@ impl Syncer {
         }
     }
 
-    pub(super) fn run(
-        mut self,
-        mut writes: mpsc::Receiver<Write>,
-        runtime: &tokio::runtime::Handle,
-    ) {
+    pub(super) fn run(mut self, mut writes: mpsc::Receiver<Write>) {
+        // Its own: what it has to write may come when the node's are gone.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .expect("it takes nothing from the system");
         loop {
             let first = match self.committed.may_wait(self.log.clock.monotonic()) {
                 None => writes.blocking_recv().map(Some),

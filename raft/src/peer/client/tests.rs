@@ -443,3 +443,22 @@ async fn no_checkpoint_is_made_for_a_peer_that_is_not_there_and_no_failure_is_re
         "{error}"
     );
 }
+
+/// The pause between two tries is in the stream: who has left its peers asks for it first, or its
+/// threads would do nothing but try.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_left_its_peers_tries_at_openrafts_pace() {
+    let pair = Pair::new().await;
+    pair.network.peers.set_closed(true);
+    for mut client in [pair.appends().await, pair.heartbeats().await] {
+        let paused = client.stream_append(futures::stream::pending(), RPCOption::new(HEARTBEAT));
+        let early = tokio::time::timeout(Duration::from_millis(20), paused).await;
+        assert!(early.is_err(), "it failed before its time");
+        drop(early);
+        let tried = beat(&mut client).await;
+        assert!(
+            matches!(tried, Some(Err(RPCError::Unreachable(_)))),
+            "{tried:?}"
+        );
+    }
+}
