@@ -24,6 +24,16 @@ pub struct Glob {
     pieces: Vec<Vec<Unit>>,
 }
 
+/// `*`: every key.
+impl Default for Glob {
+    fn default() -> Self {
+        Self {
+            text: "*".to_owned(),
+            pieces: vec![Vec::new(); 2],
+        }
+    }
+}
+
 /// What the stars of a pattern stood for in one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Captures<'k>(Vec<&'k [u8]>);

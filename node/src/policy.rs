@@ -8,11 +8,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast_proto::limits::VALUE_BYTES_DEFAULT;
 use holdfast_proto::peer::Lifetime;
 use holdfast_proto::timeline::{FOREVER, Millis};
 
 use crate::glob::{Captures, Glob};
 use crate::template::TextTemplate;
+use crate::upstream::Said;
 use crate::wanted::Wanted;
 
 /// How many usual fetch times before a value goes stale its refresh begins at the latest: room for
@@ -33,14 +35,22 @@ pub struct Policy {
     pub pattern: Glob,
     /// The upstream's name, which the configuration declares.
     pub upstream: Arc<str>,
+    /// How long a value is fresh whose origin does not say.
     pub ttl: Duration,
-    /// Share of the ttl by which a lifetime may be shorter, 0 to 1.
+    /// What a lifetime is at least and at most, whoever says it.
+    pub min_ttl: Duration,
+    pub max_ttl: Duration,
+    /// Whether the origin's own words on how long its values are good count.
+    pub origin: OriginHeaders,
+    /// Share of a lifetime by which it may be shorter, 0 to 1.
     pub ttl_jitter: f64,
     /// Share of the lifetime after which a refresh is due, 0 to 1; 0 turns refreshing ahead off.
     pub eager_refresh_threshold: f64,
     pub min_refresh_interval: Duration,
     pub stale_while_revalidate: Window,
     pub stale_if_error: Window,
+    /// How long what is served no more is kept in case that the origin says it is still the same.
+    pub keep: Window,
     /// How long a reader waits for a fetch before it gets the old value; 0 never.
     pub soft_timeout: Duration,
     /// How long a reader without any value waits.
@@ -57,6 +67,13 @@ pub struct Policy {
     pub max_value_bytes: u64,
     /// No secrets in them, and no captures that the pattern does not have.
     pub tags: Vec<TextTemplate>,
+}
+
+/// `Cache-Control` and the like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OriginHeaders {
+    Honour,
+    Ignore,
 }
 
 /// A stale window.
@@ -99,18 +116,76 @@ impl FromIterator<Policy> for Policies {
     }
 }
 
+const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(86_400);
+/// A year.
+const MAX_TTL: Duration = Duration::from_secs(31_557_600);
+
 impl Policy {
-    /// The life of a value fetched just now. `random` is uniform in 0 to 1; `usual_fetch` what a
-    /// fetch from this upstream usually takes; `after_miss` whether nothing was stored before.
-    pub fn lifetime(&self, random: f64, usual_fetch: Duration, after_miss: bool) -> Lifetime {
+    /// With every default.
+    pub fn new(pattern: Glob, upstream: impl Into<Arc<str>>) -> Self {
+        let ttl = 60 * SECOND;
+        let retry_cap = 60 * SECOND;
+        Self {
+            pattern,
+            upstream: upstream.into(),
+            ttl,
+            min_ttl: Duration::ZERO,
+            max_ttl: MAX_TTL,
+            origin: OriginHeaders::Honour,
+            ttl_jitter: 0.10,
+            eager_refresh_threshold: 0.80,
+            min_refresh_interval: SECOND,
+            stale_while_revalidate: Window::For(600 * SECOND),
+            stale_if_error: Window::For(30 * DAY),
+            keep: Window::For(3_600 * SECOND),
+            soft_timeout: SECOND / 10,
+            hard_timeout: 4 * SECOND,
+            error_ttl: SECOND,
+            retry_base: default_retry_base(ttl).min(retry_cap),
+            retry_multiplier: 1.5,
+            retry_cap,
+            wanted: Wanted::default(),
+            max_value_bytes: VALUE_BYTES_DEFAULT as u64,
+            tags: Vec::new(),
+        }
+    }
+
+    /// The life of a value fetched just now, of which its origin `said` so much. `random` is uniform
+    /// in 0 to 1; `usual_fetch` what a fetch from this upstream usually takes; `after_miss` whether
+    /// nothing was stored before.
+    pub fn lifetime(
+        &self,
+        said: &Said,
+        random: f64,
+        usual_fetch: Duration,
+        after_miss: bool,
+    ) -> Lifetime {
         let random = random.clamp(0.0, 1.0);
-        let fresh_ms = scaled(self.ttl, 1.0 - self.ttl_jitter * random);
+        let life = said.lifetime.unwrap_or(self.ttl);
+        // As `clamp`, which panics where the two contradict each other.
+        let life = life.max(self.min_ttl).min(self.max_ttl);
+        let fresh_ms = scaled(life, 1.0 - self.ttl_jitter * random);
+        let window =
+            |said: Option<Duration>, own: Window| said.map_or(own, Window::For).as_millis();
         Lifetime {
             fresh_ms,
             refresh_after_ms: self.refresh_after(fresh_ms, random, usual_fetch, after_miss),
-            stale_while_revalidate_ms: self.stale_while_revalidate.as_millis(),
-            stale_if_error_ms: self.stale_if_error.as_millis(),
+            stale_while_revalidate_ms: window(
+                said.stale_while_revalidate,
+                self.stale_while_revalidate,
+            ),
+            stale_if_error_ms: window(said.stale_if_error, self.stale_if_error),
             min_refresh_interval_ms: millis(self.min_refresh_interval),
+            keep_ms: self.keep.as_millis(),
+        }
+    }
+
+    /// What counts of the origin's words.
+    pub fn heeded(&self, said: Said) -> Said {
+        match self.origin {
+            OriginHeaders::Honour => said,
+            OriginHeaders::Ignore => Said::default(),
         }
     }
 
@@ -163,6 +238,11 @@ impl Window {
     }
 }
 
+/// What the first retry waits where nobody chose.
+pub(crate) fn default_retry_base(ttl: Duration) -> Duration {
+    SECOND.max(ttl / 20)
+}
+
 fn millis(duration: Duration) -> Millis {
     Millis::try_from(duration.as_millis()).unwrap_or(FOREVER)
 }
@@ -182,24 +262,13 @@ mod tests {
 
     fn policy(pattern: &str) -> Policy {
         Policy {
-            pattern: Glob::parse(pattern).unwrap(),
-            upstream: "u".into(),
-            ttl: Duration::from_secs(60),
-            ttl_jitter: 0.10,
-            eager_refresh_threshold: 0.80,
-            min_refresh_interval: Duration::from_secs(1),
-            stale_while_revalidate: Window::For(Duration::from_secs(600)),
             stale_if_error: Window::Forever,
-            soft_timeout: Duration::from_millis(100),
-            hard_timeout: Duration::from_secs(4),
-            error_ttl: Duration::from_secs(1),
-            retry_base: Duration::from_secs(3),
-            retry_multiplier: 1.5,
-            retry_cap: Duration::from_secs(60),
-            wanted: Wanted::default(),
-            max_value_bytes: 1 << 20,
-            tags: Vec::new(),
+            ..Policy::new(Glob::parse(pattern).unwrap(), "u")
         }
+    }
+
+    fn unsaid() -> Said {
+        Said::default()
     }
 
     #[test]
@@ -236,7 +305,7 @@ mod tests {
     #[test]
     fn a_lifetime_is_what_the_defaults_say() {
         let policy = policy("*");
-        let lifetime = policy.lifetime(0.0, Duration::from_millis(50), false);
+        let lifetime = policy.lifetime(&unsaid(), 0.0, Duration::from_millis(50), false);
         assert_eq!(
             (lifetime.fresh_ms, lifetime.refresh_after_ms),
             (60_000, 48_000)
@@ -248,22 +317,33 @@ mod tests {
             ),
             (600_000, FOREVER)
         );
-        assert_eq!(policy.lifetime(1.0, Duration::ZERO, false).fresh_ms, 54_000);
+        assert_eq!(
+            policy
+                .lifetime(&unsaid(), 1.0, Duration::ZERO, false)
+                .fresh_ms,
+            54_000
+        );
         // A slow upstream is asked earlier, and after a miss chance decides.
         let slow = |seconds| {
             let usual_fetch = Duration::from_secs(seconds);
-            policy.lifetime(0.0, usual_fetch, false).refresh_after_ms
+            policy
+                .lifetime(&unsaid(), 0.0, usual_fetch, false)
+                .refresh_after_ms
         };
         assert_eq!(
             [slow(5), slow(7), slow(8), slow(60)],
             [40_000, 32_000, 30_000, 30_000]
         );
         assert_eq!(
-            policy.lifetime(0.0, Duration::ZERO, true).refresh_after_ms,
+            policy
+                .lifetime(&unsaid(), 0.0, Duration::ZERO, true)
+                .refresh_after_ms,
             18_000
         );
         assert_eq!(
-            policy.lifetime(1.0, Duration::ZERO, true).refresh_after_ms,
+            policy
+                .lifetime(&unsaid(), 1.0, Duration::ZERO, true)
+                .refresh_after_ms,
             43_200
         );
     }
@@ -275,11 +355,15 @@ mod tests {
             ..policy("*")
         };
         assert_eq!(
-            policy.lifetime(0.5, Duration::ZERO, false).refresh_after_ms,
+            policy
+                .lifetime(&unsaid(), 0.5, Duration::ZERO, false)
+                .refresh_after_ms,
             FOREVER
         );
         assert_eq!(
-            policy.lifetime(0.5, Duration::ZERO, true).refresh_after_ms,
+            policy
+                .lifetime(&unsaid(), 0.5, Duration::ZERO, true)
+                .refresh_after_ms,
             FOREVER
         );
     }
@@ -315,7 +399,7 @@ mod tests {
     proptest! {
         #[test]
         fn jitter_only_shortens(policy in any_policy(), random in 0.0..=1.0f64, miss: bool) {
-            let fresh = policy.lifetime(random, Duration::ZERO, miss).fresh_ms as f64;
+            let fresh = policy.lifetime(&unsaid(), random, Duration::ZERO, miss).fresh_ms as f64;
             let ttl = policy.ttl.as_millis() as f64;
             prop_assert!(fresh <= ttl && fresh >= ttl * (1.0 - policy.ttl_jitter) - 1.0);
         }
@@ -323,7 +407,7 @@ mod tests {
         #[test]
         fn a_refresh_is_in_time_but_a_slow_upstream_is_not_called_more_often(policy in any_policy(), random in 0.0..=1.0f64, usual in 0..100_000u64, miss: bool) {
             prop_assume!(policy.eager_refresh_threshold > 0.0);
-            let lifetime = policy.lifetime(random, Duration::from_millis(usual), miss);
+            let lifetime = policy.lifetime(&unsaid(), random, Duration::from_millis(usual), miss);
             let refresh = lifetime.refresh_after_ms;
             prop_assert!(refresh + (4 * usual).min(lifetime.fresh_ms / 2) <= lifetime.fresh_ms);
             let share = if miss { 0.3 + 0.5 * random } else { policy.eager_refresh_threshold };
@@ -336,7 +420,7 @@ mod tests {
         fn after_a_miss_a_fast_upstream_is_asked_between_three_and_eight_tenths(policy in any_policy(), random in 0.0..=1.0f64) {
             prop_assume!(policy.eager_refresh_threshold > 0.0);
             let policy = Policy { min_refresh_interval: Duration::ZERO, ..policy };
-            let lifetime = policy.lifetime(random, Duration::ZERO, true);
+            let lifetime = policy.lifetime(&unsaid(), random, Duration::ZERO, true);
             let share = lifetime.refresh_after_ms as f64;
             let fresh = lifetime.fresh_ms as f64;
             prop_assert!(share >= 0.3 * fresh - 1.0 && share <= 0.8 * fresh + 1.0);

@@ -6,7 +6,7 @@
 
 use holdfast_proto::v1::{FailureClass, Origin};
 
-use crate::upstream::Fetched;
+use crate::upstream::Value;
 
 /// What a policy says of the values it stores.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -47,8 +47,8 @@ pub struct Before<'a> {
 }
 
 impl Wanted {
-    pub fn judge(&self, fetched: &Fetched, before: Option<Before<'_>>) -> Result<(), FailureClass> {
-        let is_unwanted = fetched.body.is_empty()
+    pub fn judge(&self, value: &Value, before: Option<Before<'_>>) -> Result<(), FailureClass> {
+        let is_unwanted = value.body.is_empty()
             && match self.on_empty {
                 OnEmpty::Store => false,
                 OnEmpty::KeepOld => before.is_some_and(|before| !before.is_empty),
@@ -57,7 +57,7 @@ impl Wanted {
         if is_unwanted {
             return Err(FailureClass::Empty);
         }
-        if self.accept.takes(&fetched.content_type, before) {
+        if self.accept.takes(&value.content_type, before) {
             Ok(())
         } else {
             Err(FailureClass::ContentType)
@@ -132,8 +132,8 @@ fn is_token(byte: u8) -> bool {
 mod tests {
     use super::*;
 
-    fn fetched(body: &'static str, content_type: &str) -> Fetched {
-        Fetched {
+    fn value(body: &'static str, content_type: &str) -> Value {
+        Value {
             body: body.into(),
             content_type: content_type.to_owned(),
         }
@@ -150,7 +150,7 @@ mod tests {
     #[test]
     fn without_accept_html_never_replaces_what_was_not_html() {
         let judged = |content_type: &str, before: Option<Before<'_>>| {
-            Wanted::default().judge(&fetched("<h1>log in", content_type), before)
+            Wanted::default().judge(&value("<h1>log in", content_type), before)
         };
         let unwanted = Err(FailureClass::ContentType);
         for html in [
@@ -187,7 +187,7 @@ mod tests {
         let takes = |wanted: &Wanted, content_type: &str| {
             let before = before("text/html", Origin::Fetched);
             wanted
-                .judge(&fetched("x", content_type), Some(before))
+                .judge(&value("x", content_type), Some(before))
                 .is_ok()
         };
         let json = accept(&["application/JSON", "text/*"]);
@@ -216,7 +216,7 @@ mod tests {
                 on_empty,
                 ..Default::default()
             };
-            wanted.judge(&fetched(body, "text/plain"), before).is_ok()
+            wanted.judge(&value(body, "text/plain"), before).is_ok()
         };
         let old = before("text/plain", Origin::Fetched);
         for (on_empty, over_a_value, on_a_miss) in [

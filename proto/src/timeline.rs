@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! fetched_at       refresh_at         fresh_until       stale_until          expires_at
-//!     |---- FRESH ----|---- FRESH, due ----|------ STALE ------|-- STALE_ON_ERROR --|  served no more
+//!     |---- FRESH ----|---- FRESH, due ----|------ STALE ------|-- STALE_ON_ERROR --|-- kept, not served --|
 //! ```
 //!
 //! Instants are absolute milliseconds since 1970 made from the leader's stamp. `now >= t` means
@@ -41,20 +41,23 @@ pub struct Timeline {
     pub fresh_until: Millis,
     pub stale_while_revalidate: Millis,
     pub stale_if_error: Millis,
+    pub keep: Millis,
 }
 
 impl Timeline {
     /// The life of a value stored at `stamp` that took `took` to come: it began to age when it was
-    /// asked for. Whatever the fetch took, the value is not due for a refresh within the policy's
-    /// `min_refresh_interval` of its arrival, nor stale sooner than it would be by its own life: or
-    /// a slow upstream would be called back to back.
-    pub fn from_lifetime(stamp: Millis, took: Millis, lifetime: &Lifetime) -> Self {
-        let fetched_at = stamp.saturating_sub(took);
+    /// asked for, and was `age` old then already. Whatever the fetch took, the value is not due for a
+    /// refresh within the policy's `min_refresh_interval` of its arrival, nor stale sooner than it
+    /// would be by its own life: or a slow upstream would be called back to back. One without any
+    /// life is never fresh.
+    pub fn from_lifetime(stamp: Millis, took: Millis, age: Millis, lifetime: &Lifetime) -> Self {
+        let asked_at = stamp.saturating_sub(took);
+        let fetched_at = asked_at.saturating_sub(age);
         let at_rest_ms = lifetime.min_refresh_interval_ms;
-        let fresh_at_least_ms = if took >= lifetime.fresh_ms && took > 0 {
-            at_rest_ms
-        } else {
-            at_rest_ms.min(lifetime.fresh_ms)
+        let fresh_at_least_ms = match lifetime.fresh_ms {
+            0 => 0,
+            fresh_ms if took >= fresh_ms => at_rest_ms,
+            fresh_ms => at_rest_ms.min(fresh_ms),
         };
         Self {
             fetched_at,
@@ -62,6 +65,7 @@ impl Timeline {
             fresh_until: after(fetched_at, lifetime.fresh_ms).max(after(stamp, fresh_at_least_ms)),
             stale_while_revalidate: lifetime.stale_while_revalidate_ms,
             stale_if_error: lifetime.stale_if_error_ms,
+            keep: lifetime.keep_ms,
         }
     }
 
@@ -74,6 +78,11 @@ impl Timeline {
             self.fresh_until,
             self.stale_while_revalidate.max(self.stale_if_error),
         )
+    }
+
+    /// When the entry goes: until then an expired value may turn out to be its source's still.
+    pub fn kept_until(&self) -> Millis {
+        after(self.expires_at(), self.keep)
     }
 
     pub fn phase(&self, now: Millis) -> Phase {
@@ -132,6 +141,7 @@ impl From<&EntryRecord> for Timeline {
             fresh_until: record.fresh_until_ms,
             stale_while_revalidate: record.stale_while_revalidate_ms,
             stale_if_error: record.stale_if_error_ms,
+            keep: record.keep_ms,
         }
     }
 }
@@ -147,9 +157,9 @@ mod tests {
     }
 
     prop_compose! {
-        fn timeline()(stamp in 0..10_000u64, took in 0..20_000u64, fresh_ms in millis(), refresh_after_ms in millis(),
-                      stale_while_revalidate_ms in millis(), stale_if_error_ms in millis(), min_refresh_interval_ms in millis()) -> Timeline {
-            Timeline::from_lifetime(stamp, took, &Lifetime { fresh_ms, refresh_after_ms, stale_while_revalidate_ms, stale_if_error_ms, min_refresh_interval_ms })
+        fn timeline()(stamp in 0..10_000u64, took in 0..20_000u64, age in 0..20_000u64, fresh_ms in millis(), refresh_after_ms in millis(),
+                      stale_while_revalidate_ms in millis(), stale_if_error_ms in millis(), min_refresh_interval_ms in millis(), keep_ms in millis()) -> Timeline {
+            Timeline::from_lifetime(stamp, took, age, &Lifetime { fresh_ms, refresh_after_ms, stale_while_revalidate_ms, stale_if_error_ms, min_refresh_interval_ms, keep_ms })
         }
     }
 
@@ -159,20 +169,28 @@ mod tests {
             prop_assert!(t.fetched_at <= t.fresh_until);
             prop_assert!(t.fresh_until <= t.stale_until());
             prop_assert!(t.stale_until() <= t.expires_at());
+            prop_assert!(t.expires_at() <= t.kept_until());
         }
 
         #[test]
         fn a_slow_fetch_lengthens_nothing_but_the_rest_after_it(stamp in 1_000_000..2_000_000u64, took in 0..1_000_000u64, fresh_ms in 0..1_000_000u64,
                                                                 refresh_after_ms in 0..1_000_000u64, min_refresh_interval_ms in 0..10_000u64) {
             let lifetime = Lifetime { fresh_ms, refresh_after_ms, min_refresh_interval_ms, ..Lifetime::default() };
-            let t = Timeline::from_lifetime(stamp, took, &lifetime);
+            let t = Timeline::from_lifetime(stamp, took, 0, &lifetime);
             let rested = stamp + min_refresh_interval_ms;
             prop_assert_eq!(t.refresh_at, (stamp - took + refresh_after_ms).max(rested));
             prop_assert!(t.fresh_until == stamp - took + fresh_ms || t.fresh_until <= rested);
             prop_assert!(t.fresh_until >= rested.min(stamp + fresh_ms));
-            if took > 0 && took >= fresh_ms {
+            if fresh_ms > 0 && took >= fresh_ms {
                 prop_assert!(t.fresh_until >= rested);
             }
+        }
+
+        #[test]
+        fn what_was_old_when_it_was_sent_ends_so_much_sooner(stamp in 1_000_000..2_000_000u64, took in 0..1_000u64, age in 0..500_000u64) {
+            let lifetime = Lifetime { fresh_ms: 600_000, refresh_after_ms: 550_000, ..Lifetime::default() };
+            let (new, old) = (Timeline::from_lifetime(stamp, took, 0, &lifetime), Timeline::from_lifetime(stamp, took, age, &lifetime));
+            prop_assert_eq!((old.fetched_at, old.fresh_until, old.refresh_at), (new.fetched_at - age, new.fresh_until - age, (new.refresh_at - age).max(stamp)));
         }
 
         #[test]

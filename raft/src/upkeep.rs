@@ -12,6 +12,7 @@ use crate::{
     agreement::log::SharedLog,
     local::{Local, Opened},
     membership::{Reconciler, health},
+    replica::Replica,
     state::record::FEATURE_LEVEL,
     store::space::DiskSpace,
     task::{self, every},
@@ -55,7 +56,7 @@ impl Upkeep {
             };
             self.know_members(opened);
             self.note_caught_up(opened).await;
-            self.raise_feature_level(opened).await;
+            self.raise_feature_levels(opened).await;
             // Keeps the time of who is stuck, whoever asks.
             let _ = health::of_self(&self.local, opened);
             let _ = health::of_others(&self.local, opened);
@@ -233,45 +234,33 @@ impl Upkeep {
         }
     }
 
-    /// The cluster's level is what all its members speak; nothing above it is written.
-    async fn raise_feature_level(&self, opened: &Opened) {
-        let Some(first) = opened.replica(0).filter(|first| first.leads().is_some()) else {
-            return;
-        };
-        if first.state().applied_record().feature_level >= FEATURE_LEVEL {
-            return;
-        }
-        let me = opened.peers.identity().node_id;
-        let others = first
-            .voters()
-            .into_iter()
-            .chain(first.learners())
-            .filter(|&id| id != me);
-        let spoken = others
-            .map(|id| {
-                opened
-                    .peers
-                    .view(0, id)
-                    .map_or(0, |view| view.feature_level)
-            })
-            .min()
-            .unwrap_or(FEATURE_LEVEL);
-        if spoken >= FEATURE_LEVEL {
-            for replica in opened.replicas() {
-                let op = Op::RaiseFeatureLevel(RaiseFeatureLevel {
-                    level: FEATURE_LEVEL,
-                });
-                let _ = replica
-                    .propose_here(
-                        Command {
-                            request_id: None,
-                            caller: String::new(),
-                            op: Some(op),
-                        },
-                        MAINTAIN_EVERY,
-                    )
-                    .await;
+    /// A shard's level is what all its members speak; nothing above it is written.
+    async fn raise_feature_levels(&self, opened: &Opened) {
+        for replica in opened.replicas() {
+            let level = spoken_by_all(opened, replica);
+            if replica.leads().is_none() || replica.feature_level() >= level {
+                continue;
             }
+            let op = Op::RaiseFeatureLevel(RaiseFeatureLevel { level });
+            let command = Command {
+                request_id: None,
+                caller: String::new(),
+                op: Some(op),
+            };
+            // Without it the next round tries again.
+            let _ = replica.propose_here(command, MAINTAIN_EVERY).await;
         }
     }
+}
+
+/// The highest feature level that every member of the shard speaks, as far as they have been heard.
+fn spoken_by_all(opened: &Opened, replica: &Replica) -> u32 {
+    let me = opened.peers.identity().node_id;
+    let members = replica.voters().into_iter().chain(replica.learners());
+    let spoken_by = |id| {
+        let view = opened.peers.view(replica.shard(), id);
+        view.map_or(0, |view| view.feature_level)
+    };
+    let others = members.filter(|&id| id != me).map(spoken_by);
+    others.min().unwrap_or(FEATURE_LEVEL).min(FEATURE_LEVEL)
 }

@@ -13,7 +13,7 @@ use holdfast_proto::{
     v1::{self, Origin},
 };
 
-use crate::{error::Error, policy::Policy};
+use crate::{error::Error, policy::Policy, upstream::Said};
 
 /// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
 const FOREVER_SECONDS: i64 = 315_576_000_000;
@@ -120,6 +120,7 @@ impl CheckedSet {
                 stale_while_revalidate_ms: 0,
                 stale_if_error_ms: 0,
                 min_refresh_interval_ms: 0,
+                keep_ms: 0,
             },
             Some(policy) => policy_lifetime(self.life, policy, now, random),
         };
@@ -226,17 +227,22 @@ impl Life {
 }
 
 fn policy_lifetime(life: Life, policy: &Policy, now: Millis, random: f64) -> Lifetime {
+    let unsaid = Said::default();
     let ttl = match life {
         // A value that never goes stale is refreshed as often as the policy's own.
-        Life::Unsaid | Life::Ttl(FOREVER) => return policy.lifetime(random, Duration::ZERO, false),
+        Life::Unsaid | Life::Ttl(FOREVER) => {
+            return policy.lifetime(&unsaid, random, Duration::ZERO, false);
+        }
         Life::Ttl(ttl) => ttl,
         Life::Until(at) => at.saturating_sub(now),
     };
     let policy = Policy {
         ttl: Duration::from_millis(ttl),
+        min_ttl: Duration::ZERO,
+        max_ttl: Duration::MAX,
         ..policy.clone()
     };
-    policy.lifetime(random, Duration::ZERO, false)
+    policy.lifetime(&unsaid, random, Duration::ZERO, false)
 }
 
 #[cfg(test)]
@@ -359,23 +365,9 @@ mod tests {
 
     fn policy(max_value_bytes: u64) -> Policy {
         Policy {
-            pattern: Glob::parse("*").unwrap(),
-            upstream: "u".into(),
-            ttl: Duration::from_secs(60),
-            ttl_jitter: 0.10,
-            eager_refresh_threshold: 0.80,
-            min_refresh_interval: Duration::from_secs(1),
-            stale_while_revalidate: Window::For(Duration::from_secs(600)),
             stale_if_error: Window::Forever,
-            soft_timeout: Duration::from_millis(100),
-            hard_timeout: Duration::from_secs(4),
-            error_ttl: Duration::from_secs(1),
-            retry_base: Duration::from_secs(3),
-            retry_multiplier: 1.5,
-            wanted: Default::default(),
-            retry_cap: Duration::from_secs(60),
             max_value_bytes,
-            tags: Vec::new(),
+            ..Policy::new(Glob::parse("*").unwrap(), "u")
         }
     }
 
@@ -425,7 +417,7 @@ mod tests {
     #[test]
     fn a_set_on_a_key_with_an_upstream_gets_a_full_lifetime() {
         let policy = policy(1 << 20);
-        let full = policy.lifetime(0.0, Duration::ZERO, false);
+        let full = policy.lifetime(&Said::default(), 0.0, Duration::ZERO, false);
         assert_eq!((full.fresh_ms, full.refresh_after_ms), (60_000, 48_000));
         assert_eq!(life(|_| (), Some(&policy)), full);
         let named = life(

@@ -10,7 +10,7 @@ use super::fields::{Fields, Keys, Set, WAIT_MAX};
 use super::tree::Tree;
 use super::upstreams::DeclaredUpstreams;
 use crate::glob::Glob;
-use crate::policy::{Policies, Policy, Window};
+use crate::policy::{OriginHeaders, Policies, Policy, default_retry_base};
 use crate::template::TextTemplate;
 use crate::wanted::{MediaRange, OnEmpty, Wanted};
 
@@ -19,11 +19,15 @@ pub(super) const POLICY: Keys = Keys {
         "match",
         "upstream",
         "ttl",
+        "min_ttl",
+        "max_ttl",
+        "origin",
         "ttl_jitter",
         "eager_refresh_threshold",
         "min_refresh_interval",
         "stale_while_revalidate",
         "stale_if_error",
+        "keep",
         "soft_timeout",
         "hard_timeout",
         "error_ttl",
@@ -36,9 +40,6 @@ pub(super) const POLICY: Keys = Keys {
         "on_empty",
     ],
     not_built: &[
-        "min_ttl",
-        "max_ttl",
-        "keep",
         "negative_ttl",
         "on_not_found",
         "refresh",
@@ -50,7 +51,6 @@ pub(super) const POLICY: Keys = Keys {
     ],
 };
 
-const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(86_400);
 const MILLISECOND: Duration = Duration::from_millis(1);
 const YEAR: Duration = Duration::from_secs(31_557_600);
@@ -96,6 +96,8 @@ pub(super) fn policies(
 /// The times of a policy that have to fit each other.
 struct Times {
     ttl: Set<Duration>,
+    min_ttl: Set<Duration>,
+    max_ttl: Set<Duration>,
     min_refresh_interval: Set<Duration>,
     soft_timeout: Set<Duration>,
     hard_timeout: Set<Duration>,
@@ -104,15 +106,22 @@ struct Times {
 }
 
 impl Times {
-    fn read(fields: &mut Fields<'_>) -> Self {
+    fn read(fields: &mut Fields<'_>, default: &Policy) -> Self {
         let mut one = |key, range, default| fields.duration_or(key, range, default);
-        let ttl = one("ttl", Duration::ZERO..=YEAR, 60 * SECOND);
-        let retry_cap = one("retry_cap", MILLISECOND..=DAY, 60 * SECOND);
+        let ttl = one("ttl", Duration::ZERO..=YEAR, default.ttl);
+        let retry_cap = one("retry_cap", MILLISECOND..=DAY, default.retry_cap);
         let retry_base = default_retry_base(ttl.value).min(retry_cap.value);
+        let at_rest = default.min_refresh_interval;
         Self {
-            min_refresh_interval: one("min_refresh_interval", MILLISECOND..=YEAR, SECOND),
-            soft_timeout: one("soft_timeout", Duration::ZERO..=WAIT_MAX, 100 * MILLISECOND),
-            hard_timeout: one("hard_timeout", MILLISECOND..=WAIT_MAX, 4 * SECOND),
+            min_ttl: one("min_ttl", Duration::ZERO..=YEAR, default.min_ttl),
+            max_ttl: one("max_ttl", Duration::ZERO..=YEAR, default.max_ttl),
+            min_refresh_interval: one("min_refresh_interval", MILLISECOND..=YEAR, at_rest),
+            soft_timeout: one(
+                "soft_timeout",
+                Duration::ZERO..=WAIT_MAX,
+                default.soft_timeout,
+            ),
+            hard_timeout: one("hard_timeout", MILLISECOND..=WAIT_MAX, default.hard_timeout),
             retry_base: one("retry_base", MILLISECOND..=DAY, retry_base),
             ttl,
             retry_cap,
@@ -148,6 +157,24 @@ impl Times {
             "who has no value at all waits at least as long as who has an old one",
         );
         ordered(
+            ("min_ttl", &self.min_ttl),
+            ("max_ttl", &self.max_ttl),
+            "no lifetime is between the two",
+        );
+        // The default is brought between the two, as what an origin says is.
+        if !self.ttl.is_default() {
+            ordered(
+                ("min_ttl", &self.min_ttl),
+                ("ttl", &self.ttl),
+                "no value would live as the policy says",
+            );
+            ordered(
+                ("ttl", &self.ttl),
+                ("max_ttl", &self.max_ttl),
+                "no value would live as the policy says",
+            );
+        }
+        ordered(
             ("retry_base", &self.retry_base),
             ("retry_cap", &self.retry_cap),
             "the first delay is never longer than the longest",
@@ -176,33 +203,39 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<(Poli
         check_captures(pattern, &upstream.value, upstreams, fields.problems);
     }
     let wanted = wanted(&mut fields);
-    let times = Times::read(&mut fields);
+    // What pattern and upstream are changes no default.
+    let default = Policy::new(Glob::default(), "");
+    let times = Times::read(&mut fields, &default);
     times.check(fields.problems);
-    let error_ttl = fields
-        .duration("error_ttl", Duration::ZERO..=DAY)
-        .unwrap_or(SECOND);
+    let error_ttl = fields.duration("error_ttl", Duration::ZERO..=DAY);
     let max_value_bytes = max_value_bytes(&mut fields, upstream.as_ref(), upstreams);
     let pattern = pattern?;
     let policy = Policy {
         ttl: times.ttl.value,
-        ttl_jitter: fields.number("ttl_jitter", 0.0..=1.0).unwrap_or(0.10),
+        min_ttl: times.min_ttl.value,
+        max_ttl: times.max_ttl.value,
+        origin: origin(&mut fields).unwrap_or(default.origin),
+        ttl_jitter: fields
+            .number("ttl_jitter", 0.0..=1.0)
+            .unwrap_or(default.ttl_jitter),
         eager_refresh_threshold: fields
             .number("eager_refresh_threshold", 0.0..=1.0)
-            .unwrap_or(0.80),
+            .unwrap_or(default.eager_refresh_threshold),
         min_refresh_interval: times.min_refresh_interval.value,
         stale_while_revalidate: fields
             .window("stale_while_revalidate")
-            .unwrap_or(Window::For(600 * SECOND)),
+            .unwrap_or(default.stale_while_revalidate),
         stale_if_error: fields
             .window("stale_if_error")
-            .unwrap_or(Window::For(30 * DAY)),
+            .unwrap_or(default.stale_if_error),
+        keep: fields.window("keep").unwrap_or(default.keep),
         soft_timeout: times.soft_timeout.value,
         hard_timeout: times.hard_timeout.value,
-        error_ttl,
+        error_ttl: error_ttl.unwrap_or(default.error_ttl),
         retry_base: times.retry_base.value,
         retry_multiplier: fields
             .number("retry_multiplier", 1.0..=RETRY_MULTIPLIER_MAX)
-            .unwrap_or(1.5),
+            .unwrap_or(default.retry_multiplier),
         retry_cap: times.retry_cap.value,
         wanted,
         max_value_bytes,
@@ -266,6 +299,14 @@ fn wanted(fields: &mut Fields<'_>) -> Wanted {
         accept,
         on_empty: on_empty.map(|set| set.value).unwrap_or_default(),
     }
+}
+
+fn origin(fields: &mut Fields<'_>) -> Option<OriginHeaders> {
+    let choices = [
+        ("honour", OriginHeaders::Honour),
+        ("ignore", OriginHeaders::Ignore),
+    ];
+    Some(fields.choice("origin", &choices)?.value)
 }
 
 fn required<T, E: std::fmt::Display>(
@@ -354,8 +395,4 @@ fn too_many(captures_max: usize, pattern: &Glob) -> String {
         "`{{{captures_max}}}` is not captured: `{pattern}` has {} `*`",
         pattern.stars()
     )
-}
-
-fn default_retry_base(ttl: Duration) -> Duration {
-    (ttl / 20).max(SECOND)
 }

@@ -59,6 +59,7 @@ struct Gauges {
     proposals_waiting: ByShard<i64, std::sync::atomic::AtomicI64>,
     refresh_overdue: ByShard<i64, std::sync::atomic::AtomicI64>,
     refresh_behind: ByShard<f64, AtomicU64>,
+    feature_level: ByShard<i64, std::sync::atomic::AtomicI64>,
     is_diverged: ByShard<i64, std::sync::atomic::AtomicI64>,
     is_split: ByShard<i64, std::sync::atomic::AtomicI64>,
     memory: ByShard<i64, std::sync::atomic::AtomicI64>,
@@ -305,6 +306,9 @@ impl Gauges {
                 .get_or_create(&shard)
                 .set(backlog.behind_ms as f64 / 1000.0);
         }
+        self.feature_level
+            .get_or_create(&shard)
+            .set(replica.feature_level().into());
         self.is_diverged
             .get_or_create(&shard)
             .set(i64::from(replica.is_diverged()));
@@ -381,6 +385,11 @@ impl Gauges {
             "How far the look at what comes due is behind",
             Unit::Seconds,
             self.refresh_behind,
+        );
+        registry.register(
+            "feature_level",
+            "What all members of the shard understand: nothing newer is written",
+            self.feature_level,
         );
         registry.register(
             "state_is_diverged",

@@ -1,7 +1,7 @@
 //! How a flight begins, and what it does once it has a slot: it fetches a key's value and commits it.
 //!
 //! ```text
-//! note the revision ─► still needed? ─► upstream ─► commit ─┬─► stored: everybody is told its revision
+//! note the revision ─► still needed? ─► upstream ─► commit ─┬─► stored or revalidated: everybody is told its revision
 //!        ▲                                                  ├─► not stored, or late: everybody is given the value itself
 //!        └──────────────── the key changed meanwhile ◄──────┘   (fenced)
 //! ```
@@ -13,9 +13,9 @@
 use std::{io, sync::Arc, time::Duration};
 
 use holdfast_proto::{
-    Key, Revision,
+    Key, Revision, content_hash,
     limits::{FETCH_TIMEOUT_MAX, TAG_BYTES_MAX, VALUE_BYTES_MAX},
-    peer::{self, CommitFetch, command::Op, commit_fetch, outcome},
+    peer::{self, CommitFetch, Validators, command::Op, commit_fetch, outcome},
     timeline::Millis,
     v1::FailureClass,
 };
@@ -34,7 +34,7 @@ use crate::{
     secret::Secrets,
     telemetry,
     template::TextTemplate,
-    upstream::{FetchFailed, Fetched, Upstream},
+    upstream::{Content, FetchFailed, Fetched, Said, Upstream, Value},
     wanted::Before,
 };
 
@@ -174,20 +174,21 @@ impl Refresher {
             // Before anything is looked at: whatever happens to the key from here on wins over what
             // is fetched.
             let started = flight.replica.applied().revision;
-            let live = match live(flight).await {
-                Ok(live) if flight.replica.leads() == Some(flight.term) => live,
+            let stored = match flight.replica.peek(&flight.key).await {
+                Ok(stored) if flight.replica.leads() == Some(flight.term) => stored,
                 Ok(_) => return FetchOutcome::NotLeading.into(),
                 Err(error) => {
                     tracing::warn!(%error, "a fetch ended: the state cannot be read");
                     return FetchOutcome::NotLeading.into();
                 }
             };
+            let now = flight.replica.now();
+            let live = stored.clone().filter(|stored| stored.is_live(now));
             // A refresh of what is gone by now. A reader who misses it just now is told, and asks
             // again.
             if live.is_none() && !flight.is_missed() {
                 return FetchOutcome::NotLeading.into();
             }
-            let now = flight.replica.now();
             if let Some(outcome) = needless(queue, &flight.key, matched.policy, live.as_ref(), now)
             {
                 return outcome.into();
@@ -197,18 +198,14 @@ impl Refresher {
                 queue,
                 policy: matched.policy,
                 started,
+                stored: stored.as_ref(),
                 live: live.as_ref(),
             };
-            let fetched = match self.call(upstream, &round, &matched).await {
-                Ok(fetched) => fetched,
+            let came = match self.call(upstream, &round, &matched).await {
+                Ok(came) => came,
                 Err(failed) => return round.failed(failed),
             };
-            let unstored = FetchOutcome::Unstored {
-                value: fetched.value.clone(),
-                content_type: fetched.content_type.clone(),
-                started,
-            };
-            match self.store(&round, fetched, &unstored).await {
+            match self.store(&round, &came).await {
                 CommitOutcome::Stored(revision) => {
                     queue.gate.succeeded(&flight.key);
                     return FetchOutcome::Committed { revision }.into();
@@ -220,7 +217,7 @@ impl Refresher {
                     // may.
                     let held_back = live.as_ref().map(|_| round.failed(class.into()));
                     return Ended {
-                        outcome: unstored,
+                        outcome: round.unstored(&came).await,
                         to_log: held_back.and_then(|ended| ended.to_log),
                     };
                 }
@@ -241,69 +238,80 @@ impl Refresher {
         upstream: &Upstream,
         round: &Round<'_>,
         matched: &Matched<'_>,
-    ) -> Result<peer::Fetched, FetchFailed> {
+    ) -> Result<Came, FetchFailed> {
         let key = &round.flight.key;
         let tags = tags(matched, key)?;
         let headers = telemetry::trace_headers();
+        // What is still the same keeps its tags.
+        let stored = round.stored.filter(|stored| stored.tags() == tags);
+        let known = stored.and_then(View::validators);
         let began = self.clock.monotonic();
         round.flight.called();
-        let call = upstream.fetch(key, matched.captures.as_slice(), &headers);
+        let call = upstream.fetch(key, matched.captures.as_slice(), &headers, known);
         let called = tokio::time::timeout(FETCH_TIMEOUT_MAX, Box::pin(call)).await;
         let called = called.unwrap_or(Err(FailureClass::Timeout.into()));
         let took = self.clock.monotonic().saturating_sub(began);
         self.metrics
             .upstream_called(round.queue.upstream(), &code(&called), took);
         let fetched = called?;
-        round
-            .policy
-            .wanted
-            .judge(&fetched, round.live.map(before))?;
+        let can_revalidate = round.flight.replica.can_revalidate();
+        let mut said = round.policy.heeded(fetched.said);
+        if !can_revalidate {
+            said.age = Duration::ZERO;
+        }
+        let brought = match fetched.content {
+            // It was asked about nothing, then.
+            Content::Unchanged => Brought::Same(stored.ok_or(FailureClass::Malformed)?.clone()),
+            Content::Value(value) => {
+                round.policy.wanted.judge(&value, round.live.map(before))?;
+                let same = stored.filter(|stored| can_revalidate && is_same(stored, &value));
+                match same {
+                    Some(stored) => Brought::Same(stored.clone()),
+                    None => Brought::New(value),
+                }
+            }
+        };
         round.queue.fetch_took(took);
-        let Fetched { body, content_type } = fetched;
-        let took_ms = Millis::try_from(took.as_millis()).unwrap_or(Millis::MAX);
-        Ok(peer::Fetched {
-            value: body,
-            content_type,
+        Ok(Came {
+            brought,
+            said,
+            validators: fetched.validators.filter(|_| can_revalidate),
             tags,
-            lifetime: None,
-            took_ms,
+            took,
         })
     }
 
-    /// Commits, and gives those who wait the value itself, as `late`, if that takes longer than
-    /// they should wait.
-    async fn store(
-        &self,
-        round: &Round<'_>,
-        mut fetched: peer::Fetched,
-        late: &FetchOutcome,
-    ) -> CommitOutcome {
-        let Round {
-            flight,
-            queue,
-            policy,
-            ..
-        } = round;
-        if fetched.value.len() as u64 > policy.max_value_bytes.min(VALUE_BYTES_MAX as u64) {
+    /// Commits, and gives those who wait the value itself if that takes longer than they should
+    /// wait.
+    async fn store(&self, round: &Round<'_>, came: &Came) -> CommitOutcome {
+        let (flight, policy) = (round.flight, round.policy);
+        let bytes_max = policy.max_value_bytes.min(VALUE_BYTES_MAX as u64);
+        let refused = match &came.brought {
+            _ if came.said.no_store => Some(FailureClass::NoStore),
+            Brought::New(value) if value.body.len() as u64 > bytes_max => {
+                Some(FailureClass::TooLarge)
+            }
+            _ => None,
+        };
+        if let Some(class) = refused {
             self.metrics.commit("unstored");
-            return CommitOutcome::Unstored(FailureClass::TooLarge);
+            return CommitOutcome::Unstored(class);
         }
-        let after_miss = round.live.is_none();
-        fetched.lifetime = Some(policy.lifetime(rand::random(), queue.usual_fetch(), after_miss));
-        let commit = Op::CommitFetch(round.commit(commit_fetch::Result::Fetched(fetched)));
+        let (result, stored_as) = round.result(came);
+        let commit = Op::CommitFetch(round.commit(result));
         let deadline = self.clock.deadline(COMMIT_TIMEOUT);
         let mut write = Box::pin(flight.replica.write(commit, None, &deadline));
         let patience = policy.soft_timeout.max(COMMIT_PATIENCE_MIN);
         let written = match tokio::time::timeout(patience, &mut write).await {
             Ok(written) => written,
             Err(_) => {
-                flight.report(late.clone());
+                flight.report(round.unstored(came).await);
                 write.await
             }
         };
         let (outcome, counted) = match written.map(|outcome| outcome.result) {
             Ok(Some(outcome::Result::Done(done))) => {
-                (CommitOutcome::Stored(done.revision), "stored")
+                (CommitOutcome::Stored(done.revision), stored_as)
             }
             Ok(Some(outcome::Result::Fenced(_))) => (CommitOutcome::Fenced, "fenced"),
             Ok(other) => {
@@ -325,16 +333,100 @@ impl Refresher {
     }
 }
 
+/// What a call brought, as far as the policy heeds it.
+struct Came {
+    brought: Brought,
+    said: Said,
+    validators: Option<Validators>,
+    tags: Vec<String>,
+    took: Duration,
+}
+
+enum Brought {
+    New(Value),
+    /// What is stored, by the upstream's word or because it is equal.
+    Same(View),
+}
+
 /// One try of a flight.
 struct Round<'a> {
     flight: &'a Flight,
     queue: &'a Queue,
     policy: &'a Policy,
     started: Revision,
+    /// Also what is kept only to be asked about.
+    stored: Option<&'a View>,
+    /// What may be served.
     live: Option<&'a View>,
 }
 
 impl Round<'_> {
+    /// What a call brought, as a commit says it: of a value that is there already only the times.
+    /// Also how the commit is counted.
+    fn result(&self, came: &Came) -> (commit_fetch::Result, &'static str) {
+        let usual = self.queue.usual_fetch();
+        let mut lifetime =
+            self.policy
+                .lifetime(&came.said, rand::random(), usual, self.live.is_none());
+        let known = match &came.brought {
+            Brought::Same(stored) => stored.validators(),
+            Brought::New(_) => None,
+        };
+        // What cannot be asked about is not kept for it.
+        if came.validators.is_none() && known.is_none() {
+            lifetime.keep_ms = 0;
+        }
+        let took_ms = millis(came.took);
+        let age_ms = millis(came.said.age);
+        match &came.brought {
+            Brought::Same(stored) => {
+                let new = came.validators.as_ref().filter(|new| known != Some(new));
+                let revalidated = peer::Revalidated {
+                    lifetime: Some(lifetime),
+                    took_ms,
+                    age_ms,
+                    content_hash: stored.content_hash(),
+                    validators: new.cloned(),
+                };
+                let result = commit_fetch::Result::Revalidated(revalidated);
+                (result, "revalidated")
+            }
+            Brought::New(value) => {
+                let fetched = peer::Fetched {
+                    value: value.body.clone(),
+                    content_type: value.content_type.clone(),
+                    tags: came.tags.clone(),
+                    lifetime: Some(lifetime),
+                    took_ms,
+                    age_ms,
+                    validators: came.validators.clone(),
+                };
+                (commit_fetch::Result::Fetched(fetched), "stored")
+            }
+        }
+    }
+
+    /// What those who wait are given if it is not stored, or not in time.
+    async fn unstored(&self, came: &Came) -> FetchOutcome {
+        let (value, content_type) = match &came.brought {
+            Brought::New(value) => (value.body.clone(), value.content_type.clone()),
+            Brought::Same(_) => {
+                let read = self.flight.replica.read(&self.flight.key).await;
+                let stored = read.ok().flatten();
+                let value = stored.as_ref().and_then(|stored| stored.value().cloned());
+                match (value, stored) {
+                    (Some(value), Some(stored)) => (value, stored.content_type().to_owned()),
+                    _ => return FetchOutcome::Overloaded,
+                }
+            }
+        };
+        FetchOutcome::Unstored {
+            value,
+            content_type,
+            started: self.started,
+        }
+    }
+
     fn failed(&self, failed: FetchFailed) -> Ended {
         let now = self.flight.replica.now();
         let noted = self.queue.gate.failed(
@@ -418,6 +510,13 @@ async fn live(flight: &Flight) -> io::Result<Option<View>> {
     Ok(view.filter(|view| view.is_live(now)))
 }
 
+/// Whether a value is what is stored, so that only its times are new.
+fn is_same(stored: &View, value: &Value) -> bool {
+    stored.size_bytes() == value.body.len() as u64
+        && stored.content_type() == value.content_type
+        && stored.content_hash() == content_hash(&value.body)
+}
+
 fn before(live: &View) -> Before<'_> {
     Before {
         content_type: live.content_type(),
@@ -438,9 +537,14 @@ fn tags(matched: &Matched<'_>, key: &Key) -> Result<Vec<String>, FetchFailed> {
     matched.policy.tags.iter().map(fill).collect()
 }
 
+fn millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
 /// For metrics: a status, or the name of a class.
 fn code(called: &Result<Fetched, FetchFailed>) -> String {
     match called {
+        Ok(fetched) if fetched.content == Content::Unchanged => "304".to_owned(),
         Ok(_) => "200".to_owned(),
         Err(failed) if failed.status != 0 => failed.status.to_string(),
         Err(failed) => failed.to_string(),

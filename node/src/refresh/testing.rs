@@ -41,23 +41,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// minute.
 pub(super) fn policy() -> Policy {
     Policy {
-        pattern: Glob::parse("*").unwrap(),
-        upstream: "u".into(),
-        ttl: Duration::from_secs(60),
         ttl_jitter: 0.0,
-        eager_refresh_threshold: 0.80,
-        min_refresh_interval: Duration::from_secs(1),
-        stale_while_revalidate: Window::For(Duration::from_secs(600)),
         stale_if_error: Window::Forever,
-        soft_timeout: Duration::from_millis(100),
-        hard_timeout: Duration::from_secs(4),
-        error_ttl: Duration::from_secs(1),
-        retry_base: Duration::from_secs(3),
-        retry_multiplier: 1.5,
-        retry_cap: Duration::from_secs(60),
-        wanted: Default::default(),
-        max_value_bytes: 1 << 20,
-        tags: Vec::new(),
+        ..Policy::new(Glob::parse("*").unwrap(), "u")
     }
 }
 

@@ -33,6 +33,7 @@ fn set(text: &str, value: &str) -> Op {
         stale_while_revalidate_ms: 0,
         stale_if_error_ms: FOREVER,
         min_refresh_interval_ms: 0,
+        keep_ms: 0,
     };
     Op::Set(peer::Set {
         key: text.to_owned().into(),

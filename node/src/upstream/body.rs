@@ -13,14 +13,14 @@ use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::Fetched;
+use super::Value;
 
 /// What to store of a body. `select` names top-level fields; empty means all of it.
 pub(super) fn value(
     body: Bytes,
     content_type: String,
     select: &[String],
-) -> Result<Fetched, FailureClass> {
+) -> Result<Value, FailureClass> {
     let is_to_be_json = !select.is_empty() || is_json(&content_type);
     let body = if is_to_be_json {
         without_mark(body)
@@ -28,7 +28,7 @@ pub(super) fn value(
         body
     };
     if !select.is_empty() {
-        return Ok(Fetched {
+        return Ok(Value {
             body: selected(&body, select)?,
             content_type: "application/json".to_owned(),
         });
@@ -36,7 +36,7 @@ pub(super) fn value(
     if is_json(&content_type) {
         serde_json::from_str::<IgnoredAny>(text(&body)?).map_err(|_| FailureClass::Malformed)?;
     }
-    Ok(Fetched { body, content_type })
+    Ok(Value { body, content_type })
 }
 
 /// Without the byte order mark that some put before JSON though none may (RFC 8259 §8.1): those who
@@ -131,7 +131,7 @@ mod tests {
         Ok(String::from_utf8(fetched.body.to_vec()).unwrap())
     }
 
-    fn whole(body: &[u8], content_type: &str) -> Result<Fetched, FailureClass> {
+    fn whole(body: &[u8], content_type: &str) -> Result<Value, FailureClass> {
         value(Bytes::copy_from_slice(body), content_type.to_owned(), &[])
     }
 

@@ -20,6 +20,7 @@ use std::time::Duration;
 use ::http::HeaderMap;
 use bytes::Bytes;
 use holdfast_proto::Key;
+use holdfast_proto::peer::Validators;
 use holdfast_proto::v1::FailureClass;
 use holdfast_raft::Clock;
 
@@ -61,11 +62,38 @@ pub enum Upstream {
 pub struct Upstreams(BTreeMap<String, Arc<Upstream>>);
 
 /// What a fetch brought, whole and checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Fetched {
+    pub content: Content,
+    pub said: Said,
+    /// For a later fetch to ask with; `None` if there are none.
+    pub validators: Option<Validators>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    Value(Value),
+    /// What it was asked about is still the same.
+    Unchanged,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
     pub body: Bytes,
     /// At most `CONTENT_TYPE_BYTES_MAX` bytes; empty if the upstream did not say.
     pub content_type: String,
+}
+
+/// What an upstream says of how long its value is good. Nothing, by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Said {
+    pub lifetime: Option<Duration>,
+    /// How old the value was when it was sent.
+    pub age: Duration,
+    pub stale_while_revalidate: Option<Duration>,
+    pub stale_if_error: Option<Duration>,
+    /// Nobody but those who wait for it may have it.
+    pub no_store: bool,
 }
 
 /// Why a fetch brought nothing. All of it may be stored, logged and shown.
@@ -76,6 +104,16 @@ pub struct FetchFailed {
     pub status: u32,
     /// How long the upstream asks to be left alone, with status 429 or 503.
     pub retry_after: Option<Duration>,
+}
+
+impl Fetched {
+    /// `None` if it is what it was asked about.
+    pub fn into_value(self) -> Option<Value> {
+        match self.content {
+            Content::Value(value) => Some(value),
+            Content::Unchanged => None,
+        }
+    }
 }
 
 impl Spec {
@@ -129,15 +167,17 @@ impl Upstream {
     }
 
     /// `captures` are what the policy's pattern captured of `key`; `extra_headers` the caller's
-    /// own, such as the trace context. Dropping the future ends the call.
+    /// own, such as the trace context. With `known`, those of a value that is there, the answer may
+    /// be that it is still the same. Dropping the future ends the call.
     pub async fn fetch(
         &self,
         key: &Key,
         captures: &[&[u8]],
         extra_headers: &HeaderMap,
+        known: Option<&Validators>,
     ) -> Result<Fetched, FetchFailed> {
         match self {
-            Self::Http(http) => http.fetch(key, captures, extra_headers).await,
+            Self::Http(http) => http.fetch(key, captures, extra_headers, known).await,
         }
     }
 }

@@ -135,6 +135,16 @@ impl Replica {
         self.state.applied()
     }
 
+    /// What all members of the shard understand: nothing newer is proposed.
+    pub fn feature_level(&self) -> u32 {
+        self.state.applied_record().feature_level
+    }
+
+    /// Whether they understand `Revalidated`, and what else came with it.
+    pub fn can_revalidate(&self) -> bool {
+        self.feature_level() >= 2
+    }
+
     pub fn watch_applied(&self) -> watch::Receiver<Applied> {
         self.state.watch_applied()
     }

@@ -12,11 +12,11 @@ use holdfast_proto::{
     limits::TOMBSTONE_KEPT,
     peer::{
         AppliedRecord, Command, CommitFetch, Conflict, EntryRecord, FailureRecord, Fenced,
-        FetchFailed, Fetched, LogEntry, LogId, Outcome, Set, StateHash, Sweep, SweepKey,
-        command::Op, commit_fetch, outcome,
+        FetchFailed, Fetched, LogEntry, LogId, Outcome, Revalidated, Set, StateHash, Sweep,
+        SweepKey, command::Op, commit_fetch, outcome,
     },
     reason,
-    timeline::{Millis, Phase, Timeline, after},
+    timeline::{Millis, Timeline, after},
     v1::Origin,
 };
 use prost::Message as _;
@@ -237,7 +237,7 @@ impl Run<'_> {
 
         let now = self.applied.log_time_ms;
         let lifetime = set.lifetime.unwrap_or_default();
-        let mut timeline = Timeline::from_lifetime(now, 0, &lifetime);
+        let mut timeline = Timeline::from_lifetime(now, 0, 0, &lifetime);
         if let Some(expires_at) = set.expires_at_ms {
             timeline.fresh_until = expires_at;
         }
@@ -317,6 +317,9 @@ impl Run<'_> {
             Some(commit_fetch::Result::Fetched(fetched)) => {
                 Ok(self.store_fetched(&key, old.as_deref(), fetched))
             }
+            Some(commit_fetch::Result::Revalidated(revalidated)) => {
+                Ok(self.revalidate(&key, old.as_deref(), revalidated))
+            }
             Some(commit_fetch::Result::Failed(failed)) => {
                 Ok(self.record_failure(&key, old.as_deref(), failed))
             }
@@ -331,6 +334,7 @@ impl Run<'_> {
         let timeline = Timeline::from_lifetime(
             self.applied.log_time_ms,
             fetched.took_ms,
+            fetched.age_ms,
             &fetched.lifetime.unwrap_or_default(),
         );
         let value = &fetched.value;
@@ -340,9 +344,46 @@ impl Run<'_> {
             content_hash: content_hash(value),
             content_type: fetched.content_type.clone(),
             tags: fetched.tags.clone(),
+            validators: fetched.validators.clone().map(Box::new),
             ..at(timeline)
         });
         self.put_entry(key, old, record, Some(value));
+        self.done(existed)
+    }
+
+    /// The value's times begin again, be it one that was only kept. Not if it is gone, or another
+    /// one than was asked about: then it has to be fetched.
+    fn revalidate(&mut self, key: &Key, old: Option<&Entry>, new: &Revalidated) -> Outcome {
+        let Some(old) = old.filter(|old| old.record.content_hash == new.content_hash) else {
+            return outcome::Result::Fenced(Fenced {
+                revision: self.applied.revision,
+            })
+            .into();
+        };
+        let existed = self.live(Some(old)).is_some();
+        let timeline = Timeline::from_lifetime(
+            self.applied.log_time_ms,
+            new.took_ms,
+            new.age_ms,
+            &new.lifetime.unwrap_or_default(),
+        );
+        self.applied.revision += 1;
+        let record = EntryRecord {
+            version: old.record.version,
+            changed: self.applied.revision,
+            changed_at_ms: self.applied.log_time_ms,
+            origin: Origin::Fetched.into(),
+            size_bytes: old.record.size_bytes,
+            content_hash: old.record.content_hash,
+            content_type: old.record.content_type.clone(),
+            tags: old.record.tags.clone(),
+            validators: match &new.validators {
+                Some(validators) => Some(Box::new(validators.clone())),
+                None => old.record.validators.clone(),
+            },
+            ..at(timeline)
+        };
+        self.put_entry(key, Some(old), record, None);
         self.done(existed)
     }
 
@@ -381,7 +422,7 @@ impl Run<'_> {
             let key = key(log_id, bytes)?;
             if let Some(old) = self.entry(&key)?
                 && old.record.changed == *changed
-                && Timeline::from(&old.record).phase(now) == Phase::Expired
+                && now >= Timeline::from(&old.record).kept_until()
             {
                 removed.push((key, old));
             }
@@ -432,6 +473,7 @@ fn at(timeline: Timeline) -> EntryRecord {
         fresh_until_ms: timeline.fresh_until,
         stale_while_revalidate_ms: timeline.stale_while_revalidate,
         stale_if_error_ms: timeline.stale_if_error,
+        keep_ms: timeline.keep,
         ..Default::default()
     }
 }

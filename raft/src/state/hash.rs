@@ -102,6 +102,17 @@ pub(crate) fn entry(key: &[u8], record: &EntryRecord) -> u64 {
             .number(failure.at_ms)
             .number(failure.next_attempt_ms);
     }
+    // What was added later counts only where it is used: a state without it has the hash it had.
+    if record.keep_ms != 0 {
+        fields.number(u64::from(b'k')).number(record.keep_ms);
+    }
+    if let Some(validators) = &record.validators {
+        fields
+            .number(u64::from(b'v'))
+            .bytes(validators.etag.as_bytes())
+            .bytes(validators.last_modified.as_bytes())
+            .number(validators.source);
+    }
     fields.digest()
 }
 

@@ -28,7 +28,11 @@ use prost::Message;
 /// The format of every record so far.
 pub(crate) const FORMAT: u8 = 1;
 /// The newest feature level this version speaks.
-pub(crate) const FEATURE_LEVEL: u32 = 1;
+///
+/// | level | adds |
+/// |-------|------|
+/// | 2     | `Revalidated`, `Validators`, `keep_ms`, `age_ms` |
+pub(crate) const FEATURE_LEVEL: u32 = 2;
 
 pub(crate) const APPLIED: &[u8] = b"applied";
 pub(crate) const ROSTER: &[u8] = b"roster";
@@ -58,7 +62,7 @@ impl From<BadRecord> for std::io::Error {
 pub(crate) enum DueKind {
     /// The entry may be refreshed from here on.
     Refresh = b'r',
-    /// The entry is served no more.
+    /// The entry is kept no more.
     Expire = b'x',
     /// The tombstone fences no more.
     Tombstone = b't',
@@ -144,10 +148,9 @@ pub(crate) fn refresh_at(record: &EntryRecord) -> Millis {
 /// The rows of the due index that an entry has: functions of its record alone, so that apply can
 /// remove what it wrote.
 pub(crate) fn due_rows(key: &[u8], record: &EntryRecord) -> impl Iterator<Item = Bytes> {
-    let expires_at = Timeline::from(record).expires_at();
     [
         (DueKind::Refresh, refresh_at(record)),
-        (DueKind::Expire, expires_at),
+        (DueKind::Expire, Timeline::from(record).kept_until()),
     ]
     .into_iter()
     .filter(|&(_, at)| at != FOREVER)

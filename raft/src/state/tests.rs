@@ -3,6 +3,7 @@
 mod changes;
 mod hash;
 mod reads;
+mod revalidation;
 
 use std::{path::Path, time::Duration};
 

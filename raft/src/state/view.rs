@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use holdfast_proto::{
     Revision,
-    peer::{EntryRecord, FailureRecord},
+    peer::{EntryRecord, FailureRecord, Validators},
     timeline::{Millis, Phase, Timeline},
     v1::Origin,
 };
@@ -86,6 +86,11 @@ impl View {
 
     pub fn content_hash(&self) -> u64 {
         self.entry.record.content_hash
+    }
+
+    /// What its source may be asked with whether the value is still the same.
+    pub fn validators(&self) -> Option<&Validators> {
+        self.entry.record.validators.as_deref()
     }
 }
 

@@ -31,6 +31,7 @@ mod linearizability;
 mod membership;
 mod membership_truth;
 mod operation;
+mod origin_headers;
 #[cfg(feature = "rocksdb")]
 mod overdue;
 mod proposals;

@@ -8,8 +8,9 @@ use std::time::Duration;
 use holdfast_node::secret::{Secret, Secrets};
 use holdfast_node::template::{TextTemplate, UrlTemplate};
 use holdfast_node::upstream::http::{Http, HttpSpec, Unframed};
-use holdfast_node::upstream::{FetchFailed, Fetched, Shared};
+use holdfast_node::upstream::{Content, FetchFailed, Said, Shared, Value};
 use holdfast_proto::Key;
+use holdfast_proto::peer::Validators;
 use holdfast_proto::v1::FailureClass;
 use holdfast_raft::Clock;
 use holdfast_tests::origin::{Answer, Behaviour, Gate, Origin};
@@ -51,17 +52,18 @@ fn headers(pairs: &[(&str, &str)]) -> Vec<(String, TextTemplate)> {
         .collect()
 }
 
-async fn fetch(spec: HttpSpec) -> Result<Fetched, FetchFailed> {
+async fn fetch(spec: HttpSpec) -> Result<Value, FetchFailed> {
     fetch_by(&build(spec)).await
 }
 
-async fn fetch_by(http: &Http) -> Result<Fetched, FetchFailed> {
-    http.fetch(&Key::new("user/7").unwrap(), &[b"7"], &HeaderMap::new())
-        .await
+async fn fetch_by(http: &Http) -> Result<Value, FetchFailed> {
+    let key = Key::new("user/7").unwrap();
+    let fetched = http.fetch(&key, &[b"7"], &HeaderMap::new(), None).await;
+    fetched.map(|fetched| fetched.into_value().expect("a value"))
 }
 
 /// What becomes of a fetch when the origin behaves like that.
-async fn outcome(behaviour: Behaviour) -> Result<Fetched, FetchFailed> {
+async fn outcome(behaviour: Behaviour) -> Result<Value, FetchFailed> {
     let origin = Origin::start().await.unwrap();
     origin.respond(behaviour);
     fetch(spec(&origin.url("/users/{1}"))).await
@@ -110,7 +112,7 @@ async fn the_configured_headers_and_the_callers_are_sent() {
         HeaderValue::from_static("00-1-2-01"),
     )]);
     build(spec)
-        .fetch(&Key::new("k").unwrap(), &["é".as_bytes()], &extra)
+        .fetch(&Key::new("k").unwrap(), &["é".as_bytes()], &extra, None)
         .await
         .unwrap();
     let sent = origin.last_request().unwrap().headers;
@@ -129,7 +131,7 @@ async fn cookies_are_not_kept() {
     ));
     let http = build(spec(&origin.url("/")));
     for _ in 0..2 {
-        http.fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new())
+        http.fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new(), None)
             .await
             .unwrap();
     }
@@ -688,13 +690,14 @@ async fn a_key_that_makes_no_request_causes_no_call() {
                 &Key::new(key).unwrap(),
                 &[capture.as_bytes()],
                 &HeaderMap::new(),
+                None,
             )
             .await
             .unwrap_err();
         assert_eq!(failed.class, FailureClass::Refused, "{key:?} {capture:?}");
     }
     assert_eq!(origin.calls(), 0);
-    http.fetch(&Key::new("k").unwrap(), &[b"a/b"], &HeaderMap::new())
+    http.fetch(&Key::new("k").unwrap(), &[b"a/b"], &HeaderMap::new(), None)
         .await
         .unwrap();
     assert_eq!(origin.calls_of("/users/a/b"), 1);
@@ -712,7 +715,12 @@ async fn a_failure_says_nothing_of_the_upstream() {
     spec.headers = headers(&[("authorization", "Bearer ${secret:token}")]);
     let http = build(spec);
     let failed = http
-        .fetch(&Key::new("user/7").unwrap(), &[b"7"], &HeaderMap::new())
+        .fetch(
+            &Key::new("user/7").unwrap(),
+            &[b"7"],
+            &HeaderMap::new(),
+            None,
+        )
         .await
         .unwrap_err();
     assert_eq!(failed.to_string(), "status 500");
@@ -732,8 +740,10 @@ async fn an_origin_counts_what_it_is_asked() {
         .map(|key| {
             let http = http.clone();
             tokio::spawn(async move {
-                http.fetch(&Key::new(key).unwrap(), &[], &HeaderMap::new())
+                http.fetch(&Key::new(key).unwrap(), &[], &HeaderMap::new(), None)
                     .await
+                    .unwrap()
+                    .into_value()
                     .unwrap()
                     .body
             })
@@ -757,4 +767,68 @@ async fn an_origin_counts_what_it_is_asked() {
     assert_eq!(bodies, ["/a 1", "/a 2", "/b 1"]);
     origin.idle().await;
     assert_eq!(origin.calls_open_max(), 3);
+}
+
+/// Also by a url, a header or a selection of another configuration: then it is another question.
+#[tokio::test]
+async fn an_origin_is_asked_whether_its_value_is_still_the_same() {
+    let origin = Origin::start().await.unwrap();
+    let date = "Fri, 31 Dec 1999 23:59:59 GMT";
+    let named = |answer: Answer| {
+        answer
+            .header("etag", "\"v1\"")
+            .header("last-modified", date)
+    };
+    origin.respond(Behaviour::Answer(named(Answer::json("{\"a\":1}"))));
+    let spec = spec(&origin.url("/users/{1}"));
+    let (key, none) = (Key::new("user/7").unwrap(), HeaderMap::new());
+    let ask = async |spec: &HttpSpec, known: Option<&Validators>| {
+        let http = build(spec.clone());
+        http.fetch(&key, &[b"7"], &none, known).await
+    };
+    let sent = || {
+        let headers = origin.last_request().unwrap().headers;
+        let text = |name: &str| Some(headers.get(name)?.to_str().unwrap().to_owned());
+        (text("if-none-match"), text("if-modified-since"))
+    };
+    let first = ask(&spec, None).await.unwrap();
+    assert_eq!(sent(), (None, None));
+    let known = first.validators.clone().unwrap();
+
+    origin.respond(Behaviour::Answer(named(Answer::new(304, "a/b", ""))));
+    let same = ask(&spec, Some(&known)).await.unwrap();
+    assert_eq!(sent(), (Some("\"v1\"".into()), Some(date.into())));
+    assert_eq!(same.content, Content::Unchanged);
+    assert_eq!(same.validators, Some(known.clone()));
+
+    // Nobody asked: then it is no answer.
+    let unasked = ask(&spec, None).await.unwrap_err();
+    assert_eq!((unasked.class, unasked.status), (FailureClass::Status, 304));
+    let mut others = [(); 3].map(|()| spec.clone());
+    others[0].url = UrlTemplate::parse(&origin.url("/people/{1}")).unwrap();
+    others[1].headers = headers(&[("accept", "text/html")]);
+    others[2].select = vec!["a".into()];
+    for other in others {
+        assert!(ask(&other, Some(&known)).await.is_err());
+        assert_eq!(sent(), (None, None));
+    }
+}
+
+#[tokio::test]
+async fn what_an_origin_says_of_its_value_comes_with_it() {
+    let answer = Answer::text("v")
+        .header("cache-control", "max-age=7, stale-if-error=9")
+        .header("age", "3");
+    let origin = Origin::start().await.unwrap();
+    origin.respond(Behaviour::Answer(answer));
+    let http = build(spec(&origin.url("/")));
+    let key = Key::new("k").unwrap();
+    let fetched = http.fetch(&key, &[], &HeaderMap::new(), None).await;
+    let said = Said {
+        lifetime: Some(Duration::from_secs(7)),
+        age: Duration::from_secs(3),
+        stale_if_error: Some(Duration::from_secs(9)),
+        ..Default::default()
+    };
+    assert_eq!(fetched.unwrap().said, said);
 }

@@ -39,6 +39,21 @@ fn times_that_contradict_each_other_are_refused_where_one_was_set() {
             "longer than `ttl` 1m (default)",
         ),
         (
+            two("min_ttl: 1h", "max_ttl: 1min"),
+            8,
+            "`min_ttl` 1h is longer than `max_ttl` 1m",
+        ),
+        (
+            two("min_ttl: 1h", "ttl: 1min"),
+            8,
+            "`min_ttl` 1h is longer than `ttl` 1m",
+        ),
+        (
+            two("ttl: 1h", "max_ttl: 1min"),
+            8,
+            "`ttl` 1h is longer than `max_ttl` 1m",
+        ),
+        (
             two("retry_base: 1h", "retry_cap: 1s"),
             8,
             "`retry_base` 1h is longer than `retry_cap` 1s",
@@ -58,6 +73,8 @@ fn times_that_contradict_each_other_are_refused_where_one_was_set() {
         policy_with("ttl: 100ms"),
         policy_with("ttl: 1y"),
         policy_with("retry_cap: 10ms"),
+        policy_with("min_ttl: 1h"),
+        policy_with("max_ttl: 1s"),
     ] {
         fits(&fine);
     }

@@ -146,9 +146,6 @@ fn an_unknown_key_is_no_key_not_built() {
         "unknown key `colour` in `policies[]`",
     );
     for key in [
-        "min_ttl",
-        "max_ttl",
-        "keep",
         "negative_ttl",
         "on_not_found",
         "refresh",

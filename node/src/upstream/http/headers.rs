@@ -1,7 +1,8 @@
 //! The headers that the configuration adds to each request.
 //!
-//! Promises that none of them changes how a message is framed or where it goes, that only codings
-//! are asked for that can be undone, and that each counts as a secret wherever it is logged.
+//! Promises that none of them changes how a message is framed, where it goes or which part of a
+//! value it asks for, that only codings are asked for that can be undone, and that each counts as a
+//! secret wherever it is logged.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -17,8 +18,9 @@ use crate::upstream::coding::Coding;
 const USER_AGENT: HeaderValue =
     HeaderValue::from_static(concat!("holdfast/", env!("CARGO_PKG_VERSION")));
 
-/// Headers that say how a message is framed or where it goes: ours to set.
-const RESERVED: [HeaderName; 7] = [
+/// Headers that say how a message is framed, where it goes, or which part of a value is asked for
+/// and when: ours to set.
+const RESERVED: [HeaderName; 13] = [
     header::HOST,
     header::CONNECTION,
     header::CONTENT_LENGTH,
@@ -26,6 +28,12 @@ const RESERVED: [HeaderName; 7] = [
     header::TE,
     header::TRAILER,
     header::UPGRADE,
+    header::RANGE,
+    header::IF_RANGE,
+    header::IF_MATCH,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+    header::IF_UNMODIFIED_SINCE,
 ];
 
 /// Checked, in the order of the configuration.

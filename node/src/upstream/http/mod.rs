@@ -13,6 +13,7 @@ mod answer;
 mod connection;
 mod dial;
 mod endpoint;
+mod freshness;
 mod headers;
 mod pool;
 mod redirect;
@@ -27,6 +28,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use h2::Reason;
 use holdfast_proto::Key;
+use holdfast_proto::peer::Validators;
 use holdfast_proto::v1::FailureClass;
 use holdfast_raft::Clock;
 use http::header::{self, HeaderMap, HeaderValue};
@@ -35,6 +37,7 @@ use http_body::Body as _;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use url::{Host, Position, Url};
+use xxhash_rust::xxh3::xxh3_64;
 
 use self::answer::Wanted;
 use self::connection::{Connection, Head};
@@ -47,7 +50,7 @@ use self::redirect::{Kind, Reach};
 use super::bodies::{Held, ROOM_FREE_BYTES, Room, Workers};
 use super::coding::Coding;
 pub use super::tls::Tls;
-use super::{FetchFailed, Fetched, Shared, body};
+use super::{Content, FetchFailed, Fetched, Shared, body};
 use crate::secret::Secrets;
 use crate::template::{Refused, TextTemplate, UrlTemplate};
 
@@ -208,16 +211,29 @@ impl Http {
         key: &Key,
         captures: &[&[u8]],
         extra_headers: &HeaderMap,
+        known: Option<&Validators>,
     ) -> Result<Fetched, FetchFailed> {
         let url = self.spec.url.fill(key, captures).map_err(refused)?;
-        let headers = self
+        let mut headers = self
             .headers
             .fill(key, captures, extra_headers, &self.secrets)
             .map_err(refused)?;
-        let answered = Box::pin(self.follow(url, headers));
+        let source = self.source(&url);
+        let known = known.filter(|known| known.source == source);
+        if let Some(known) = known {
+            freshness::ask_whether(known, &mut headers);
+        }
+        let answered = Box::pin(self.follow(url, headers, source));
         tokio::time::timeout(self.spec.fetch_timeout, answered)
             .await
             .unwrap_or(Err(FailureClass::Timeout.into()))
+    }
+
+    /// Of all that decides what a value is: validators of one that was asked for otherwise say
+    /// nothing. Headers count by their templates, so that no secret is in it.
+    fn source(&self, url: &Url) -> u64 {
+        let asked = format!("{url} {:?} {:?}", self.spec.headers, self.spec.select);
+        xxh3_64(asked.as_bytes())
     }
 
     /// Follows redirects. The headers stay with the template's own origin, and a chain that left it
@@ -227,6 +243,7 @@ impl Http {
         &self,
         configured: Url,
         mut headers: HeaderMap,
+        source: u64,
     ) -> Result<Fetched, FetchFailed> {
         let mut url = configured.clone();
         let mut reach = Reach::Configured;
@@ -234,7 +251,8 @@ impl Http {
             let asked = Box::pin(self.ask(&url, &headers, &reach)).await;
             let (answer, connection) = asked.map_err(|error| self.failed(&error))?;
             if !answer::is_redirect(answer.status()) {
-                return Box::pin(self.take(answer, connection)).await;
+                let is_conditional = freshness::is_conditional(&headers);
+                return Box::pin(self.take(answer, connection, source, is_conditional)).await;
             }
             let hosts = &self.spec.redirects;
             let next = redirect::target(&configured, &url, answer.headers(), hosts)
@@ -287,7 +305,19 @@ impl Http {
         &self,
         answer: Response<Incoming>,
         connection: Connection,
+        source: u64,
+        is_conditional: bool,
     ) -> Result<Fetched, FetchFailed> {
+        let said = freshness::said(answer.headers());
+        let validators = freshness::validators(answer.headers(), source);
+        if is_conditional && answer.status() == StatusCode::NOT_MODIFIED {
+            self.drain(answer, connection).await;
+            return Ok(Fetched {
+                content: Content::Unchanged,
+                said,
+                validators,
+            });
+        }
         let wanted = match answer::judge(&answer, &self.spec) {
             Ok(wanted) => wanted,
             Err(failed) => {
@@ -317,7 +347,11 @@ impl Http {
             body::value(body, content_type, &select)
         };
         match self.workers.run(work_bytes, work).await {
-            Ok(worked) => Ok(worked?),
+            Ok(worked) => Ok(Fetched {
+                content: Content::Value(worked?),
+                said,
+                validators,
+            }),
             Err(error) => {
                 tracing::error!(%error, upstream = self.name, "a body could not be worked on");
                 Err(FailureClass::Malformed.into())

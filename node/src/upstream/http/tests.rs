@@ -11,7 +11,7 @@ use rustls::server::WebPkiClientVerifier;
 
 use super::*;
 use crate::secret::Secret;
-use crate::upstream::tls;
+use crate::upstream::{Value, tls};
 
 /// Signed by itself for `localhost` and 127.0.0.1, 2020 to 2120. Of no use but here.
 const CERTIFICATE: &[u8] = include_bytes!("../testdata/localhost.cert.der");
@@ -168,7 +168,7 @@ fn pem(label: &str, der: &[u8]) -> String {
     format!("-----BEGIN {label}-----{text}\n-----END {label}-----\n")
 }
 
-async fn fetch_by_tls(host: &str, tls: Tls, is_mutual: bool) -> Result<Fetched, FetchFailed> {
+async fn fetch_by_tls(host: &str, tls: Tls, is_mutual: bool) -> Result<Value, FetchFailed> {
     let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let mut spec = spec(&format!("https://{host}:{port}/"), &[]);
@@ -176,10 +176,10 @@ async fn fetch_by_tls(host: &str, tls: Tls, is_mutual: bool) -> Result<Fetched, 
     let server = std::thread::spawn(move || answer_by_tls(listener, is_mutual));
     let http = Http::new("u".to_owned(), spec, Arc::default(), &shared()).unwrap();
     let fetched = http
-        .fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new())
+        .fetch(&Key::new("k").unwrap(), &[], &HeaderMap::new(), None)
         .await;
     let _ = server.join().unwrap();
-    fetched
+    fetched.map(|fetched| fetched.into_value().unwrap())
 }
 
 fn server_config(is_mutual: bool) -> std::io::Result<rustls::ServerConfig> {

@@ -1,7 +1,7 @@
 //! An entry as readers see it.
 
 use bytes::Bytes;
-use holdfast_proto::peer::EntryRecord;
+use holdfast_proto::peer::{EntryRecord, Validators};
 
 /// What one entry costs beside the bytes of its key, value, content type and tags: the map's slot
 /// and its share of the table, the entry itself, its place in the queues and in the ghost, and what
@@ -58,7 +58,11 @@ impl Entry {
             .iter()
             .map(|tag| tag.len() + size_of::<String>())
             .sum();
+        let validators = self.record.validators.as_ref().map_or(0, |validators| {
+            size_of::<Validators>() + validators.etag.len() + validators.last_modified.len()
+        });
         let value = self.value.as_ref().map_or(0, Bytes::len);
-        (key.len() + value + self.record.content_type.len() + tags) as u64 + ENTRY_OVERHEAD_BYTES
+        let texts = self.record.content_type.len() + tags + validators;
+        (key.len() + value + texts) as u64 + ENTRY_OVERHEAD_BYTES
     }
 }

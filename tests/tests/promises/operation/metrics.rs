@@ -34,7 +34,7 @@ const SHARD: &[(&str, &str)] = &[("shard", "0")];
 const USERS: (&str, &str) = ("upstream", "users");
 
 /// What is there, at 0, on a node that waits for others.
-const AT_FIRST: [(&str, &[(&str, &str)]); 22] = [
+const AT_FIRST: [(&str, &[(&str, &str)]); 23] = [
     ("holdfast_requests_total", &[GET, ("state", "FRESH"), OK]),
     (
         "holdfast_requests_total",
@@ -50,6 +50,7 @@ const AT_FIRST: [(&str, &[(&str, &str)]); 22] = [
     ("holdfast_upstream_calls_total", &[USERS, ("code", "200")]),
     ("holdfast_upstream_call_duration_seconds_count", &[USERS]),
     ("holdfast_commits_total", &[("outcome", "stored")]),
+    ("holdfast_commits_total", &[("outcome", "revalidated")]),
     ("holdfast_commits_total", &[("outcome", "fenced")]),
     ("holdfast_log_sync_duration_seconds_count", &[]),
     ("holdfast_log_sync_duration_seconds_sum", &[]),
@@ -71,9 +72,10 @@ const OF_A_FLIGHT: [(&str, &[(&str, &str)]); 4] = [
 ];
 
 /// What is there on every member of a cluster, whatever it is.
-const OF_A_MEMBER: [&str; 10] = [
+const OF_A_MEMBER: [&str; 11] = [
     "holdfast_applied_revision",
     "holdfast_applied_index",
+    "holdfast_feature_level",
     "holdfast_replica_lag_seconds",
     "holdfast_is_leader",
     "holdfast_has_leader",

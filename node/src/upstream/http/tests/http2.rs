@@ -84,9 +84,9 @@ impl Http2 {
 
 async fn fetch(http: &Http) -> Result<Bytes, FailureClass> {
     let key = Key::new("a-key-of-nobodys-business").unwrap();
-    let fetched = http.fetch(&key, &[], &HeaderMap::new()).await;
+    let fetched = http.fetch(&key, &[], &HeaderMap::new(), None).await;
     fetched
-        .map(|fetched| fetched.body)
+        .map(|fetched| fetched.into_value().unwrap().body)
         .map_err(|failed| failed.class)
 }
 

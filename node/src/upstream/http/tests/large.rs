@@ -47,8 +47,8 @@ async fn upstream() -> Http {
 
 async fn fetch(http: &Http, bytes: u64) -> usize {
     let key = Key::new(bytes.to_string()).unwrap();
-    let fetched = http.fetch(&key, &[], &HeaderMap::new()).await;
-    fetched.unwrap().body.len()
+    let fetched = http.fetch(&key, &[], &HeaderMap::new(), None).await;
+    fetched.unwrap().into_value().unwrap().body.len()
 }
 
 #[tokio::test]
