@@ -55,6 +55,10 @@ pub struct Policy {
     pub soft_timeout: Duration,
     /// How long a reader without any value waits.
     pub hard_timeout: Duration,
+    /// How long it is remembered that the origin has no such thing, and once more so long it is told
+    /// while that is asked anew.
+    pub negative_ttl: Duration,
+    pub on_not_found: OnNotFound,
     /// How long a failed miss is remembered.
     pub error_ttl: Duration,
     pub retry_base: Duration,
@@ -67,6 +71,15 @@ pub struct Policy {
     pub max_value_bytes: u64,
     /// No secrets in them, and no captures that the pattern does not have.
     pub tags: Vec<TextTemplate>,
+}
+
+/// What becomes of a value of which the origin says that there is no such thing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnNotFound {
+    /// It stays, and the fetch has failed.
+    KeepOld,
+    /// That there is none takes its place.
+    Negative,
 }
 
 /// `Cache-Control` and the like.
@@ -141,6 +154,8 @@ impl Policy {
             keep: Window::For(3_600 * SECOND),
             soft_timeout: SECOND / 10,
             hard_timeout: 4 * SECOND,
+            negative_ttl: 5 * SECOND,
+            on_not_found: OnNotFound::KeepOld,
             error_ttl: SECOND,
             retry_base: default_retry_base(ttl).min(retry_cap),
             retry_multiplier: 1.5,
@@ -178,6 +193,19 @@ impl Policy {
             stale_if_error_ms: window(said.stale_if_error, self.stale_if_error),
             min_refresh_interval_ms: millis(self.min_refresh_interval),
             keep_ms: self.keep.as_millis(),
+        }
+    }
+
+    /// How long it is told that the origin has no such thing.
+    pub fn negative_lifetime(&self, random: f64, usual_fetch: Duration) -> Lifetime {
+        let fresh_ms = scaled(self.negative_ttl, 1.0 - self.ttl_jitter * random);
+        Lifetime {
+            fresh_ms,
+            refresh_after_ms: self.refresh_after(fresh_ms, random, usual_fetch, false),
+            stale_while_revalidate_ms: millis(self.negative_ttl),
+            stale_if_error_ms: 0,
+            min_refresh_interval_ms: millis(self.min_refresh_interval),
+            keep_ms: 0,
         }
     }
 

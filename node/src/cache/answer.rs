@@ -22,7 +22,7 @@ pub(super) struct Behind<'a> {
 pub(super) fn stored(view: &View, now: Millis, behind: Behind<'_>) -> v1::Answer {
     v1::Answer {
         value: view.value().cloned(),
-        state: state_of(view.phase(now)).into(),
+        state: state_of(view, now).into(),
         version: view.version(),
         age_ms: view.timeline().age(now),
         ttl_ms: view.timeline().ttl(now),
@@ -61,8 +61,9 @@ pub(super) fn miss(behind: Behind<'_>) -> v1::Answer {
 
 /// An expired value is shown only to those who waited for its fetch and got it late: stale is what
 /// it is then.
-fn state_of(phase: Phase) -> v1::State {
-    match phase {
+fn state_of(view: &View, now: Millis) -> v1::State {
+    match view.phase(now) {
+        _ if view.is_negative() => v1::State::Negative,
         Phase::Fresh => v1::State::Fresh,
         Phase::Stale | Phase::Expired => v1::State::Stale,
         Phase::StaleOnError => v1::State::StaleOnError,

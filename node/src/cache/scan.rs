@@ -190,7 +190,7 @@ impl Page {
             if rows
                 .ahead
                 .front()
-                .is_some_and(|(_, view)| view.is_live(now))
+                .is_some_and(|(_, view)| view.is_live(now) && !view.is_negative())
             {
                 return Ok(Some((first, now)));
             }

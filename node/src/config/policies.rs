@@ -10,7 +10,7 @@ use super::fields::{Fields, Keys, Set, WAIT_MAX};
 use super::tree::Tree;
 use super::upstreams::DeclaredUpstreams;
 use crate::glob::Glob;
-use crate::policy::{OriginHeaders, Policies, Policy, default_retry_base};
+use crate::policy::{OnNotFound, OriginHeaders, Policies, Policy, default_retry_base};
 use crate::template::TextTemplate;
 use crate::wanted::{MediaRange, OnEmpty, Wanted};
 
@@ -30,6 +30,8 @@ pub(super) const POLICY: Keys = Keys {
         "keep",
         "soft_timeout",
         "hard_timeout",
+        "negative_ttl",
+        "on_not_found",
         "error_ttl",
         "retry_base",
         "retry_multiplier",
@@ -40,8 +42,6 @@ pub(super) const POLICY: Keys = Keys {
         "on_empty",
     ],
     not_built: &[
-        "negative_ttl",
-        "on_not_found",
         "refresh",
         "read",
         "fetch_on_miss",
@@ -208,6 +208,7 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<(Poli
     let times = Times::read(&mut fields, &default);
     times.check(fields.problems);
     let error_ttl = fields.duration("error_ttl", Duration::ZERO..=DAY);
+    let negative_ttl = fields.duration("negative_ttl", Duration::ZERO..=YEAR);
     let max_value_bytes = max_value_bytes(&mut fields, upstream.as_ref(), upstreams);
     let pattern = pattern?;
     let policy = Policy {
@@ -231,6 +232,8 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<(Poli
         keep: fields.window("keep").unwrap_or(default.keep),
         soft_timeout: times.soft_timeout.value,
         hard_timeout: times.hard_timeout.value,
+        negative_ttl: negative_ttl.unwrap_or(default.negative_ttl),
+        on_not_found: on_not_found(&mut fields).unwrap_or(default.on_not_found),
         error_ttl: error_ttl.unwrap_or(default.error_ttl),
         retry_base: times.retry_base.value,
         retry_multiplier: fields
@@ -307,6 +310,14 @@ fn origin(fields: &mut Fields<'_>) -> Option<OriginHeaders> {
         ("ignore", OriginHeaders::Ignore),
     ];
     Some(fields.choice("origin", &choices)?.value)
+}
+
+fn on_not_found(fields: &mut Fields<'_>) -> Option<OnNotFound> {
+    let choices = [
+        ("keep_old", OnNotFound::KeepOld),
+        ("negative", OnNotFound::Negative),
+    ];
+    Some(fields.choice("on_not_found", &choices)?.value)
 }
 
 fn required<T, E: std::fmt::Display>(

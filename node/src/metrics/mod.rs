@@ -35,7 +35,14 @@ const SERVED_STATES: [&str; 4] = ["FRESH", "STALE", "STALE_ON_ERROR", "MISS"];
 /// What a read waits for beyond memory.
 const WAITS: [&str; 5] = ["token", "read_index", "miss", "soft_timeout", "forwarded"];
 /// What a flight's commit comes to.
-const COMMITS: [&str; 5] = ["stored", "revalidated", "fenced", "failed", "unstored"];
+const COMMITS: [&str; 6] = [
+    "stored",
+    "revalidated",
+    "negative",
+    "fenced",
+    "failed",
+    "unstored",
+];
 
 /// From a look-up in memory to the longest deadline.
 const REQUEST_SECONDS: [f64; 16] = [

@@ -29,7 +29,7 @@ use super::{
     waiter::Waiter,
 };
 use crate::{
-    policy::{Matched, Policy},
+    policy::{Matched, OnNotFound, Policy},
     rules::Rules,
     secret::Secrets,
     telemetry,
@@ -217,7 +217,10 @@ impl Refresher {
                     // may.
                     let held_back = live.as_ref().map(|_| round.failed(class.into()));
                     return Ended {
-                        outcome: round.unstored(&came).await,
+                        outcome: round
+                            .unstored(&came)
+                            .await
+                            .unwrap_or(FetchOutcome::Overloaded),
                         to_log: held_back.and_then(|ended| ended.to_log),
                     };
                 }
@@ -253,7 +256,10 @@ impl Refresher {
         let took = self.clock.monotonic().saturating_sub(began);
         self.metrics
             .upstream_called(round.queue.upstream(), &code(&called), took);
-        let fetched = called?;
+        let fetched = match called {
+            Err(failed) if round.is_answer(&failed) => return Ok(Came::nothing(took)),
+            called => called?,
+        };
         let can_revalidate = round.flight.replica.can_revalidate();
         let mut said = round.policy.heeded(fetched.said);
         if !can_revalidate {
@@ -263,7 +269,8 @@ impl Refresher {
             // It was asked about nothing, then.
             Content::Unchanged => Brought::Same(stored.ok_or(FailureClass::Malformed)?.clone()),
             Content::Value(value) => {
-                round.policy.wanted.judge(&value, round.live.map(before))?;
+                let before = round.live.filter(|live| !live.is_negative()).map(before);
+                round.policy.wanted.judge(&value, before)?;
                 let same = stored.filter(|stored| can_revalidate && is_same(stored, &value));
                 match same {
                     Some(stored) => Brought::Same(stored.clone()),
@@ -305,7 +312,9 @@ impl Refresher {
         let written = match tokio::time::timeout(patience, &mut write).await {
             Ok(written) => written,
             Err(_) => {
-                flight.report(round.unstored(came).await);
+                if let Some(late) = round.unstored(came).await {
+                    flight.report(late);
+                }
                 write.await
             }
         };
@@ -346,6 +355,20 @@ enum Brought {
     New(Value),
     /// What is stored, by the upstream's word or because it is equal.
     Same(View),
+    /// There is no such thing.
+    Nothing,
+}
+
+impl Came {
+    fn nothing(took: Duration) -> Self {
+        Self {
+            brought: Brought::Nothing,
+            said: Said::default(),
+            validators: None,
+            tags: Vec::new(),
+            took,
+        }
+    }
 }
 
 /// One try of a flight.
@@ -361,6 +384,18 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
+    /// Whether that an upstream has no such thing is what it was asked for, and not a failure.
+    fn is_answer(&self, failed: &FetchFailed) -> bool {
+        let is_not_found =
+            failed.class == FailureClass::Status && matches!(failed.status, 404 | 410);
+        let may_be_replaced = self.live.is_none_or(View::is_negative)
+            || self.policy.on_not_found == OnNotFound::Negative;
+        is_not_found
+            && may_be_replaced
+            && !self.policy.negative_ttl.is_zero()
+            && self.flight.replica.can_revalidate()
+    }
+
     /// What a call brought, as a commit says it: of a value that is there already only the times.
     /// Also how the commit is counted.
     fn result(&self, came: &Came) -> (commit_fetch::Result, &'static str) {
@@ -370,7 +405,7 @@ impl Round<'_> {
                 .lifetime(&came.said, rand::random(), usual, self.live.is_none());
         let known = match &came.brought {
             Brought::Same(stored) => stored.validators(),
-            Brought::New(_) => None,
+            Brought::New(_) | Brought::Nothing => None,
         };
         // What cannot be asked about is not kept for it.
         if came.validators.is_none() && known.is_none() {
@@ -403,28 +438,34 @@ impl Round<'_> {
                 };
                 (commit_fetch::Result::Fetched(fetched), "stored")
             }
+            Brought::Nothing => {
+                let lifetime = self.policy.negative_lifetime(rand::random(), usual);
+                let not_found = peer::NotFound {
+                    lifetime: Some(lifetime),
+                    took_ms,
+                };
+                (commit_fetch::Result::NotFound(not_found), "negative")
+            }
         }
     }
 
     /// What those who wait are given if it is not stored, or not in time.
-    async fn unstored(&self, came: &Came) -> FetchOutcome {
+    async fn unstored(&self, came: &Came) -> Option<FetchOutcome> {
         let (value, content_type) = match &came.brought {
+            Brought::Nothing => return None,
             Brought::New(value) => (value.body.clone(), value.content_type.clone()),
             Brought::Same(_) => {
                 let read = self.flight.replica.read(&self.flight.key).await;
                 let stored = read.ok().flatten();
-                let value = stored.as_ref().and_then(|stored| stored.value().cloned());
-                match (value, stored) {
-                    (Some(value), Some(stored)) => (value, stored.content_type().to_owned()),
-                    _ => return FetchOutcome::Overloaded,
-                }
+                let stored = stored.as_ref()?;
+                (stored.value()?.clone(), stored.content_type().to_owned())
             }
         };
-        FetchOutcome::Unstored {
+        Some(FetchOutcome::Unstored {
             value,
             content_type,
             started: self.started,
-        }
+        })
     }
 
     fn failed(&self, failed: FetchFailed) -> Ended {
@@ -512,7 +553,8 @@ async fn live(flight: &Flight) -> io::Result<Option<View>> {
 
 /// Whether a value is what is stored, so that only its times are new.
 fn is_same(stored: &View, value: &Value) -> bool {
-    stored.size_bytes() == value.body.len() as u64
+    !stored.is_negative()
+        && stored.size_bytes() == value.body.len() as u64
         && stored.content_type() == value.content_type
         && stored.content_hash() == content_hash(&value.body)
 }

@@ -12,8 +12,8 @@ use holdfast_proto::{
     limits::TOMBSTONE_KEPT,
     peer::{
         AppliedRecord, Command, CommitFetch, Conflict, EntryRecord, FailureRecord, Fenced,
-        FetchFailed, Fetched, LogEntry, LogId, Outcome, Revalidated, Set, StateHash, Sweep,
-        SweepKey, command::Op, commit_fetch, outcome,
+        FetchFailed, Fetched, LogEntry, LogId, NotFound, Outcome, Revalidated, Set, StateHash,
+        Sweep, SweepKey, command::Op, commit_fetch, outcome,
     },
     reason,
     timeline::{Millis, Timeline, after},
@@ -320,6 +320,9 @@ impl Run<'_> {
             Some(commit_fetch::Result::Revalidated(revalidated)) => {
                 Ok(self.revalidate(&key, old.as_deref(), revalidated))
             }
+            Some(commit_fetch::Result::NotFound(not_found)) => {
+                Ok(self.store_negative(&key, old.as_deref(), not_found))
+            }
             Some(commit_fetch::Result::Failed(failed)) => {
                 Ok(self.record_failure(&key, old.as_deref(), failed))
             }
@@ -384,6 +387,26 @@ impl Run<'_> {
             ..at(timeline)
         };
         self.put_entry(key, Some(old), record, None);
+        self.done(existed)
+    }
+
+    /// Takes the place of whatever is there: whether it may is the leader's to know.
+    fn store_negative(&mut self, key: &Key, old: Option<&Entry>, new: &NotFound) -> Outcome {
+        let existed = self.live(old).is_some();
+        let timeline = Timeline::from_lifetime(
+            self.applied.log_time_ms,
+            new.took_ms,
+            0,
+            &new.lifetime.unwrap_or_default(),
+        );
+        let value = Bytes::new();
+        let record = self.stamped(EntryRecord {
+            origin: Origin::Fetched.into(),
+            content_hash: content_hash(&value),
+            is_negative: true,
+            ..at(timeline)
+        });
+        self.put_entry(key, old, record, Some(&value));
         self.done(existed)
     }
 

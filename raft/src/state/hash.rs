@@ -106,6 +106,9 @@ pub(crate) fn entry(key: &[u8], record: &EntryRecord) -> u64 {
     if record.keep_ms != 0 {
         fields.number(u64::from(b'k')).number(record.keep_ms);
     }
+    if record.is_negative {
+        fields.number(u64::from(b'n'));
+    }
     if let Some(validators) = &record.validators {
         fields
             .number(u64::from(b'v'))

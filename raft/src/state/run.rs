@@ -162,10 +162,11 @@ impl Run<'_> {
         self.roster.clone().or_else(before).unwrap_or_default()
     }
 
-    /// The record, if the value would still be served.
+    /// The record, if there is a value and it would still be served.
     pub(super) fn live<'e>(&self, entry: Option<&'e Entry>) -> Option<&'e EntryRecord> {
         entry.map(|entry| &entry.record).filter(|record| {
-            Timeline::from(*record).phase(self.applied.log_time_ms) != Phase::Expired
+            !record.is_negative
+                && Timeline::from(*record).phase(self.applied.log_time_ms) != Phase::Expired
         })
     }
 }

@@ -48,9 +48,15 @@ impl View {
         &self.timeline
     }
 
-    /// `None` if only the record was asked for.
+    /// The source said that it has no such thing: what is served is that.
+    pub fn is_negative(&self) -> bool {
+        self.entry.record.is_negative
+    }
+
+    /// `None` if only the record was asked for, or there is none.
     pub fn value(&self) -> Option<&Bytes> {
-        self.entry.value.as_ref()
+        let value = self.entry.value.as_ref();
+        value.filter(|_| !self.is_negative())
     }
 
     /// The revision of the value.

@@ -403,6 +403,20 @@ impl Cluster {
         http_get(self.nodes[node].addresses.admin, path).await
     }
 
+    /// Until every node knows that all members understand what came with a feature level.
+    pub async fn until_level(&self, level: u32) -> anyhow::Result<()> {
+        self.until("all know what all understand", async || {
+            for node in 0..self.len() {
+                let known = self.metric(node, "holdfast_feature_level", &[]).await;
+                if known.is_ok_and(|known| known < f64::from(level)) {
+                    return false;
+                }
+            }
+            true
+        })
+        .await
+    }
+
     /// One sample of `/metrics`, summed over its series that have all the labels given
     /// (`name="value"`).
     pub async fn metric(&self, node: usize, name: &str, labels: &[&str]) -> anyhow::Result<f64> {

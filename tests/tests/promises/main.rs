@@ -30,6 +30,7 @@ mod lag;
 mod linearizability;
 mod membership;
 mod membership_truth;
+mod negative;
 mod operation;
 mod origin_headers;
 #[cfg(feature = "rocksdb")]

@@ -22,20 +22,9 @@ fn users(origin: &Origin, policy: &str) -> String {
     )
 }
 
-/// Three nodes that know of each other that all of them understand a revalidation.
 async fn cluster(extra: String) -> anyhow::Result<Cluster> {
     let cluster = in_process().extra(extra).start().await?;
-    cluster
-        .until("all know what all understand", async || {
-            for node in 0..cluster.len() {
-                let level = cluster.metric(node, "holdfast_feature_level", &[]).await;
-                if level.is_ok_and(|level| level < 2.0) {
-                    return false;
-                }
-            }
-            true
-        })
-        .await?;
+    cluster.until_level(2).await?;
     Ok(cluster)
 }
 

@@ -146,8 +146,6 @@ fn an_unknown_key_is_no_key_not_built() {
         "unknown key `colour` in `policies[]`",
     );
     for key in [
-        "negative_ttl",
-        "on_not_found",
         "refresh",
         "read",
         "fetch_on_miss",

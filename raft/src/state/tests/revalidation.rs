@@ -220,3 +220,40 @@ async fn the_log_and_the_batch_hold_no_value() {
         .unwrap();
     assert_eq!(stored, Some(spoiled), "the value was not written again");
 }
+
+#[tokio::test]
+async fn that_there_is_none_is_no_value_for_those_who_name_conditions() {
+    let state = empty();
+    let none = || {
+        let not_found = peer::NotFound {
+            lifetime: Some(LIFETIME),
+            took_ms: 10,
+        };
+        peer::commit_fetch::Result::NotFound(not_found)
+    };
+    let existed = |outcome| match outcome {
+        Some(peer::outcome::Result::Done(done)) => done.existed,
+        other => panic!("{other:?}"),
+    };
+    applied(&state, 1, 1_000, fetched(0, "v"));
+    assert!(existed(applied(&state, 1, 1_000, commit(1, none()))));
+    let key = holdfast_proto::Key::new("k").unwrap();
+    let view = View::settled(state.get(&key).unwrap().unwrap());
+    assert!(view.is_negative() && view.is_live(1_500) && view.value().is_none());
+    assert_eq!((view.version(), view.tags().len()), (2, 0));
+
+    assert!(!existed(applied(&state, 1, 1_100, commit(2, none()))));
+    let set = peer::Set {
+        key: "k".into(),
+        value: "mine".into(),
+        lifetime: Some(LIFETIME),
+        if_absent: true,
+        ..Default::default()
+    };
+    assert!(!existed(applied(&state, 1, 1_200, Op::Set(set))));
+    let view = View::settled(state.get(&key).unwrap().unwrap());
+    assert_eq!(view.value().map(|value| &value[..]), Some(&b"mine"[..]));
+    applied(&state, 1, 1_300, commit(4, none()));
+    let delete = peer::Delete { key: "k".into() };
+    assert!(!existed(applied(&state, 1, 1_400, Op::Delete(delete))));
+}
