@@ -307,7 +307,11 @@ impl Run<'_> {
         let deleted = self
             .tombstone(&key)?
             .map_or(0, |tombstone| tombstone.revision);
-        if commit.term != log_id.term || changed.max(deleted) > commit.fetch_started_revision {
+        let began_at = commit.fetch_started_revision;
+        if commit.term != log_id.term
+            || changed.max(deleted) > began_at
+            || self.applied.unfenced_revision > began_at
+        {
             return Ok(outcome::Result::Fenced(Fenced {
                 revision: self.applied.revision,
             })
@@ -461,6 +465,7 @@ impl Run<'_> {
                 && now >= tombstone.expires_at_ms
             {
                 self.remove_tombstone(&key, &tombstone);
+                self.fences_no_more(tombstone.revision);
             }
         }
         if removed.is_empty() {
@@ -475,9 +480,21 @@ impl Run<'_> {
             );
             if fences_until > now {
                 self.put_tombstone(&key, old.record.changed, fences_until)?;
+            } else {
+                self.fences_no_more(old.record.changed);
             }
         }
         Ok(self.done(true))
+    }
+
+    /// What is removed kept older fetches of its key out for longer than any fetch may take, by log
+    /// time. That may have been a moment, if the clocks were put forward: no fetch that began before
+    /// it is stored any more.
+    fn fences_no_more(&mut self, revision: Revision) {
+        if self.applied.feature_level >= 2 {
+            let applied = &mut self.applied;
+            applied.unfenced_revision = applied.unfenced_revision.max(revision);
+        }
     }
 
     fn raise_feature_level(&mut self, level: u32) -> Result<Outcome, ApplyError> {

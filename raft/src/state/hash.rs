@@ -71,6 +71,9 @@ impl Sum {
             .voters
             .iter()
             .for_each(|&voter| _ = fields.number(voter));
+        if applied.unfenced_revision != 0 {
+            fields.number(applied.unfenced_revision);
+        }
         fields.digest()
     }
 }

@@ -257,3 +257,40 @@ async fn that_there_is_none_is_no_value_for_those_who_name_conditions() {
     let delete = peer::Delete { key: "k".into() };
     assert!(!existed(applied(&state, 1, 1_400, Op::Delete(delete))));
 }
+
+/// The clocks may have been put forward, so that what fences was kept for a moment only.
+#[tokio::test]
+async fn a_fetch_that_outlives_what_fences_it_is_not_stored() {
+    const HOUR: u64 = 3_600_000;
+    let fenced = |outcome| matches!(outcome, Some(peer::outcome::Result::Fenced(_)));
+    let swept = |changed| {
+        let key = peer::SweepKey {
+            key: "k".into(),
+            changed,
+        };
+        Op::Sweep(peer::Sweep {
+            tombstones: vec![key],
+            ..Default::default()
+        })
+    };
+    let state = empty();
+    let level = peer::RaiseFeatureLevel { level: 2 };
+    applied(&state, 1, 1_000, Op::RaiseFeatureLevel(level));
+    applied(
+        &state,
+        1,
+        1_000,
+        Op::Delete(peer::Delete { key: "k".into() }),
+    );
+    applied(&state, 1, HOUR, swept(1));
+    let key = holdfast_proto::Key::new("k").unwrap();
+    assert!(state.tombstone(&key).unwrap().is_none(), "it is swept");
+    assert!(fenced(applied(&state, 1, HOUR, fetched(0, "old"))));
+    assert!(!fenced(applied(&state, 1, HOUR, fetched(1, "v"))));
+
+    // An entry that goes by itself fences too.
+    applied(&state, 1, 2 * HOUR, sweep(2));
+    assert!(record(&state).is_none());
+    assert!(fenced(applied(&state, 1, 2 * HOUR, fetched(1, "old"))));
+    assert!(!fenced(applied(&state, 1, 2 * HOUR, fetched(3, "v"))));
+}
