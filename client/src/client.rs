@@ -19,7 +19,7 @@ use crate::{
     scan::Scan,
     session::Session,
     value::Value,
-    write::{Delete, Invalidate, Set},
+    write::{Delete, FOREVER, Invalidate, Set},
 };
 
 /// Cheap to clone; clones share connections, session and request ids. [`Client::session`] makes one
@@ -172,4 +172,9 @@ pub(crate) fn timed<T>(message: T, left: Duration) -> tonic::Request<T> {
 
 fn key_bytes(key: impl AsRef<[u8]>) -> Bytes {
     Bytes::copy_from_slice(key.as_ref())
+}
+
+/// Longer than for ever is for ever.
+pub(crate) fn duration(duration: Duration) -> prost_types::Duration {
+    prost_types::Duration::try_from(duration.min(FOREVER)).expect("10,000 years fit")
 }

@@ -104,7 +104,7 @@ pub use client::Client;
 pub use cluster::{Cluster, ClusterStatus, NodeStatus, ShardStatus};
 pub use error::{Applied, Context, Error};
 pub use holdfast_proto::{InvalidToken, Revision, Token};
-pub use read::{BatchGet, Get, Inspect};
+pub use read::{BatchGet, FetchOnMiss, Get, Inspect};
 pub use route::InvalidEndpoint;
 pub use scan::{Scan, ScanStream};
 pub use tonic::Code;

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use holdfast_proto::{Token, limits::BATCH_KEYS_MAX, v1};
+use holdfast_proto::{Revision, Token, limits::BATCH_KEYS_MAX, v1};
 
 use crate::{
     answer::{Batch, Consistency, Inspection, Lookup},
-    client::{Client, cache, timed},
+    client::{Client, cache, duration, timed},
     error::Error,
     retry::Kind,
 };
@@ -20,6 +20,25 @@ pub struct Get {
     client: Client,
     key: Bytes,
     options: ReadOptions,
+    demand: Demand,
+}
+
+/// Whether a miss waits for its fetch. Without a word, as the key's policy says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchOnMiss {
+    Sync,
+    /// Answered at once, with [`State::Placeholder`](crate::State::Placeholder).
+    Async,
+}
+
+/// What a Get takes for an answer.
+#[derive(Debug, Clone, Copy, Default)]
+struct Demand {
+    max_age: Option<Duration>,
+    only_if_cached: bool,
+    no_cache: bool,
+    if_version_not: Option<Revision>,
+    fetch_on_miss: Option<FetchOnMiss>,
 }
 
 /// Reads many keys. From [`Client::batch_get`].
@@ -54,12 +73,43 @@ impl Get {
             client,
             key,
             options: ReadOptions::default(),
+            demand: Demand::default(),
         }
     }
 
     /// SESSION if not said.
     pub fn consistency(mut self, consistency: Consistency) -> Self {
         self.options.consistency = consistency;
+        self
+    }
+
+    /// No value that is older will do: the upstream is asked, and what is older is not served though
+    /// that fails.
+    pub fn max_age(mut self, max_age: Duration) -> Self {
+        self.demand.max_age = Some(max_age);
+        self
+    }
+
+    /// Nobody is asked or waited for: what is stored, or a miss.
+    pub fn only_if_cached(mut self) -> Self {
+        self.demand.only_if_cached = true;
+        self
+    }
+
+    /// The upstream is asked whatever is stored, which is not served though that fails.
+    pub fn no_cache(mut self) -> Self {
+        self.demand.no_cache = true;
+        self
+    }
+
+    /// Without the value if its version is this one.
+    pub fn if_version_not(mut self, version: Revision) -> Self {
+        self.demand.if_version_not = Some(version);
+        self
+    }
+
+    pub fn fetch_on_miss(mut self, fetch_on_miss: FetchOnMiss) -> Self {
+        self.demand.fetch_on_miss = Some(fetch_on_miss);
         self
     }
 
@@ -80,12 +130,23 @@ impl Get {
             client,
             key,
             options,
+            demand,
         } = self;
         let token = options.token_for(&client);
+        let fetch_on_miss = match demand.fetch_on_miss {
+            None => v1::FetchOnMiss::Unspecified,
+            Some(FetchOnMiss::Sync) => v1::FetchOnMiss::Sync,
+            Some(FetchOnMiss::Async) => v1::FetchOnMiss::Async,
+        };
         let request = v1::GetRequest {
             key,
             consistency: options.consistency.to_wire(),
             token: encoded(token.as_ref()),
+            max_age: demand.max_age.map(duration),
+            only_if_cached: demand.only_if_cached,
+            no_cache: demand.no_cache,
+            if_version_not: demand.if_version_not,
+            fetch_on_miss: fetch_on_miss.into(),
             ..Default::default()
         };
         let response = client.call(

@@ -9,7 +9,7 @@ use holdfast_proto::{limits::VALUE_BYTES_MAX, v1};
 
 use crate::{
     answer::{self, Done, Stored},
-    client::{Client, cache, timed},
+    client::{Client, cache, duration, timed},
     deadline::Deadline,
     error::{Applied, Error},
     mutation::Mutation,
@@ -282,9 +282,4 @@ fn done(
         replica: answer::replica(replica, true)?,
         token,
     })
-}
-
-/// Longer than for ever is for ever.
-fn duration(duration: Duration) -> prost_types::Duration {
-    prost_types::Duration::try_from(duration.min(FOREVER)).expect("10,000 years fit")
 }

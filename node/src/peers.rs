@@ -21,7 +21,7 @@ use holdfast_raft::{Replica, Replicas};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, Demand},
     operation::Call,
     refresh::{Answers, Refresher},
 };
@@ -130,6 +130,12 @@ impl RefreshService for PeerServer {
         let message = request.into_inner();
         let replica = self.checked(message.header.as_ref())?;
         let consistency = message.consistency();
+        let demand = Demand {
+            max_age: message.max_age_ms,
+            only_if_cached: message.only_if_cached,
+            no_cache: message.no_cache,
+            fetch_on_miss: message.fetch_on_miss(),
+        };
         if message.keys.len() > BATCH_KEYS_MAX {
             return Err(Status::invalid_argument(format!(
                 "more than {BATCH_KEYS_MAX} keys"
@@ -137,7 +143,7 @@ impl RefreshService for PeerServer {
         }
         let response = self
             .cache
-            .read_for_peer(message.keys, consistency, message.token, &call)
+            .read_for_peer(message.keys, consistency, message.token, demand, &call)
             .await?;
         Ok(Response::new(ReadResponse {
             header: Some(replica.reply()),

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use holdfast_proto::limits::VALUE_BYTES_DEFAULT;
 use holdfast_proto::peer::Lifetime;
 use holdfast_proto::timeline::{FOREVER, Millis};
@@ -47,6 +48,10 @@ pub struct Policy {
     /// Share of the lifetime after which a refresh is due, 0 to 1; 0 turns refreshing ahead off.
     pub eager_refresh_threshold: f64,
     pub min_refresh_interval: Duration,
+    pub read: Read,
+    pub fetch_on_miss: FetchOnMiss,
+    /// What a reader is given while the first fetch runs and nobody waits for it.
+    pub placeholder: Option<Bytes>,
     pub stale_while_revalidate: Window,
     pub stale_if_error: Window,
     /// How long what is served no more is kept in case that the origin says it is still the same.
@@ -71,6 +76,22 @@ pub struct Policy {
     pub max_value_bytes: u64,
     /// No secrets in them, and no captures that the pattern does not have.
     pub tags: Vec<TextTemplate>,
+}
+
+/// When readers get what is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// As long as it may be served; it is refreshed ahead.
+    RefreshAhead,
+    /// Only if the upstream, which each read asks, does not answer.
+    NetworkFirst,
+}
+
+/// Whether a reader without any value waits for the fetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchOnMiss {
+    Sync,
+    Async,
 }
 
 /// What becomes of a value of which the origin says that there is no such thing.
@@ -149,6 +170,9 @@ impl Policy {
             ttl_jitter: 0.10,
             eager_refresh_threshold: 0.80,
             min_refresh_interval: SECOND,
+            read: Read::RefreshAhead,
+            fetch_on_miss: FetchOnMiss::Sync,
+            placeholder: None,
             stale_while_revalidate: Window::For(600 * SECOND),
             stale_if_error: Window::For(30 * DAY),
             keep: Window::For(3_600 * SECOND),

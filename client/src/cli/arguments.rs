@@ -14,7 +14,7 @@ use bytes::Bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::{EXIT_CODES, failure::Failure, output::OutputFormat};
-use crate::{Consistency, FOREVER, Token};
+use crate::{Consistency, FOREVER, FetchOnMiss, Token};
 
 const ENDPOINT_DEFAULT: &str = "127.0.0.1:7400";
 
@@ -48,7 +48,7 @@ pub(super) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Read a key
-    Get(GetArguments),
+    Get(Box<GetArguments>),
     /// Replace a key's value, times and tags
     Set(Box<SetArguments>),
     /// Remove a key
@@ -93,6 +93,21 @@ pub(super) struct GetArguments {
     /// Print exactly the value's bytes (a newline follows on a terminal); the same as `-o raw`
     #[arg(long)]
     raw: bool,
+    /// No older value will do: the upstream is asked, and what is older is not shown though that fails
+    #[arg(long, value_parser = duration, allow_hyphen_values = true)]
+    pub(super) max_age: Option<Duration>,
+    /// Ask nobody and wait for nothing: what is stored, or a miss
+    #[arg(long)]
+    pub(super) only_if_cached: bool,
+    /// Ask the upstream, whatever is stored
+    #[arg(long, conflicts_with = "only_if_cached")]
+    pub(super) no_cache: bool,
+    /// Without the value if its version is this one
+    #[arg(long, value_name = "VERSION")]
+    pub(super) if_version_not: Option<u64>,
+    /// Whether a miss waits for its fetch, instead of what the policy says
+    #[arg(long, value_enum, value_name = "WHEN")]
+    fetch_on_miss: Option<MissFetch>,
     #[command(flatten)]
     pub(super) read: ReadArguments,
 }
@@ -181,6 +196,14 @@ pub(super) struct ReadArguments {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum MissFetch {
+    /// Wait for the value
+    Sync,
+    /// Show the policy's placeholder
+    Async,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum ReadConsistency {
     /// At least what --token has seen
     Session,
@@ -246,6 +269,15 @@ impl Arguments {
             (Command::Scan(scan), _) if scan.null => Ok(OutputFormat::Raw),
             (_, output) => Ok(output),
         }
+    }
+}
+
+impl GetArguments {
+    pub(super) fn fetch_on_miss(&self) -> Option<FetchOnMiss> {
+        Some(match self.fetch_on_miss? {
+            MissFetch::Sync => FetchOnMiss::Sync,
+            MissFetch::Async => FetchOnMiss::Async,
+        })
     }
 }
 

@@ -22,13 +22,30 @@ pub(super) async fn get(
     arguments: GetArguments,
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
+    let fetch_on_miss = arguments.fetch_on_miss();
     let key = arguments.key.bytes()?;
     let mut get = client.get(&key).consistency(arguments.read.consistency());
     if let Some(token) = arguments.read.token {
         get = get.token(token);
     }
+    if let Some(max_age) = arguments.max_age {
+        get = get.max_age(max_age);
+    }
+    if arguments.only_if_cached {
+        get = get.only_if_cached();
+    }
+    if arguments.no_cache {
+        get = get.no_cache();
+    }
+    if let Some(version) = arguments.if_version_not {
+        get = get.if_version_not(version);
+    }
+    if let Some(fetch_on_miss) = fetch_on_miss {
+        get = get.fetch_on_miss(fetch_on_miss);
+    }
     let found = get.await?;
     let answer = &found.answer;
+    let is_unchanged = answer.stored && arguments.if_version_not == Some(answer.version);
     match (output.format, &answer.value) {
         (OutputFormat::Json | OutputFormat::Jsonl, _) => {
             let object = GetJson {
@@ -44,13 +61,27 @@ pub(super) async fn get(
             fields.extend(answer_fields(answer, &found.replica));
             output.fields(&fields)?;
         }
-        (_, None) => say(&format!("miss: {}", shown(&key))),
+        (_, None) if is_unchanged => say(&format!(
+            "version {} still: {}",
+            answer.version,
+            shown(&key)
+        )),
+        (_, None) => say(&format!("{}: {}", without_value(answer), shown(&key))),
     }
-    Ok(if answer.is_hit() {
+    Ok(if answer.is_hit() || is_unchanged {
         Outcome::Ok
     } else {
         Outcome::Miss
     })
+}
+
+/// Why there is none, in a word.
+fn without_value(answer: &Answer) -> &'static str {
+    match answer.state {
+        State::Negative => "the upstream has none",
+        State::Placeholder => "not fetched yet",
+        _ => "miss",
+    }
 }
 
 pub(super) async fn set(

@@ -89,7 +89,7 @@ async fn answer(
     output: &mut Output,
 ) -> Result<Outcome, Failure> {
     match command {
-        Command::Get(arguments) => data::get(client, arguments, output).await,
+        Command::Get(arguments) => data::get(client, *arguments, output).await,
         Command::Set(arguments) => data::set(client, *arguments, output).await,
         Command::Del(key) => data::delete(client, key, output).await,
         Command::Invalidate(key) => data::invalidate(client, key, output).await,

@@ -10,6 +10,8 @@ use holdfast_proto::{
 use holdfast_raft::View;
 use prost_types::Timestamp;
 
+use crate::policy::Policy;
+
 /// What stands behind a key.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Behind<'a> {
@@ -55,6 +57,17 @@ pub(super) fn miss(behind: Behind<'_>) -> v1::Answer {
         state: v1::State::Miss.into(),
         refreshing: behind.refreshing,
         upstream: behind.upstream.to_owned(),
+        ..Default::default()
+    }
+}
+
+/// Nothing is stored yet, and nobody waits.
+pub(super) fn placeholder(policy: &Policy) -> v1::Answer {
+    v1::Answer {
+        value: policy.placeholder.clone(),
+        state: v1::State::Placeholder.into(),
+        refreshing: true,
+        upstream: policy.upstream.to_string(),
         ..Default::default()
     }
 }

@@ -14,7 +14,7 @@ use holdfast_raft::{Deadline, ReadManyError, Replica};
 
 use super::{
     Cache,
-    controls::Controls,
+    controls::{Controls, Demand},
     forward::{Hop, Reached},
     get::Settled,
     wait::Asked,
@@ -57,6 +57,7 @@ impl Cache {
         keys: Vec<Bytes>,
         consistency: v1::Consistency,
         token: Bytes,
+        demand: Demand,
         call: &Call,
     ) -> Result<v1::BatchGetResponse, Error> {
         let request = v1::BatchGetRequest {
@@ -64,7 +65,7 @@ impl Cache {
             consistency: consistency.into(),
             token,
         };
-        let controls = check(&request)?;
+        let controls = check(&request)?.with(demand)?;
         self.read_many(request.keys, &controls, Hop::Taken, &call.deadline)
             .await
     }

@@ -1,10 +1,17 @@
 //! What a read asks for beside its keys, checked.
 
 use bytes::Bytes;
-use holdfast_proto::{Token, timeline::Millis, v1::Consistency};
-use holdfast_raft::{Replica, Seen};
+use holdfast_proto::{
+    Token,
+    timeline::Millis,
+    v1::{Consistency, FetchOnMiss},
+};
+use holdfast_raft::{Replica, Seen, View};
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    policy::{self, Policy},
+};
 
 /// How much a read must have seen, and what it judges instants by.
 #[derive(Debug, Clone)]
@@ -13,6 +20,46 @@ pub(super) struct Controls {
     pub(super) seen: Seen,
     /// As the caller gave it, to pass on.
     pub(super) token: Bytes,
+    pub(super) demand: Demand,
+}
+
+/// What a read takes for an answer, and what it starts where there is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Demand {
+    /// No older value will do.
+    pub(crate) max_age: Option<Millis>,
+    /// Nobody is asked or waited for.
+    pub(crate) only_if_cached: bool,
+    /// The upstream is asked whatever is stored.
+    pub(crate) no_cache: bool,
+    pub(crate) fetch_on_miss: FetchOnMiss,
+}
+
+impl Demand {
+    pub(crate) fn check(self) -> Result<Self, Error> {
+        match self.only_if_cached && self.no_cache {
+            true => Err(Error::field(
+                "no_cache",
+                "at most one of `only_if_cached` and `no_cache`",
+            )),
+            false => Ok(self),
+        }
+    }
+
+    /// Whether a value is young enough.
+    pub(super) fn takes(&self, view: &View, now: Millis) -> bool {
+        self.max_age
+            .is_none_or(|max_age| view.timeline().age(now) <= max_age)
+    }
+
+    /// Whether a miss is answered before its fetch has ended.
+    pub(super) fn is_async(&self, policy: &Policy) -> bool {
+        match self.fetch_on_miss {
+            FetchOnMiss::Unspecified => policy.fetch_on_miss == policy::FetchOnMiss::Async,
+            FetchOnMiss::Sync => false,
+            FetchOnMiss::Async => true,
+        }
+    }
 }
 
 impl Controls {
@@ -37,6 +84,14 @@ impl Controls {
             consistency,
             seen,
             token,
+            demand: Demand::default(),
+        })
+    }
+
+    pub(super) fn with(self, demand: Demand) -> Result<Self, Error> {
+        Ok(Self {
+            demand: demand.check()?,
+            ..self
         })
     }
 

@@ -137,6 +137,10 @@ impl Cache {
             keys: keys.iter().map(|key| key.as_bytes().clone()).collect(),
             consistency: controls.consistency.into(),
             token: controls.token.clone(),
+            max_age_ms: controls.demand.max_age,
+            only_if_cached: controls.demand.only_if_cached,
+            no_cache: controls.demand.no_cache,
+            fetch_on_miss: controls.demand.fetch_on_miss.into(),
         };
         self.metrics.read_waited("forwarded");
         let response =

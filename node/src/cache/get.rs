@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! nothing, or expired   no upstream: MISS
-//!                       upstream:    wait for the cluster's fetch, hard_timeout at most
+//!                       upstream:    wait for the cluster's fetch, hard_timeout at most (async: PLACEHOLDER)
 //! FRESH, STALE          answer; past the refresh point say so to the refresher
 //! past that             upstream known to fail, no leader: answer; else wait for the fetch, soft_timeout at most, then answer
 //! ```
@@ -11,18 +11,24 @@
 use holdfast_proto::{
     Key,
     timeline::{Millis, Phase},
-    v1,
+    v1::{self, FetchOnMiss},
 };
 use holdfast_raft::View;
 
 use super::{
     Cache,
     answer::{self, Behind},
-    controls::Controls,
+    controls::{Controls, Demand},
     forward::{Hop, Reached},
-    wait::{Asked, Waited},
+    times::millis,
+    wait::{Asked, Wait, Waited},
 };
-use crate::{error::Error, operation::Call, policy::Policy, refresh::is_due};
+use crate::{
+    error::Error,
+    operation::Call,
+    policy::{Policy, Read},
+    refresh::is_due,
+};
 
 /// One key's answer, and whose it is.
 pub(super) enum Settled {
@@ -33,6 +39,23 @@ pub(super) enum Settled {
 
 impl Cache {
     pub async fn get(
+        &self,
+        request: v1::GetRequest,
+        call: &Call,
+    ) -> Result<v1::GetResponse, Error> {
+        let known = request.if_version_not;
+        let mut response = self.get_whole(request, call).await?;
+        if let Some(answer) = &mut response.answer
+            && answer.stored
+            && known == Some(answer.version)
+        {
+            answer.value = None;
+        }
+        Ok(response)
+    }
+
+    /// With its value, whatever the caller knows.
+    async fn get_whole(
         &self,
         request: v1::GetRequest,
         call: &Call,
@@ -82,36 +105,52 @@ impl Cache {
     ) -> Result<Settled, Error> {
         let now = asked.controls.now(asked.replica);
         let policy = asked.rules.policy(asked.key);
-        let old = match view {
-            Some(view) => match (view.phase(now), policy) {
-                (Phase::StaleOnError, Some(policy))
-                    if !self.refresher.should_not_wait(asked.key, &view, policy) =>
-                {
-                    Some(view)
-                }
-                (Phase::Expired, _) => None,
-                _ => return Ok(Settled::Here(self.serve(asked.key, &view, now, policy))),
-            },
-            None => None,
+        let demand = &asked.controls.demand;
+        let live = view.filter(|view| view.is_live(now));
+        let is_young = |view: &View| demand.takes(view, now);
+        if demand.only_if_cached {
+            let answer = match live.filter(is_young) {
+                Some(view) => self.serve(asked.key, &view, now, policy),
+                None => answer::miss(self.behind(asked.key, true, policy)),
+            };
+            return Ok(Settled::Here(answer));
+        }
+        let wait = match (live, policy) {
+            (live, Some(policy)) if demand.no_cache => Wait::Anew { live, policy },
+            (Some(live), Some(policy)) if !is_young(&live) => {
+                let live = Some(live);
+                Wait::Anew { live, policy }
+            }
+            (live, Some(policy)) if policy.read == Read::NetworkFirst => {
+                Wait::NetworkFirst { live, policy }
+            }
+            (Some(live), Some(policy))
+                if live.phase(now) == Phase::StaleOnError
+                    && !self.refresher.should_not_wait(asked.key, &live, policy) =>
+            {
+                Wait::Softly { live, policy }
+            }
+            (Some(live), policy) if is_young(&live) => {
+                return Ok(Settled::Here(self.serve(asked.key, &live, now, policy)));
+            }
+            (_, Some(policy)) if demand.is_async(policy) => {
+                self.refresher.fetch_behind(asked.key, policy);
+                return Ok(Settled::Here(answer::placeholder(policy)));
+            }
+            (_, Some(policy)) => Wait::ForValue { policy },
+            (_, None) => Wait::NoPolicy,
         };
-        Box::pin(self.settle_later(asked, old, policy)).await
+        Box::pin(self.settle_later(asked, wait, policy)).await
     }
 
-    /// As `settle`, of what memory alone does not answer. `old` may still be served.
+    /// As `settle`, of what memory alone does not answer.
     async fn settle_later(
         &self,
         asked: Asked<'_>,
-        old: Option<View>,
+        wait: Wait<'_>,
         policy: Option<&Policy>,
     ) -> Result<Settled, Error> {
-        // Who finds it due came before the refresh that it asks for.
-        let is_due = old.is_some();
-        let waited = match (old, policy) {
-            (Some(old), Some(policy)) => self.wait_softly(asked, old, policy).await?,
-            (_, Some(policy)) => self.wait_for_value(asked, policy).await?,
-            (_, None) => self.ask_other_rules(asked).await?,
-        };
-        let answer = match waited {
+        let answer = match self.wait(asked, wait).await? {
             Waited::Stored(view) => {
                 let now = asked.controls.now(asked.replica);
                 self.serve(asked.key, &view, now, policy)
@@ -120,7 +159,8 @@ impl Cache {
                 value,
                 content_type,
             } => {
-                self.refresher.note_read(asked.key, is_due);
+                // Who reads a key that has no value finds nothing that could be due.
+                self.refresher.note_read(asked.key, false);
                 let upstream = policy.map_or("", |policy| &*policy.upstream);
                 answer::unstored(value, content_type, upstream)
             }
@@ -166,18 +206,25 @@ impl Cache {
 fn check(request: v1::GetRequest) -> Result<(Key, Controls), Error> {
     let fields = [
         ("max_staleness", request.max_staleness.is_some()),
-        ("max_age", request.max_age.is_some()),
-        ("only_if_cached", request.only_if_cached),
-        ("no_cache", request.no_cache),
-        ("if_version_not", request.if_version_not.is_some()),
-        ("fetch_on_miss", request.fetch_on_miss != 0),
         ("lease", request.lease),
     ];
     if let Some((field, _)) = fields.into_iter().find(|&(_, given)| given) {
         return Err(Error::not_built(field));
     }
+    let fetch_on_miss = FetchOnMiss::try_from(request.fetch_on_miss);
+    let demand = Demand {
+        max_age: request
+            .max_age
+            .map(|max_age| millis("max_age", max_age))
+            .transpose()?,
+        only_if_cached: request.only_if_cached,
+        no_cache: request.no_cache,
+        fetch_on_miss: fetch_on_miss
+            .map_err(|_| Error::field("fetch_on_miss", "it is none of the known ones"))?,
+    };
     let key = Key::new(request.key).map_err(|invalid| Error::key("key", invalid))?;
-    Ok((key, Controls::parse(request.consistency, request.token)?))
+    let controls = Controls::parse(request.consistency, request.token)?.with(demand)?;
+    Ok((key, controls))
 }
 
 /// The leader's answer to one key, as a Get tells it.
@@ -203,7 +250,7 @@ fn only_answer(response: v1::BatchGetResponse) -> Result<v1::GetResponse, Error>
 
 #[cfg(test)]
 mod tests {
-    use holdfast_proto::v1::{Consistency, FetchOnMiss, GetRequest};
+    use holdfast_proto::v1::{Consistency, GetRequest};
 
     use super::*;
     use crate::error::Code;
@@ -221,16 +268,9 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused_by_name() {
         type Change = fn(&mut GetRequest);
-        let unbuilt: [(&str, Change); 8] = [
+        let unbuilt: [(&str, Change); 3] = [
             ("max_staleness", |get| {
                 get.max_staleness = Some(Default::default())
-            }),
-            ("max_age", |get| get.max_age = Some(Default::default())),
-            ("only_if_cached", |get| get.only_if_cached = true),
-            ("no_cache", |get| get.no_cache = true),
-            ("if_version_not", |get| get.if_version_not = Some(0)),
-            ("fetch_on_miss", |get| {
-                get.fetch_on_miss = FetchOnMiss::Async.into()
             }),
             ("lease", |get| get.lease = true),
             ("consistency", |get| {
@@ -259,6 +299,22 @@ mod tests {
         assert_eq!(
             wrong(|get| get.token = "?".into()),
             (Code::InvalidArgument, "token".into())
+        );
+        assert_eq!(
+            wrong(|get| (get.only_if_cached, get.no_cache) = (true, true)),
+            (Code::InvalidArgument, "no_cache".into())
+        );
+        let negative = prost_types::Duration {
+            seconds: -1,
+            nanos: 0,
+        };
+        assert_eq!(
+            wrong(|get| get.max_age = Some(negative)),
+            (Code::InvalidArgument, "max_age".into())
+        );
+        assert_eq!(
+            wrong(|get| get.fetch_on_miss = 7),
+            (Code::InvalidArgument, "fetch_on_miss".into())
         );
     }
 

@@ -18,6 +18,7 @@ mod inspect;
 mod judged;
 mod scan;
 mod set;
+mod times;
 mod wait;
 mod write;
 
@@ -34,6 +35,7 @@ use crate::{
     rules::CurrentRules,
 };
 
+pub(crate) use self::controls::Demand;
 pub use self::scan::ScanStream;
 
 /// What an operator may choose about reading and writing.

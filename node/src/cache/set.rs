@@ -13,10 +13,8 @@ use holdfast_proto::{
     v1::{self, Origin},
 };
 
+use super::times::{instant, millis};
 use crate::{error::Error, policy::Policy, upstream::Said};
-
-/// As many seconds as protobuf allows a duration: 10,000 years. It stands for ever.
-const FOREVER_SECONDS: i64 = 315_576_000_000;
 
 /// A Set whose fields are within the contract's limits.
 #[derive(Debug)]
@@ -189,34 +187,6 @@ fn check_content_type(content_type: &str) -> Result<(), Error> {
     }
 }
 
-/// What is above nothing and below a millisecond is one.
-fn millis(field: &'static str, duration: prost_types::Duration) -> Result<Millis, Error> {
-    let prost_types::Duration { seconds, nanos } = duration;
-    if seconds < 0 || nanos < 0 {
-        return Err(Error::field(field, "it is negative"));
-    }
-    if nanos > 999_999_999 || seconds > FOREVER_SECONDS {
-        return Err(Error::field(field, "it is no duration of protobuf's"));
-    }
-    if seconds == FOREVER_SECONDS {
-        return Ok(FOREVER);
-    }
-    Ok(seconds.unsigned_abs() * 1000 + u64::from(nanos.unsigned_abs()).div_ceil(1_000_000))
-}
-
-fn instant(field: &'static str, at: prost_types::Timestamp) -> Result<Millis, Error> {
-    /// The last second of the year 9999, as far as protobuf goes.
-    const SECONDS_MAX: i64 = 253_402_300_799;
-    let prost_types::Timestamp { seconds, nanos } = at;
-    if !(0..=SECONDS_MAX).contains(&seconds) || !(0..=999_999_999).contains(&nanos) {
-        return Err(Error::field(
-            field,
-            "it is not between the years 1970 and 9999",
-        ));
-    }
-    Ok(seconds.unsigned_abs() * 1000 + u64::from(nanos.unsigned_abs()) / 1_000_000)
-}
-
 impl Life {
     fn until(self) -> Option<Millis> {
         match self {
@@ -249,7 +219,7 @@ fn policy_lifetime(life: Life, policy: &Policy, now: Millis, random: f64) -> Lif
 mod tests {
     use prost_types::{Duration as Proto, Timestamp};
 
-    use super::*;
+    use super::{super::times::FOREVER_SECONDS, *};
     use crate::error::Code;
     use crate::{glob::Glob, policy::Window};
 

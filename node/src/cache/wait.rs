@@ -14,11 +14,15 @@ use holdfast_proto::{
 };
 use holdfast_raft::{Deadline, ReadError, Replica, View};
 
-use super::{Cache, controls::Controls, forward::Hop};
+use super::{
+    Cache,
+    controls::{Controls, Demand},
+    forward::Hop,
+};
 use crate::{
     error::{Error, UpstreamFailure},
     policy::Policy,
-    refresh::FetchOutcome,
+    refresh::{FetchOutcome, Need},
     rules::Rules,
 };
 
@@ -51,10 +55,69 @@ pub(super) enum Waited {
     NoUpstream,
 }
 
+/// What a read waits for.
+pub(super) enum Wait<'p> {
+    /// Nothing is stored.
+    ForValue { policy: &'p Policy },
+    /// A better value than this one, for a moment.
+    Softly { live: View, policy: &'p Policy },
+    /// What the upstream says now, and nothing else.
+    Anew {
+        live: Option<View>,
+        policy: &'p Policy,
+    },
+    /// What the upstream says now, else what is stored.
+    NetworkFirst {
+        live: Option<View>,
+        policy: &'p Policy,
+    },
+    /// By the rules here there is no upstream.
+    NoPolicy,
+}
+
+/// What a reader wants who waits for a fetch.
+struct Wanted {
+    need: Need,
+    /// It is served already, so that finding it again is nothing new.
+    known: Option<View>,
+}
+
 impl Cache {
+    pub(super) async fn wait(&self, asked: Asked<'_>, wait: Wait<'_>) -> Result<Waited, Error> {
+        match wait {
+            Wait::ForValue { policy } => self.wait_for_value(asked, policy).await,
+            Wait::Softly { live, policy } => self.wait_softly(asked, live, policy).await,
+            Wait::Anew { live, policy } => {
+                let wanted = Wanted {
+                    need: Need::Anew,
+                    known: live,
+                };
+                self.wait_for(asked, policy, &wanted).await
+            }
+            Wait::NetworkFirst { live, policy } => {
+                let wanted = Wanted {
+                    need: Need::Anew,
+                    known: live,
+                };
+                match (self.wait_for(asked, policy, &wanted).await, wanted.known) {
+                    // A client may have changed it meanwhile.
+                    (Err(_), Some(live)) => {
+                        let now = read(asked).await?;
+                        Ok(now.map_or(Waited::Nothing, |now| match now.changed() {
+                            changed if changed == live.changed() => Waited::Stored(live),
+                            _ => Waited::Stored(now),
+                        }))
+                    }
+                    (waited, _) => waited,
+                }
+            }
+            Wait::NoPolicy => self.ask_other_rules(asked).await,
+        }
+    }
+
     /// Nothing is stored, and by the rules here no upstream has it either. Where the leader has
     /// other rules, they count.
-    pub(super) async fn ask_other_rules(&self, asked: Asked<'_>) -> Result<Waited, Error> {
+    async fn ask_other_rules(&self, asked: Asked<'_>) -> Result<Waited, Error> {
         let judge = self.refresher.judged_by(asked.replica, asked.rules);
         let Some(leader) = judge.filter(|_| asked.hop == Hop::Allowed) else {
             return Ok(Waited::NoUpstream);
@@ -71,7 +134,7 @@ impl Cache {
 
     /// Past stale_while_revalidate, with an upstream that may answer: a better value if it comes in
     /// time, else the one there is.
-    pub(super) async fn wait_softly(
+    async fn wait_softly(
         &self,
         asked: Asked<'_>,
         old: View,
@@ -81,7 +144,7 @@ impl Cache {
         let patience = asked.deadline.at_most(policy.soft_timeout);
         let outcome = self
             .refresher
-            .fetch(asked.key, policy, patience.left())
+            .fetch(asked.key, policy, patience.left(), Need::IfDue)
             .await;
         match outcome {
             FetchOutcome::Unstored {
@@ -112,17 +175,26 @@ impl Cache {
 
     /// A miss: waits for the flight that the whole cluster shares. Once the upstream is called, the
     /// fetch goes on and is stored whether somebody waits or not.
-    pub(super) async fn wait_for_value(
+    async fn wait_for_value(&self, asked: Asked<'_>, policy: &Policy) -> Result<Waited, Error> {
+        let wanted = Wanted {
+            need: Need::IfDue,
+            known: None,
+        };
+        self.wait_for(asked, policy, &wanted).await
+    }
+
+    async fn wait_for(
         &self,
         asked: Asked<'_>,
         policy: &Policy,
+        wanted: &Wanted,
     ) -> Result<Waited, Error> {
         self.metrics.read_waited("miss");
         let patience = asked.deadline.at_most(policy.hard_timeout);
         for _ in 0..FETCHES_MAX {
             let outcome = self
                 .refresher
-                .fetch(asked.key, policy, patience.left())
+                .fetch(asked.key, policy, patience.left(), wanted.need)
                 .await;
             let revision = match outcome {
                 FetchOutcome::Committed { revision } => revision,
@@ -140,7 +212,9 @@ impl Cache {
                 failed => {
                     // Whose time it was that ran out, if one did.
                     let hurried = !patience.is_before(asked.deadline);
-                    return self.without_fetch(asked, policy, failed, hurried).await;
+                    return self
+                        .without_fetch(asked, policy, wanted, failed, hurried)
+                        .await;
                 }
             };
             if let Some(elsewhere) = self.catch_up_with(asked, revision, &patience).await? {
@@ -181,9 +255,14 @@ impl Cache {
             None => rest.await,
             Some(leader) => {
                 let (key, deadline) = (std::slice::from_ref(asked.key), asked.deadline);
+                // The upstream was asked: what that brought is good enough.
+                let controls = &Controls {
+                    demand: Demand::default(),
+                    ..asked.controls.clone()
+                };
                 tokio::pin!(rest);
                 tokio::select! {
-                    Ok(response) = self.ask(asked.replica, leader, key, asked.controls, deadline) => {
+                    Ok(response) = self.ask(asked.replica, leader, key, controls, deadline) => {
                         return Ok(Some(Waited::Leader(response)));
                     }
                     reached = &mut rest => reached,
@@ -203,16 +282,25 @@ impl Cache {
         &self,
         asked: Asked<'_>,
         policy: &Policy,
+        wanted: &Wanted,
         outcome: FetchOutcome,
         hurried: bool,
     ) -> Result<Waited, Error> {
         if let Some(view) = read(asked).await?
             && view.is_live(asked.controls.now(asked.replica))
+            && wanted.is_new(&view)
         {
             return Ok(Waited::Stored(view));
         }
         let error = no_value(outcome, &policy.upstream, asked.replica.now(), hurried);
         Err(self.sent_to_leader(asked.replica, error))
+    }
+}
+
+impl Wanted {
+    fn is_new(&self, view: &View) -> bool {
+        let is_known = |known: &View| known.changed() == view.changed();
+        !self.known.as_ref().is_some_and(is_known)
     }
 }
 
@@ -225,7 +313,9 @@ async fn read(asked: Asked<'_>) -> Result<Option<View>, Error> {
 /// Whether this is what a reader waited for: servable, or brought by its own fetch and untouched
 /// since, however short its life.
 fn is_fetched(view: &View, revision: Revision, now: Millis) -> bool {
-    view.is_live(now) || (view.version() >= revision && view.changed() == view.version())
+    view.is_live(now)
+        || view.changed() == revision
+        || (view.version() >= revision && view.changed() == view.version())
 }
 
 /// Why there is no value. `hurried`: the caller's deadline was shorter than the time a miss may
@@ -285,6 +375,10 @@ mod tests {
         assert!(
             !is_fetched(&view(5, 6, 2_000), 5, 2_000),
             "invalidated since"
+        );
+        assert!(
+            is_fetched(&view(3, 5, 2_000), 5, 2_000),
+            "expired, and found to be the same by its own"
         );
     }
 

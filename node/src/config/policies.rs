@@ -10,7 +10,9 @@ use super::fields::{Fields, Keys, Set, WAIT_MAX};
 use super::tree::Tree;
 use super::upstreams::DeclaredUpstreams;
 use crate::glob::Glob;
-use crate::policy::{OnNotFound, OriginHeaders, Policies, Policy, default_retry_base};
+use crate::policy::{
+    FetchOnMiss, OnNotFound, OriginHeaders, Policies, Policy, Read, default_retry_base,
+};
 use crate::template::TextTemplate;
 use crate::wanted::{MediaRange, OnEmpty, Wanted};
 
@@ -25,6 +27,9 @@ pub(super) const POLICY: Keys = Keys {
         "ttl_jitter",
         "eager_refresh_threshold",
         "min_refresh_interval",
+        "read",
+        "fetch_on_miss",
+        "placeholder",
         "stale_while_revalidate",
         "stale_if_error",
         "keep",
@@ -41,14 +46,7 @@ pub(super) const POLICY: Keys = Keys {
         "accept",
         "on_empty",
     ],
-    not_built: &[
-        "refresh",
-        "read",
-        "fetch_on_miss",
-        "placeholder",
-        "warm",
-        "priority",
-    ],
+    not_built: &["refresh", "warm", "priority"],
 };
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -223,6 +221,9 @@ fn policy(mut fields: Fields<'_>, upstreams: &DeclaredUpstreams) -> Option<(Poli
             .number("eager_refresh_threshold", 0.0..=1.0)
             .unwrap_or(default.eager_refresh_threshold),
         min_refresh_interval: times.min_refresh_interval.value,
+        read: read(&mut fields).unwrap_or(default.read),
+        fetch_on_miss: fetch_on_miss(&mut fields).unwrap_or(default.fetch_on_miss),
+        placeholder: fields.text("placeholder").map(|text| text.value.into()),
         stale_while_revalidate: fields
             .window("stale_while_revalidate")
             .unwrap_or(default.stale_while_revalidate),
@@ -318,6 +319,19 @@ fn on_not_found(fields: &mut Fields<'_>) -> Option<OnNotFound> {
         ("negative", OnNotFound::Negative),
     ];
     Some(fields.choice("on_not_found", &choices)?.value)
+}
+
+fn read(fields: &mut Fields<'_>) -> Option<Read> {
+    let choices = [
+        ("refresh_ahead", Read::RefreshAhead),
+        ("network_first", Read::NetworkFirst),
+    ];
+    Some(fields.choice("read", &choices)?.value)
+}
+
+fn fetch_on_miss(fields: &mut Fields<'_>) -> Option<FetchOnMiss> {
+    let choices = [("sync", FetchOnMiss::Sync), ("async", FetchOnMiss::Async)];
+    Some(fields.choice("fetch_on_miss", &choices)?.value)
 }
 
 fn required<T, E: std::fmt::Display>(

@@ -21,7 +21,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use tracing::Instrument;
 
-use super::{Refresher, ask::QUESTIONS_MAX, outcome::FetchOutcome};
+use super::{
+    Refresher,
+    ask::QUESTIONS_MAX,
+    join::Question,
+    outcome::{FetchOutcome, Need},
+};
 use crate::telemetry;
 
 /// Answers on their way; each may carry a value.
@@ -69,6 +74,7 @@ impl Refresher {
     async fn answer_question(
         self: &Arc<Self>,
         key: &Key,
+        need: Need,
         replica: &Arc<Replica>,
         called: &CancellationToken,
     ) -> FetchOutcome {
@@ -81,8 +87,13 @@ impl Refresher {
         };
         // The follower says when nobody waits any more.
         let deadline = self.clock.deadline(FETCH_TIMEOUT_MAX);
-        self.join(key, policy, replica, term, &deadline, called)
-            .await
+        let question = Question {
+            key,
+            replica,
+            term,
+            need,
+        };
+        self.join(question, policy, &deadline, called).await
     }
 }
 
@@ -132,6 +143,10 @@ impl Asker {
         let owner = refresher.replicas.of_key(&question.key);
         let is_ours = owner.is_some_and(|owner| owner.shard() == replica.shard());
         let key = Key::new(question.key).ok().filter(|_| is_ours);
+        let need = match question.anew {
+            true => Need::Anew,
+            false => Need::IfDue,
+        };
         async move {
             let answer = |result: Option<fetch_response::Result>| {
                 Ok(FetchResponse {
@@ -145,7 +160,7 @@ impl Asker {
                 Some(_) if is_refused => FetchOutcome::Overloaded,
                 None => FetchOutcome::NotLeading,
                 Some(key) => {
-                    let fetch = refresher.answer_question(key, &replica, &called);
+                    let fetch = refresher.answer_question(key, need, &replica, &called);
                     let mut fetch = Box::pin(fetch);
                     tokio::select! {
                         outcome = &mut fetch => outcome,

@@ -31,7 +31,7 @@ use tracing::Instrument;
 use super::{
     Refresher,
     marks::own_key,
-    outcome::FetchOutcome,
+    outcome::{FetchOutcome, Need},
     waiter::{Reporter, Waiter},
 };
 use crate::telemetry;
@@ -64,13 +64,16 @@ pub(super) struct Link {
 
 #[derive(Default)]
 struct Asked {
-    by_key: HashMap<Key, Arc<Question>>,
-    by_id: BTreeMap<u64, Key>,
+    by_key: HashMap<Want, Arc<Question>>,
+    by_id: BTreeMap<u64, Want>,
     last_id: u64,
     unsent: Vec<FetchQuestion>,
     withdrawn: Vec<u64>,
     is_closed: bool,
 }
+
+/// Who wants to know what the upstream says is not helped by an answer to who does not.
+type Want = (Key, Need);
 
 struct Question {
     id: u64,
@@ -88,6 +91,7 @@ impl Refresher {
     pub(super) async fn ask_leader(
         self: &Arc<Self>,
         key: &Key,
+        need: Need,
         upstream: &str,
         replica: &Arc<Replica>,
         leader: Leader,
@@ -99,7 +103,7 @@ impl Refresher {
             !matches!(replica.in_memory(key), InMemory::Found(view) if view.is_live(now));
         let asked_at = replica.applied().revision;
         let since = self.clock.monotonic();
-        let (mut waiter, asked_at) = match link.ask(key, is_missed, asked_at, since) {
+        let (mut waiter, asked_at) = match link.ask(key, need, is_missed, asked_at, since) {
             Ok(asked) => asked,
             Err(refused) => {
                 self.metrics.flight_refused(upstream);
@@ -142,7 +146,10 @@ impl Refresher {
         let link = links.get(&(shard, upstream.to_owned()))?.clone();
         drop(links);
         let asked = link.asked.lock();
-        asked.by_key.get(key).map(|question| question.since)
+        let since = |need| asked.by_key.get(&(key.clone(), need));
+        since(Need::IfDue)
+            .or_else(|| since(Need::Anew))
+            .map(|question| question.since)
     }
 
     fn link(self: &Arc<Self>, upstream: &str, replica: &Arc<Replica>, leader: Leader) -> Arc<Link> {
@@ -235,6 +242,7 @@ impl Link {
     fn ask(
         self: &Arc<Self>,
         key: &Key,
+        need: Need,
         is_missed: bool,
         asked_at: Revision,
         now: Duration,
@@ -243,12 +251,13 @@ impl Link {
         if asked.is_closed {
             return Err(FetchOutcome::NotLeading);
         }
-        let question = match asked.by_key.get(key) {
+        // A slice of a whole message must not live as long as the question.
+        let want = (own_key(key).unwrap_or_else(|| key.clone()), need);
+        let question = match asked.by_key.get(&want) {
             Some(question) => question.clone(),
             None if asked.by_key.len() >= QUESTIONS_MAX => return Err(FetchOutcome::Overloaded),
             None => {
-                let key = own_key(key).unwrap_or_else(|| key.clone());
-                let question = asked.add(key, asked_at, now);
+                let question = asked.add(want, asked_at, now);
                 self.wake.notify_one();
                 question
             }
@@ -280,10 +289,10 @@ impl Link {
 
     fn answered(&self, answer: FetchResponse) {
         let mut asked = self.asked.lock();
-        let Some(key) = asked.by_id.get(&answer.id) else {
+        let Some(want) = asked.by_id.get(&answer.id) else {
             return;
         };
-        let Some(question) = asked.by_key.get(key).cloned() else {
+        let Some(question) = asked.by_key.get(want).cloned() else {
             return;
         };
         match answer.result {
@@ -345,7 +354,7 @@ impl Link {
 
 impl Asked {
     /// In the caller's trace.
-    fn add(&mut self, key: Key, asked_at: Revision, since: Duration) -> Arc<Question> {
+    fn add(&mut self, want: Want, asked_at: Revision, since: Duration) -> Arc<Question> {
         self.last_id += 1;
         let question = Arc::new(Question {
             id: self.last_id,
@@ -356,19 +365,20 @@ impl Asked {
         });
         self.unsent.push(FetchQuestion {
             id: question.id,
-            key: key.clone().into(),
+            key: want.0.clone().into(),
             traceparent: telemetry::traceparent(),
+            anew: want.1 == Need::Anew,
         });
-        self.by_id.insert(question.id, key.clone());
-        self.by_key.insert(key, question.clone());
+        self.by_id.insert(question.id, want.clone());
+        self.by_key.insert(want, question.clone());
         question
     }
 
     fn remove(&mut self, id: u64) -> bool {
-        let Some(key) = self.by_id.remove(&id) else {
+        let Some(want) = self.by_id.remove(&id) else {
             return false;
         };
-        self.by_key.remove(&key).is_some()
+        self.by_key.remove(&want).is_some()
     }
 
     fn withdraw(&mut self, id: u64) -> bool {

@@ -24,7 +24,7 @@ use tracing::Instrument;
 
 use super::{
     Refresher, is_due,
-    outcome::{CommitOutcome, FetchOutcome},
+    outcome::{CommitOutcome, FetchOutcome, Need},
     queue::{Flight, Priority, Queue, Ready},
     waiter::Waiter,
 };
@@ -93,7 +93,7 @@ impl Refresher {
         };
         if wanted {
             // Dropped under pressure: the next reader asks again.
-            drop(self.join_queue(&queue, key, replica, term, priority));
+            drop(self.join_queue(&queue, key, replica, term, priority, Need::IfDue));
         }
     }
 
@@ -105,8 +105,9 @@ impl Refresher {
         replica: &Arc<Replica>,
         term: u64,
         priority: Priority,
+        need: Need,
     ) -> Option<Waiter> {
-        let joined = queue.join(key, replica, term, priority);
+        let joined = queue.join(key, replica, term, priority, need);
         self.run_flights(queue, joined.ready);
         if joined.is_joined {
             self.metrics.flight_joined(queue.upstream());
@@ -189,8 +190,8 @@ impl Refresher {
             if live.is_none() && !flight.is_missed() {
                 return FetchOutcome::NotLeading.into();
             }
-            if let Some(outcome) = needless(queue, &flight.key, matched.policy, live.as_ref(), now)
-            {
+            let (key, policy, need) = (&flight.key, matched.policy, flight.need());
+            if let Some(outcome) = needless(queue, key, policy, live.as_ref(), now, need) {
                 return outcome.into();
             }
             let round = Round {
@@ -532,11 +533,14 @@ pub(super) fn needless(
     policy: &Policy,
     live: Option<&View>,
     now: Millis,
+    need: Need,
 ) -> Option<FetchOutcome> {
     match live {
-        Some(view) if !is_due(view, policy, now) => Some(FetchOutcome::Committed {
-            revision: view.changed(),
-        }),
+        Some(view) if need == Need::IfDue && !is_due(view, policy, now) => {
+            Some(FetchOutcome::Committed {
+                revision: view.changed(),
+            })
+        }
         _ => queue
             .gate
             .closed_by(key, live, now)

@@ -11,7 +11,13 @@ use holdfast_proto::{Key, Revision};
 use holdfast_raft::{Deadline, InMemory, Leader, Replica, Seen};
 use tokio_util::sync::CancellationToken;
 
-use super::{Refresher, flight::needless, outcome::FetchOutcome, queue::Priority, waiter::Waiter};
+use super::{
+    Refresher,
+    flight::needless,
+    outcome::{FetchOutcome, Need},
+    queue::Priority,
+    waiter::Waiter,
+};
 use crate::policy::Policy;
 
 /// How long one who waits gives an election, at most.
@@ -26,6 +32,7 @@ impl Refresher {
         key: &Key,
         policy: &Policy,
         deadline: &Deadline,
+        need: Need,
     ) -> FetchOutcome {
         let Some(replica) = self.replicas.of_key(key) else {
             return FetchOutcome::NotLeading;
@@ -41,12 +48,18 @@ impl Refresher {
             };
             let outcome = match replica.leads() {
                 Some(term) if leader.is_self => {
-                    let joined = self.join(key, policy, replica, term, deadline, &called);
-                    joined.await
+                    let question = Question {
+                        key,
+                        replica,
+                        term,
+                        need,
+                    };
+                    self.join(question, policy, deadline, &called).await
                 }
                 None if leader.is_self => FetchOutcome::NotLeading,
                 _ => {
-                    self.ask_leader(key, &policy.upstream, replica, leader, deadline)
+                    let upstream = &policy.upstream;
+                    self.ask_leader(key, need, upstream, replica, leader, deadline)
                         .await
                 }
             };
@@ -61,15 +74,15 @@ impl Refresher {
     /// once the upstream is called for it.
     pub(super) async fn join(
         self: &Arc<Self>,
-        key: &Key,
+        question: Question<'_>,
         policy: &Policy,
-        replica: &Arc<Replica>,
-        term: u64,
         deadline: &Deadline,
         called: &CancellationToken,
     ) -> FetchOutcome {
+        let Question {
+            key, replica, need, ..
+        } = question;
         let queue = self.queue(&policy.upstream);
-        let question = Question { key, replica, term };
         loop {
             // Whatever was acknowledged before this question is in here.
             let asked_at = replica.applied().revision;
@@ -80,7 +93,7 @@ impl Refresher {
                 InMemory::Absent | InMemory::Unknown => None,
             };
             if !matches!(found, InMemory::Unknown)
-                && let Some(outcome) = needless(&queue, key, policy, live, now)
+                && let Some(outcome) = needless(&queue, key, policy, live, now, need)
                 && let Some(outcome) = question.holding(outcome, asked_at).await
             {
                 return outcome;
@@ -90,7 +103,9 @@ impl Refresher {
             } else {
                 Priority::Miss
             };
-            let Some(mut waiter) = self.join_queue(&queue, key, replica, term, priority) else {
+            let term = question.term;
+            let joined = self.join_queue(&queue, key, replica, term, priority, need);
+            let Some(mut waiter) = joined else {
                 return FetchOutcome::Overloaded;
             };
             match deadline
@@ -108,10 +123,13 @@ impl Refresher {
 }
 
 /// What one who waits wants to know, of whom.
-struct Question<'a> {
-    key: &'a Key,
-    replica: &'a Arc<Replica>,
-    term: u64,
+#[derive(Clone, Copy)]
+pub(super) struct Question<'a> {
+    pub(super) key: &'a Key,
+    pub(super) replica: &'a Arc<Replica>,
+    /// In which this node leads.
+    pub(super) term: u64,
+    pub(super) need: Need,
 }
 
 impl Question<'_> {
@@ -127,7 +145,9 @@ impl Question<'_> {
             if waiter.is_called() {
                 called.cancel();
             }
-            if let Some(outcome) = waiter.reported()
+            // One that found the value to be good enough did so before it knew of this question.
+            let is_for_us = self.need == Need::IfDue || waiter.is_called();
+            if let Some(outcome) = waiter.reported().filter(|_| is_for_us)
                 && let Some(outcome) = self.holding(outcome, asked_at).await
             {
                 return Some(outcome);

@@ -47,7 +47,10 @@ use self::{
     marks::{Hashed, Marks, own_key},
     queue::{Priority, Queue},
 };
-pub use self::{failures::Failure, outcome::FetchOutcome};
+pub use self::{
+    failures::Failure,
+    outcome::{FetchOutcome, Need},
+};
 use crate::{
     metrics::Metrics,
     policy::Policy,
@@ -172,6 +175,7 @@ impl Refresher {
         key: &Key,
         policy: &Policy,
         timeout: Duration,
+        need: Need,
     ) -> FetchOutcome {
         let queue = self.queue(&policy.upstream);
         let Some(_place) = queue.place() else {
@@ -179,11 +183,25 @@ impl Refresher {
             return FetchOutcome::Overloaded;
         };
         let deadline = self.clock.deadline(timeout);
-        let fetch = Box::pin(self.fetch_from_leader(key, policy, &deadline));
+        let fetch = Box::pin(self.fetch_from_leader(key, policy, &deadline, need));
         tokio::select! {
             outcome = fetch => outcome,
             () = self.stop.cancelled() => FetchOutcome::NotLeading,
         }
+    }
+
+    /// As `fetch` of a key without a value, for which nobody waits.
+    pub fn fetch_behind(self: &Arc<Self>, key: &Key, policy: &Policy) {
+        // There may be two at once: they join the same flight.
+        if self.is_refreshing(key, policy) {
+            return;
+        }
+        let key = own_key(key).unwrap_or_else(|| key.clone());
+        let (this, policy) = (self.clone(), policy.clone());
+        self.tasks.spawn("fetch behind", async move {
+            this.fetch(&key, &policy, policy.hard_timeout, Need::IfDue)
+                .await;
+        });
     }
 
     /// A reader used this key, which has an upstream; `due`: it is past its refresh point. Never

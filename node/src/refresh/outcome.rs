@@ -34,6 +34,15 @@ pub enum FetchOutcome {
     NotLeading,
 }
 
+/// What one wants who asks for a fetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Need {
+    /// A value that is not due; if there is one, the upstream is not asked.
+    IfDue,
+    /// What the upstream says from now on.
+    Anew,
+}
+
 /// What became of a fetched value.
 pub(super) enum CommitOutcome {
     Stored(Revision),

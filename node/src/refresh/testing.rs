@@ -19,7 +19,7 @@ use holdfast_raft::{
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::TcpListenerStream;
 
-use super::{FetchOutcome, Refresher};
+use super::{FetchOutcome, Need, Refresher};
 use crate::{
     cache::{self, Cache},
     glob::Glob,
@@ -260,7 +260,9 @@ impl Node {
     }
 
     pub(super) async fn fetch(&self, key: &Key, timeout: Duration) -> FetchOutcome {
-        self.refresher.fetch(key, &self.policy, timeout).await
+        self.refresher
+            .fetch(key, &self.policy, timeout, Need::IfDue)
+            .await
     }
 
     pub(super) fn is_refreshing(&self, key: &Key) -> bool {

@@ -14,7 +14,7 @@ use holdfast_raft::Clock;
 use tokio::task::JoinHandle;
 
 use super::{
-    FetchOutcome,
+    FetchOutcome, Need,
     marks::Hashed,
     queue::Priority,
     testing::{Node, Origin, PATIENCE, key, leading, policy, upstream},
@@ -68,7 +68,7 @@ async fn reader(node: &Node, text: &str) -> JoinHandle<FetchOutcome> {
     let (refresher, policy, key) = (node.refresher.clone(), node.policy.clone(), key(text));
     let (asked, asks) = tokio::sync::oneshot::channel();
     let reader = tokio::spawn(async move {
-        let mut fetch = Box::pin(refresher.fetch(&key, &policy, PATIENCE));
+        let mut fetch = Box::pin(refresher.fetch(&key, &policy, PATIENCE, Need::IfDue));
         let now = futures::poll!(&mut fetch);
         let _ = asked.send(());
         match now {
@@ -358,7 +358,9 @@ async fn a_fetch_that_runs_or_waits_keeps_the_key_and_not_the_message_it_came_in
         let (refresher, policy) = (node.refresher.clone(), node.policy.clone());
         let mut fetch = Box::pin(async move {
             let owned = key;
-            refresher.fetch(&owned, &policy, PATIENCE).await
+            refresher
+                .fetch(&owned, &policy, PATIENCE, Need::IfDue)
+                .await
         });
         assert!(futures::poll!(&mut fetch).is_pending());
     }
@@ -640,7 +642,10 @@ async fn an_upstream_that_hangs_leaves_the_misses_of_another_alone() {
     for (n, node) in nodes.iter().enumerate() {
         for read in 0..20 {
             let key = key(&format!("healthy-{n}-{read}"));
-            let outcome = node.refresher.fetch(&key, &other, PATIENCE).await;
+            let outcome = node
+                .refresher
+                .fetch(&key, &other, PATIENCE, Need::IfDue)
+                .await;
             assert!(is_fetched(&outcome), "{outcome:?} at {n}");
         }
     }

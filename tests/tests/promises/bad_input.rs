@@ -379,29 +379,7 @@ async fn what_is_not_built_is_refused_by_its_name() -> anyhow::Result<()> {
         get(cache, |get| get.max_staleness = seconds(1)).await,
         not_built("max_staleness")
     );
-    assert_eq!(
-        get(cache, |get| get.max_age = seconds(1)).await,
-        not_built("max_age")
-    );
-    assert_eq!(
-        get(cache, |get| get.only_if_cached = true).await,
-        not_built("only_if_cached")
-    );
-    assert_eq!(
-        get(cache, |get| get.no_cache = true).await,
-        not_built("no_cache")
-    );
-    assert_eq!(
-        get(cache, |get| get.if_version_not = Some(0)).await,
-        not_built("if_version_not")
-    );
     assert_eq!(get(cache, |get| get.lease = true).await, not_built("lease"));
-    for fetch_on_miss in [v1::FetchOnMiss::Sync, v1::FetchOnMiss::Async] {
-        assert_eq!(
-            get(cache, |get| get.fetch_on_miss = fetch_on_miss.into()).await,
-            not_built("fetch_on_miss")
-        );
-    }
     let bounded = Consistency::Bounded.into();
     assert_eq!(
         get(cache, |get| get.consistency = bounded).await,

@@ -36,6 +36,7 @@ mod origin_headers;
 #[cfg(feature = "rocksdb")]
 mod overdue;
 mod proposals;
+mod read_controls;
 mod refresh;
 mod rolling_configuration;
 #[cfg(feature = "rocksdb")]

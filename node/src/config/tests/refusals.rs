@@ -145,14 +145,7 @@ fn an_unknown_key_is_no_key_not_built() {
         8,
         "unknown key `colour` in `policies[]`",
     );
-    for key in [
-        "refresh",
-        "read",
-        "fetch_on_miss",
-        "placeholder",
-        "warm",
-        "priority",
-    ] {
+    for key in ["refresh", "warm", "priority"] {
         refused(
             &policy_with(&format!("{key}: 1")),
             8,

@@ -29,7 +29,7 @@ use super::{
     backlog::UpstreamBacklog,
     gate::Gate,
     marks::own_key,
-    outcome::FetchOutcome,
+    outcome::{FetchOutcome, Need},
     waiter::{Reporter, Waiter},
 };
 
@@ -63,6 +63,8 @@ pub(crate) struct Flight {
     since: Duration,
     /// Some reader has no value: it is fetched though nothing is stored.
     is_missed: AtomicBool,
+    /// Some reader wants to know what the upstream says, whatever is stored.
+    is_wanted_anew: AtomicBool,
     /// It was wanted again since its round began.
     is_wanted_again: AtomicBool,
     reporter: Reporter,
@@ -145,12 +147,13 @@ impl Queue {
         replica: &Arc<Replica>,
         term: u64,
         priority: Priority,
+        need: Need,
     ) -> Joined {
         let now = self.clock.monotonic();
         let mut flights = self.flights.lock();
         if let Some(flight) = flights.by_key.get(key).filter(|flight| flight.term == term) {
             let flight = flight.clone();
-            flight.is_wanted_as(priority);
+            flight.is_wanted_as(priority, need);
             flight.is_wanted_again.store(true, Ordering::Relaxed);
             flights.slots.promote(key, priority, now);
             return Joined {
@@ -164,6 +167,7 @@ impl Queue {
         // flight.
         let key = own_key(key).unwrap_or_else(|| key.clone());
         let flight = Arc::new(Flight::new(key, replica.clone(), term, &self.upstream, now));
+        flight.is_wanted_as(priority, need);
         let started = flights.start(flight.clone(), priority, now);
         self.count(&flights);
         Joined {
@@ -273,7 +277,6 @@ impl Flights {
         priority: Priority,
         now: Duration,
     ) -> Option<Vec<Ready>> {
-        flight.is_wanted_as(priority);
         let mut ready = Vec::new();
         match self.slots.enter(&flight.key, priority, now) {
             Entered::Refused => return None,
@@ -329,6 +332,7 @@ impl Flight {
             span,
             since,
             is_missed: AtomicBool::new(false),
+            is_wanted_anew: AtomicBool::new(false),
             is_wanted_again: AtomicBool::new(false),
             reporter: Reporter::default(),
             ended: CancellationToken::new(),
@@ -365,9 +369,19 @@ impl Flight {
         self.is_wanted_again.swap(false, Ordering::AcqRel);
     }
 
-    fn is_wanted_as(&self, priority: Priority) {
+    pub(crate) fn need(&self) -> Need {
+        match self.is_wanted_anew.load(Ordering::Relaxed) {
+            true => Need::Anew,
+            false => Need::IfDue,
+        }
+    }
+
+    fn is_wanted_as(&self, priority: Priority, need: Need) {
         if priority == Priority::Miss {
             self.is_missed.store(true, Ordering::Relaxed);
+        }
+        if need == Need::Anew {
+            self.is_wanted_anew.store(true, Ordering::Relaxed);
         }
     }
 }

@@ -16,7 +16,12 @@ async fn help_names_every_option_and_needs_no_node() -> anyhow::Result<()> {
             "",
             "get set del invalidate inspect scan cluster member completion".to_owned(),
         ),
-        ("get", format!("<KEY> --key-base64 --raw {READ}")),
+        (
+            "get",
+            format!(
+                "<KEY> --key-base64 --raw --max-age --only-if-cached --no-cache --if-version-not --fetch-on-miss {READ}"
+            ),
+        ),
         ("set", format!("<KEY> <VALUE> --key-base64 {SET}")),
         ("del", "<KEY> --key-base64".into()),
         ("invalidate", "<KEY> --key-base64".into()),
