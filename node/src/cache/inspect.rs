@@ -114,7 +114,7 @@ fn why(known: &Known<'_>) -> Vec<String> {
     match known.view {
         Some(view) => {
             why.push(phase(view, known.now));
-            why.push(origin(view.origin(), known.policy.is_some()).to_owned());
+            why.push(origin(view, known.policy.is_some()).to_owned());
             if known.policy.is_some() && view.is_live(known.now) {
                 why.push(refresh(view, known.now));
             }
@@ -162,6 +162,10 @@ fn phase(view: &View, now: Millis) -> String {
                 until(now, timeline.expires_at())
             )
         }
+        Phase::Expired if now < timeline.kept_until() => format!(
+            "expired: served no more, and kept until {} in case that the upstream says it is still the same",
+            until(now, timeline.kept_until())
+        ),
         Phase::Expired => "expired: served no more, and removed at the next sweep".into(),
     }
 }
@@ -181,8 +185,9 @@ fn refresh(view: &View, now: Millis) -> String {
     }
 }
 
-fn origin(origin: Origin, has_upstream: bool) -> &'static str {
-    match (origin, has_upstream) {
+fn origin(view: &View, has_upstream: bool) -> &'static str {
+    match (view.origin(), has_upstream) {
+        _ if view.is_negative() => "the upstream said that it has no such thing",
         (Origin::Fetched, _) => "the value is from the upstream",
         (Origin::Set, _) => "a client set the value; its upstream refreshes it in time",
         (Origin::Plain, true) => "a client set the value before the key had an upstream",
@@ -236,7 +241,17 @@ mod tests {
         assert_eq!(told(&record, 1_500)[0], "fresh, until in 500ms");
         assert_eq!(told(&record, 2_500)[0], "stale, served until in 500ms");
         assert!(told(&record, 3_500)[0].starts_with("past stale_while_revalidate"));
-        assert!(told(&record, 5_000)[0].starts_with("expired"));
+        assert!(told(&record, 5_000)[0].ends_with("removed at the next sweep"));
+        let kept = EntryRecord {
+            keep_ms: 2_000,
+            ..record.clone()
+        };
+        assert!(told(&kept, 5_000)[0].contains("kept until in 2s"));
+        let negative = EntryRecord {
+            is_negative: true,
+            ..record
+        };
+        assert!(told(&negative, 1_500)[1].contains("no such thing"));
         let plain = EntryRecord {
             fresh_until_ms: FOREVER,
             refresh_at_ms: FOREVER,

@@ -822,7 +822,7 @@ async fn a_miss_on_any_node_is_one_call_and_a_failure_keeps_its_class_over_the_h
         assert_eq!((text(&answer), answer.state()), ("u/a#1", State::Fresh));
     }
     assert_eq!(origin.calls(), 1);
-    origin.answers(404);
+    origin.answers(403);
     for node in &cluster.nodes {
         let (code, _, metadata) = told(
             &node
@@ -836,7 +836,7 @@ async fn a_miss_on_any_node_is_one_call_and_a_failure_keeps_its_class_over_the_h
                 metadata["class"].as_str(),
                 metadata["status"].as_str()
             ),
-            (Code::Unavailable, "STATUS", "404")
+            (Code::Unavailable, "STATUS", "403")
         );
     }
     cluster.stop().await;

@@ -229,7 +229,11 @@ async fn a_value_that_is_still_the_same_gets_new_times_and_no_new_version() -> a
         let first = read(&client, &key).await?;
         cluster.advance(MINUTE).await?;
         let stale = read(&client, &key).await?;
-        ensure!(stale.state == State::Stale, "{stale:?}");
+        // The refresh ahead may be sooner than this reader.
+        ensure!(
+            [State::Stale, State::Fresh].contains(&stale.state),
+            "{stale:?}"
+        );
         cluster
             .until("it is fresh again", async || {
                 let answer = read(&client, &key).await;
