@@ -1,9 +1,14 @@
 //! What a cluster is started with, and the configuration files that its nodes get.
 
-use std::net::{SocketAddr, TcpListener};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    ops::Range,
+};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use holdfast_raft::Clock;
+use parking_lot::Mutex;
 use tracing_subscriber::EnvFilter;
 
 use super::{Addresses, Cluster, Slot};
@@ -199,15 +204,22 @@ fn peers_of(setup: &Setup, number: usize, addresses: &[Addresses]) -> Vec<String
     peers.iter().map(|peer| format!("\"{peer}\"")).collect()
 }
 
-/// Ports that were free a moment ago, all at once so that they differ.
+/// Ports that were free a moment ago, none of them given out before. No connection that somebody
+/// makes takes one while its node is stopped: the system takes those from above.
 pub(super) fn free_ports(count: usize) -> anyhow::Result<Vec<SocketAddr>> {
-    let held: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0"))
-        .collect::<Result<_, _>>()?;
-    Ok(held
-        .iter()
-        .map(TcpListener::local_addr)
-        .collect::<Result<_, _>>()?)
+    const RANGE: Range<u16> = 10_000..32_000;
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock();
+    let mut ports = Vec::with_capacity(count);
+    while ports.len() < count {
+        ensure!(given.len() < RANGE.len() / 2, "so many ports no test needs");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, rand::random_range(RANGE)));
+        if !given.contains(&address.port()) && TcpListener::bind(address).is_ok() {
+            given.insert(address.port());
+            ports.push(address);
+        }
+    }
+    Ok(ports)
 }
 
 /// A test that fails is shown with its steps, and with what nodes in this process complain of.

@@ -121,7 +121,7 @@ async fn its_times_begin_again_and_nothing_else_changes() {
     };
     applied(&state, 1, 2_000, revalidate(2, renamed));
     let named = record(&state).unwrap().validators.unwrap();
-    assert_eq!((*named).etag, "2");
+    assert_eq!(named.etag, "2");
 }
 
 #[tokio::test]
