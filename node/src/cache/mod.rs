@@ -1,4 +1,5 @@
-//! The rules of reading and writing that all doors share, one file per verb.
+//! The rules of reading and writing that all doors share: each way to read has a file, what changes
+//! something is in `write`, and what a read waits for in `wait`.
 //!
 //! ```text
 //! door ─► cache ─► raft (state, proposals)          every request

@@ -99,16 +99,13 @@ impl Cache {
                     need: Need::Anew,
                     known: live,
                 };
-                match (self.wait_for(asked, policy, &wanted).await, wanted.known) {
-                    // A client may have changed it meanwhile.
-                    (Err(_), Some(live)) => {
-                        let now = read(asked).await?;
-                        Ok(now.map_or(Waited::Nothing, |now| match now.changed() {
-                            changed if changed == live.changed() => Waited::Stored(live),
-                            _ => Waited::Stored(now),
-                        }))
+                match self.wait_for(asked, policy, &wanted).await {
+                    // As it is now: a client may have changed it meanwhile.
+                    Err(_) | Ok(Waited::NoUpstream) if wanted.known.is_some() => {
+                        let stored = read(asked).await?;
+                        Ok(stored.map_or(Waited::Nothing, Waited::Stored))
                     }
-                    (waited, _) => waited,
+                    waited => waited,
                 }
             }
             Wait::NoPolicy => self.ask_other_rules(asked).await,

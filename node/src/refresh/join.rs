@@ -145,9 +145,9 @@ impl Question<'_> {
             if waiter.is_called() {
                 called.cancel();
             }
-            // One that found the value to be good enough did so before it knew of this question.
-            let is_for_us = self.need == Need::IfDue || waiter.is_called();
-            if let Some(outcome) = waiter.reported().filter(|_| is_for_us)
+            let is_called = waiter.is_called();
+            if let Some(outcome) = waiter.reported()
+                && self.need.is_met_by(&outcome, is_called)
                 && let Some(outcome) = self.holding(outcome, asked_at).await
             {
                 return Some(outcome);

@@ -43,6 +43,15 @@ pub enum Need {
     Anew,
 }
 
+impl Need {
+    /// A flight that found the value to be good enough, and did not call the upstream, did so before
+    /// it knew of who wants it anew: another one has to. Whatever else it came to counts for all.
+    pub(super) fn is_met_by(self, outcome: &FetchOutcome, is_called: bool) -> bool {
+        let is_needless = matches!(outcome, FetchOutcome::Committed { .. }) && !is_called;
+        self == Self::IfDue || !is_needless
+    }
+}
+
 /// What became of a fetched value.
 pub(super) enum CommitOutcome {
     Stored(Revision),
@@ -131,6 +140,23 @@ impl FetchOutcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_value_that_was_not_asked_for_is_nothing_to_who_wants_it_anew() {
+        let committed = FetchOutcome::Committed { revision: 7 };
+        assert!(Need::IfDue.is_met_by(&committed, false));
+        assert!(Need::Anew.is_met_by(&committed, true));
+        assert!(!Need::Anew.is_met_by(&committed, false));
+        // Else it would ask for ever what is refused at once.
+        for refused in [
+            FetchOutcome::NoPolicy,
+            FetchOutcome::Overloaded,
+            FetchOutcome::NotLeading,
+            FetchOutcome::TimedOut,
+        ] {
+            assert!(Need::Anew.is_met_by(&refused, false), "{refused:?}");
+        }
+    }
 
     #[test]
     fn a_follower_hears_what_the_leader_says() {
